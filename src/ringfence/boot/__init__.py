@@ -1,0 +1,1 @@
+"""How a guest gets its first instruction: the Linux 64-bit boot protocol, and what it loads."""

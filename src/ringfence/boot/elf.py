@@ -1,0 +1,172 @@
+"""Load the segments of an ELF64 kernel (vmlinux) at their physical addresses.
+
+Shape: :func:`read_segments` checks everything about the file and returns plain data;
+:func:`load_segments` stores it in guest memory. pyelftools, imported at the first use, reads the
+program headers; sections and symbols are never looked at, and what follows the ELF file (the
+relocations that a KASLR kernel's decompressor would use) is ignored.
+
+Source: System V ABI, "Program Loading"; AMD64 psABI section 4.1.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from ringfence.errors import ImageError
+from ringfence.memory.ram import GuestMemory
+
+KERNEL_FLOOR = 0x100000
+"""Lowest guest-physical address that a kernel may occupy; below are our own structures."""
+PF_X = 1
+_EHDR_SIZE, _PHDR_SIZE = 64, 56
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A PT_LOAD segment: ``data`` goes to ``paddr``, zeros fill it up to ``memsz`` bytes."""
+
+    paddr: int
+    vaddr: int
+    memsz: int
+    flags: int
+    data: memoryview
+
+    @property
+    def end(self) -> int:
+        """First guest-physical address behind the segment."""
+        return self.paddr + self.memsz
+
+
+@dataclass(frozen=True)
+class ElfImage:
+    """A checked ELF kernel: physical ``entry`` and its ``segments``, ascending."""
+
+    entry: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def base(self) -> int:
+        """Lowest guest-physical address of any segment."""
+        return self.segments[0].paddr
+
+    @property
+    def end(self) -> int:
+        """First guest-physical address behind all segments."""
+        return max(segment.end for segment in self.segments)
+
+
+def read_segments(elf: bytes) -> ElfImage:
+    """Check an ELF64 x86-64 file and find what is to be loaded.
+
+    Raises
+    ------
+    ImageError
+        Not an ELF64 little-endian x86-64 executable, cut off, overlapping or misplaced segments,
+        or an entry point outside of them.
+    """
+    from elftools.common.exceptions import ELFError
+    from elftools.construct.core import ConstructError
+    from elftools.elf.elffile import ELFFile
+
+    if len(elf) < _EHDR_SIZE or not elf.startswith(b"\x7fELF"):
+        raise ImageError("the kernel is no ELF file: expected a vmlinux")
+    try:
+        file = ELFFile(io.BytesIO(elf))
+        _check_header(file, len(elf))
+        headers = [file.get_segment(index).header for index in range(file.num_segments())]
+        entry = int(file.header["e_entry"])
+    except (ELFError, ConstructError, KeyError, ValueError, OverflowError, TypeError) as error:
+        raise ImageError(f"the vmlinux is damaged ({error}): fetch it again") from error
+    except (AttributeError, UnicodeDecodeError, IndexError) as error:
+        raise ImageError(f"the vmlinux has malformed headers ({error}): fetch it again") from error
+    segments = sorted(
+        (_segment(elf, header) for header in headers if header["p_type"] == "PT_LOAD"),
+        key=lambda segment: segment.paddr,
+    )
+    segments = [segment for segment in segments if segment.memsz]
+    if not segments:
+        raise ImageError("the vmlinux has no segment to load (PT_LOAD): is it an object file?")
+    for below, above in itertools.pairwise(segments):
+        if above.paddr < below.end:
+            raise ImageError(
+                f"the vmlinux is damaged: segments at {below.paddr:#x} and {above.paddr:#x} overlap"
+            )
+    return ElfImage(_physical_entry(entry, segments), tuple(segments))
+
+
+def load_segments(memory: GuestMemory, image: ElfImage) -> None:
+    """Store the segments in guest memory and zero what the file doesn't fill.
+
+    Raises
+    ------
+    ImageError
+        A segment lies outside of RAM.
+    """
+    for segment in image.segments:
+        try:
+            memory.offset(segment.paddr, segment.memsz)
+        except IndexError as error:
+            raise ImageError(
+                f"the kernel reaches up to {segment.end:#x}, beyond the guest's memory:"
+                f" give the guest at least {(segment.end >> 20) + 1} MiB"
+            ) from error
+    for segment in image.segments:
+        memory.write(segment.paddr, segment.data)
+        blank = segment.memsz - len(segment.data)
+        memory.write(segment.paddr + len(segment.data), bytes(blank))
+
+
+def _check_header(file: Any, size: int) -> None:
+    if file.elfclass != 64:
+        raise ImageError("the vmlinux is a 32-bit ELF file: expected a 64-bit x86 kernel")
+    if not file.little_endian or file.header["e_machine"] != "EM_X86_64":
+        raise ImageError(
+            f"the vmlinux is for another machine ({file.header['e_machine']}): expected x86-64"
+        )
+    if file.header["e_type"] not in ("ET_EXEC", "ET_DYN"):
+        raise ImageError(
+            f"the vmlinux is no executable ({file.header['e_type']}): expected a linked kernel"
+        )
+    count, width = file.header["e_phnum"], file.header["e_phentsize"]
+    if count and width != _PHDR_SIZE:
+        raise ImageError(f"the vmlinux is damaged: program headers of {width} bytes, expected 56")
+    if count == 0xFFFF:
+        raise ImageError("the vmlinux has 65535 or more program headers: expected a kernel")
+    if file.header["e_phoff"] + count * width > size:
+        raise ImageError("the vmlinux is cut off inside its program headers: fetch it again")
+
+
+def _segment(elf: bytes, header: Any) -> Segment:
+    offset, filesz, memsz = header["p_offset"], header["p_filesz"], header["p_memsz"]
+    paddr = header["p_paddr"]
+    if filesz > memsz:
+        raise ImageError(f"the vmlinux is damaged: segment at {paddr:#x} is larger in the file")
+    if offset + filesz > len(elf):
+        raise ImageError(
+            f"the vmlinux is cut off: a segment ends at byte {offset + filesz}, the file at"
+            f" {len(elf)}; fetch it again"
+        )
+    if memsz and paddr < KERNEL_FLOOR:
+        raise ImageError(
+            f"the vmlinux wants to be at physical {paddr:#x}: expected {KERNEL_FLOOR:#x} or above"
+        )
+    if paddr + memsz > 1 << 52:
+        raise ImageError(f"the vmlinux is damaged: a segment at physical {paddr:#x}")
+    data = memoryview(elf)[offset : offset + filesz]
+    return Segment(paddr, header["p_vaddr"], memsz, header["p_flags"], data)
+
+
+def _physical_entry(entry: int, segments: list[Segment]) -> int:
+    """``e_entry`` as a physical address, which it is in Linux; other kernels give a virtual one."""
+    for segment in segments:
+        if segment.paddr <= entry < segment.end:
+            return entry
+    for segment in segments:
+        if segment.vaddr <= entry < segment.vaddr + segment.memsz:
+            return entry - segment.vaddr + segment.paddr
+    raise ImageError(
+        f"the vmlinux starts at {entry:#x}, outside of its own segments: fetch it again"
+    )

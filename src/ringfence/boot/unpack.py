@@ -1,0 +1,190 @@
+"""Undo the compressions that Linux kernels, initrds and Debian packages come in.
+
+Shape: one table, magic bytes to decompressor. Each decompressor takes the packed bytes, which may
+be followed by others (a kernel build appends the unpacked size as a 32-bit word, the linker adds
+padding), and a ceiling for the result, so that no hostile file can fill the host's memory.
+``zstandard`` and ``lz4`` are imported at their first use; the rest is in the standard library.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ringfence.errors import HostError, ImageError
+
+MAXIMUM_UNPACKED = 1 << 30
+"""Bytes; the default ceiling of an unpacked image."""
+
+LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
+_LZ4_LEGACY_BLOCK = 8 << 20
+"""Unpacked bytes per block, the last excepted (LZ4 frame format, section "Legacy frame")."""
+
+
+class _Broken(Exception):
+    """The packed bytes are damaged; the text says how."""
+
+
+def _gzip(data: memoryview, limit: int) -> bytes:
+    stream = zlib.decompressobj(wbits=31)
+    unpacked = stream.decompress(data, limit + 1)
+    if not stream.eof and len(unpacked) <= limit:
+        raise _Broken("it ends before its trailer")
+    return unpacked
+
+
+def _xz(data: memoryview, limit: int) -> bytes:
+    return _through(lzma.LZMADecompressor(lzma.FORMAT_XZ), data, limit)
+
+
+def _lzma(data: memoryview, limit: int) -> bytes:
+    return _through(lzma.LZMADecompressor(lzma.FORMAT_ALONE), data, limit)
+
+
+def _bzip2(data: memoryview, limit: int) -> bytes:
+    return _through(bz2.BZ2Decompressor(), data, limit)
+
+
+def _through(
+    stream: lzma.LZMADecompressor | bz2.BZ2Decompressor, data: memoryview, limit: int
+) -> bytes:
+    unpacked = stream.decompress(data, limit + 1)
+    if not stream.eof and len(unpacked) <= limit:
+        raise _Broken("it ends before its end marker")
+    return unpacked
+
+
+def _zstd(data: memoryview, limit: int) -> bytes:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise HostError(
+            "a zstd-packed image needs the Python package zstandard: install it"
+        ) from error
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+            unpacked = reader.read(limit + 1)
+    except zstandard.ZstdError as error:
+        raise _Broken(str(error)) from error
+    stream = zstandard.get_frame_parameters(data)
+    known = stream.content_size not in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR)
+    if not unpacked or (known and len(unpacked) < min(stream.content_size, limit + 1)):
+        raise _Broken("it ends before its last block")
+    return unpacked
+
+
+def _lz4(data: memoryview, limit: int) -> bytes:
+    """The legacy frame: magic, then blocks of a 32-bit packed size and that many bytes.
+
+    There is no end mark. What can't be a block (too few bytes, or a size beyond the rest) is the
+    size word that the kernel build appends; it ends the frame.
+    """
+    try:
+        import lz4.block
+    except ImportError as error:
+        raise HostError("an lz4-packed image needs the Python package lz4: install it") from error
+    at, total = 4, 0
+    blocks: list[bytes] = []
+    while len(data) - at >= 4 and total <= limit:
+        word = bytes(data[at : at + 4])
+        if word == LZ4_LEGACY_MAGIC:
+            at += 4
+            continue
+        size = int.from_bytes(word, "little")
+        rest = len(data) - at - 4
+        if size == 0 or size > rest:
+            if rest >= 64:
+                raise _Broken(f"a block of {size} bytes is cut off after {rest}")
+            break
+        try:
+            block: bytes = lz4.block.decompress(
+                data[at + 4 : at + 4 + size], uncompressed_size=_LZ4_LEGACY_BLOCK
+            )
+        except lz4.block.LZ4BlockError as error:
+            raise _Broken(str(error)) from error
+        blocks.append(block)
+        total += len(block)
+        at += 4 + size
+    if not blocks:
+        raise _Broken("it has no whole block")
+    return b"".join(blocks)
+
+
+def _lzo(data: memoryview, limit: int) -> bytes:
+    raise ImageError(
+        "the image is packed with LZO, which is not supported: expected gzip, xz, zstd, lz4, bzip2"
+        " or lzma; unpack it first (lzop -d) or give the vmlinux file"
+    )
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A way of packing: ``name``, the ``magic`` it opens with, and how to undo it."""
+
+    name: str
+    magic: bytes
+    undo: Callable[[memoryview, int], bytes]
+
+
+COMPRESSIONS = (
+    Compression("gzip", b"\x1f\x8b\x08", _gzip),
+    Compression("xz", b"\xfd7zXZ\x00", _xz),
+    Compression("zstd", b"\x28\xb5\x2f\xfd", _zstd),
+    Compression("lz4", LZ4_LEGACY_MAGIC, _lz4),
+    Compression("bzip2", b"BZh", _bzip2),
+    Compression("lzma", b"\x5d\x00\x00", _lzma),
+    Compression("lzo", b"\x89LZO\x00\x0d\x0a\x1a\x0a", _lzo),
+)
+"""The packings of ``scripts/Makefile.lib`` in Linux, by the magic each opens with."""
+
+
+def compression_of(data: bytes | memoryview) -> Compression | None:
+    """The compression whose magic opens ``data``, or None."""
+    head = bytes(data[:16])
+    for compression in COMPRESSIONS:
+        if head.startswith(compression.magic):
+            return compression
+    return None
+
+
+def unpack(
+    data: bytes | memoryview, what: str, limit: int = MAXIMUM_UNPACKED
+) -> tuple[bytes, Compression]:
+    """Unpack ``data``, whatever of :data:`COMPRESSIONS` it is packed with.
+
+    Parameters
+    ----------
+    data : bytes
+        The packed bytes; anything after their end is ignored.
+    what : str
+        What it is meant to be; used in messages.
+    limit : int
+        Ceiling of the unpacked size in bytes.
+
+    Raises
+    ------
+    ImageError
+        Unknown or unsupported compression, damaged data, or a result beyond ``limit``.
+    """
+    compression = compression_of(data)
+    if compression is None:
+        known = ", ".join(c.name for c in COMPRESSIONS if c.undo is not _lzo)
+        raise ImageError(
+            f"the {what} opens with {bytes(data[:6]).hex(' ') or 'nothing'}, no known compression:"
+            f" expected one of {known}"
+        )
+    try:
+        unpacked = compression.undo(memoryview(data), limit)
+    except (_Broken, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+        raise ImageError(
+            f"the {what} is damaged, its {compression.name} data can't be unpacked ({error}):"
+            " fetch it again"
+        ) from error
+    if len(unpacked) > limit:
+        raise ImageError(
+            f"the {what} unpacks to more than {limit >> 20} MiB: expected a smaller one"
+        )
+    return unpacked, compression
