@@ -1,0 +1,1 @@
+"""How people get guests: an image folder, distribution kernels through apt, a built-in guest."""
