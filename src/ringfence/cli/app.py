@@ -1,0 +1,259 @@
+"""The ``ringfence`` command: options, help, and how every ending becomes an exit status.
+
+Only typer is imported here; each command imports its work when it is called, so that ``--help``
+stays quick. `main` is the one place where an error becomes a line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from ringfence.errors import GuestCrash, RingfenceError
+
+INTERNAL_ERROR = 70
+"""EX_SOFTWARE of sysexits(3): a bug of ours."""
+
+STATUSES = """\
+[bold]Exit status[/bold]
+0      the guest powered off, or you left with Ctrl-A x
+2      wrong usage
+3      bad image (kernel, initrd, stored image)
+4      the guest crashed; its registers are on stderr
+5      time limit (--timeout) reached
+6      the host lacks something that is needed
+7      the guest asked for a reset (with --on-reset exit, the default)
+70     a bug of Ringfence's
+128+N  ended by signal N: 130 SIGINT, 143 SIGTERM, 141 nobody reads stdout
+"""
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence run
+ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
+echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
+ringfence run tiny --stats - --trace exits
+
+The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
+On a terminal, Ctrl-A x leaves and Ctrl-A h lists the other keys.
+"""
+
+app = typer.Typer(
+    name="ringfence",
+    help="Run unmodified x86-64 guests, and see everything that happens inside.",
+    epilog=STATUSES,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+pull_app = typer.Typer(help="Fetch a guest to run.", no_args_is_help=True)
+cache_app = typer.Typer(help="Look at or clear the translation cache.", no_args_is_help=True)
+app.add_typer(pull_app, name="pull")
+app.add_typer(cache_app, name="cache")
+
+
+class Trace(StrEnum):
+    """What ``--trace`` can show."""
+
+    EXITS = "exits"
+
+
+class OnReset(StrEnum):
+    """What a reset by the guest means."""
+
+    EXIT = "exit"
+    REBOOT = "reboot"
+
+
+class Flavour(StrEnum):
+    """Which of Debian's kernels."""
+
+    CLOUD = "cloud"
+    GENERIC = "generic"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import ringfence
+
+        print(f"ringfence {ringfence.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Run unmodified x86-64 guests, and see everything that happens inside."""
+
+
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Folder of the translation cache.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command(epilog=EXAMPLES + "\n" + STATUSES)
+def run(
+    image: Annotated[
+        str | None, typer.Argument(help="Stored image, or 'tiny' (default: debian).")
+    ] = None,
+    kernel: Annotated[
+        Path | None, typer.Option(help="bzImage or ELF vmlinux to boot instead of an image.")
+    ] = None,
+    initrd: Annotated[Path | None, typer.Option(help="Initial RAM disk.")] = None,
+    append: Annotated[
+        str | None, typer.Option(help="Kernel command line (added to that of an image).")
+    ] = None,
+    memory: Annotated[str, typer.Option(help="Guest RAM, such as 512M or 1G.")] = "512M",
+    cpus: Annotated[int, typer.Option(help="Number of vCPUs.")] = 1,
+    engine: Annotated[str, typer.Option(help="auto, translate, kvm or trap.")] = "auto",
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds until the guest is stopped (status 5).")
+    ] = None,
+    stats: Annotated[
+        str | None,
+        typer.Option(help="Statistics at the end: JSON to this file, or '-': tables on stderr."),
+    ] = None,
+    trace: Annotated[Trace | None, typer.Option(help="Print each exit on stderr.")] = None,
+    on_reset: Annotated[
+        OnReset, typer.Option(help="When the guest resets: leave with status 7, or boot again.")
+    ] = OnReset.EXIT,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep translations on disk.")
+    ] = True,
+    cache_dir: CacheDir = None,
+) -> int:
+    """Boot a guest; its serial console is your terminal, or your pipe."""
+    from ringfence.cli.run import RunOptions, run_guest
+
+    return run_guest(
+        RunOptions(
+            image=image,
+            kernel=kernel,
+            initrd=initrd,
+            append=append,
+            memory=memory,
+            cpus=cpus,
+            engine=engine,
+            timeout=timeout,
+            stats=stats,
+            trace=trace is not None,
+            on_reset="exit" if on_reset is OnReset.EXIT else "reboot",
+            cache=cache,
+            cache_dir=cache_dir,
+        )
+    )
+
+
+@pull_app.command("debian")
+def pull_debian(
+    flavour: Annotated[
+        Flavour, typer.Option(help="Small cloud kernel, or the one with all drivers.")
+    ] = Flavour.CLOUD,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Fetch again although the image is there.")
+    ] = False,
+) -> int:
+    """Fetch Debian's kernel and busybox with apt (no root needed) and build an image.
+
+    It is called 'debian', or 'debian-generic' with the generic kernel.
+    """
+    from ringfence.cli.pull import pull
+
+    pull(flavour.value, refresh=refresh)
+    return 0
+
+
+@app.command()
+def images(json: Json = False) -> int:
+    """List the images that 'run' knows."""
+    from ringfence.cli.pull import show_images
+
+    show_images(as_json=json)
+    return 0
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """Tell what this host offers and what is missing; status 6 if guests can't run."""
+    from ringfence.cli.doctor import show
+
+    return show(as_json=json)
+
+
+@cache_app.command("info")
+def cache_info(cache_dir: CacheDir = None, json: Json = False) -> int:
+    """Where the translation cache is and what it takes."""
+    from ringfence.cli.cache import info
+
+    info(cache_dir, as_json=json)
+    return 0
+
+
+@cache_app.command("clear")
+def cache_clear(cache_dir: CacheDir = None) -> int:
+    """Remove all kept translations; they are made again when needed."""
+    from ringfence.cli.cache import clear
+
+    clear(cache_dir)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: run the command and exit with its status."""
+    status = _status(arguments)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # The reader is gone; keep the interpreter from trying once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(status)
+
+
+def _status(arguments: Sequence[str] | None) -> int:
+    try:
+        result = app(args=arguments, prog_name="ringfence", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except RingfenceError as error:
+        _complain(str(error))
+        if isinstance(error, GuestCrash) and error.registers:
+            print(error.registers.rstrip("\n"), file=sys.stderr)
+        return error.exit_status
+    except typer.TyperException as error:
+        message = error.format_message()
+        if message:
+            _complain(f"{message} (try --help)")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if os.environ.get("RINGFENCE_DEBUG") == "1":
+            raise
+        _complain(
+            f"internal error: {type(error).__name__}: {error}"
+            " (set RINGFENCE_DEBUG=1 for the traceback)"
+        )
+        return INTERNAL_ERROR
+
+
+def _complain(message: str) -> None:
+    """One line on stderr, whatever is in the message."""
+    line = " ".join(message.split())
+    try:
+        print(f"ringfence: error: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        return

@@ -1,0 +1,115 @@
+"""``ringfence pull`` and ``ringfence images``: get guests, and show the ones there are.
+
+Progress goes to stderr, so that stdout stays what the user asked for: a table, JSON, or the
+guest's console when ``run`` pulls by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ringfence.images.store import Image
+
+DEFAULT_IMAGE = "debian"
+DEFAULT_FLAVOUR = "cloud"
+BUILTIN_IMAGE = "tiny"
+
+
+def ensure_image(name: str | None) -> str:
+    """The name of an image that can be started, fetched first where that is possible.
+
+    Without a name it is `DEFAULT_IMAGE`, or where the host has no apt, the built-in guest.
+    """
+    from ringfence.images.store import Store
+
+    wanted = name or DEFAULT_IMAGE
+    if wanted != DEFAULT_IMAGE or Store().get(wanted) is not None:
+        return wanted
+    if shutil.which("apt-get") is not None:
+        pull(DEFAULT_FLAVOUR)
+        return wanted
+    if name is None:
+        print(
+            "ringfence: this host has no apt to fetch Debian's kernel with;"
+            f" booting the built-in guest '{BUILTIN_IMAGE}'",
+            file=sys.stderr,
+        )
+        return BUILTIN_IMAGE
+    return wanted
+
+
+def pull(flavour: str, *, refresh: bool = False) -> None:
+    """Fetch Debian's kernel and busybox, showing how far it is."""
+    from ringfence.images.debian import pull_debian
+    from ringfence.images.store import Store
+
+    name = DEFAULT_IMAGE if flavour == DEFAULT_FLAVOUR else f"{DEFAULT_IMAGE}-{flavour}"
+    with _progress(name) as progress:
+        image = pull_debian(Store(), flavour=flavour, progress=progress, refresh=refresh, name=name)
+    print(f"ringfence: {_line(image)}", file=sys.stderr)
+
+
+def show_images(*, as_json: bool) -> None:
+    """Print the stored images and the built-in one."""
+    from ringfence.images.store import Store
+
+    images = Store().list_images()
+    if as_json:
+        rows = [
+            {
+                "name": image.name,
+                "kernel_version": image.kernel_version,
+                "kernel": str(image.kernel),
+                "initrd": str(image.initrd) if image.initrd else None,
+                "cmdline": image.cmdline,
+                "packages": {package.name: package.version for package in image.packages},
+                "builtin": False,
+            }
+            for image in images
+        ]
+        rows.append({"name": BUILTIN_IMAGE, "builtin": True})
+        print(json.dumps(rows, indent=2))
+        return
+    for image in images:
+        print(_line(image))
+    print(f"{BUILTIN_IMAGE}: built in, assembled when it is started")
+
+
+def _line(image: Image) -> str:
+    size = image.kernel_size + image.initrd_size
+    return f"{image.name}: Linux {image.kernel_version}, {size / (1 << 20):.1f} MiB"
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar on a terminal, a line per stage elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    if not sys.stderr.isatty():
+        seen: set[str] = set()
+
+        def report(stage: str, fraction: float) -> None:
+            if stage not in seen:
+                seen.add(stage)
+                print(f"ringfence: {title}: {stage}", file=sys.stderr, flush=True)
+
+        yield report
+        return
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda stage, fraction: bar.update(
+            task, description=f"{title}: {stage}", completed=fraction
+        )

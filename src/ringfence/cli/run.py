@@ -1,0 +1,112 @@
+"""``ringfence run``: from options to a machine, from its ending to an exit status."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ringfence.cli.session import Ending, Session
+from ringfence.engine import StopReason
+from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, UsageError
+from ringfence.machine import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The options of ``ringfence run``, as they were given."""
+
+    image: str | None
+    kernel: Path | None
+    initrd: Path | None
+    append: str | None
+    memory: str
+    cpus: int
+    engine: str
+    timeout: float | None
+    stats: str | None
+    trace: bool
+    on_reset: Literal["exit", "reboot"]
+    cache: bool
+    cache_dir: Path | None
+
+
+def run_guest(options: RunOptions) -> int:
+    """Boot what the options say and return the exit status; RingfenceError for a bad ending."""
+    _check(options)
+    image = options.image
+    if options.kernel is None:
+        from ringfence.cli.pull import ensure_image
+
+        image = ensure_image(image)
+    machine = Machine(
+        image=image,
+        kernel=options.kernel,
+        initrd=options.initrd,
+        append=options.append,
+        memory=options.memory,
+        cpus=options.cpus,
+        engine=options.engine,
+        on_reset=options.on_reset,
+        cache=options.cache,
+        cache_dir=options.cache_dir,
+    )
+    session = Session(machine, timeout=options.timeout, trace=options.trace)
+    try:
+        ending = session.run()
+    except GuestTimeout:
+        _report(machine.stats(), options.stats)
+        raise
+    _report(machine.stats(), options.stats)
+    return _status(machine, ending)
+
+
+def _check(options: RunOptions) -> None:
+    """Refuse what makes no sense before anything is fetched or built."""
+    from ringfence import engine as engines
+    from ringfence.settings import parse_memory
+
+    parse_memory(options.memory)
+    engines.resolve(options.engine)
+    if options.cpus != 1:
+        raise UsageError(f"--cpus {options.cpus} is not available yet: expected 1")
+    if options.kernel is not None and options.image is not None:
+        raise UsageError("both an image and --kernel were given: expected one of them")
+    if options.timeout is not None and not (options.timeout > 0 and math.isfinite(options.timeout)):
+        raise UsageError(f"--timeout {options.timeout:g}: expected seconds above 0")
+    if options.stats not in (None, "-"):
+        assert options.stats is not None
+        target = Path(options.stats)
+        if target.is_dir() or not target.absolute().parent.is_dir():
+            raise UsageError(f"--stats {target}: expected a file in a folder that exists, or '-'")
+
+
+def _report(stats: dict[str, Any], where: str | None) -> None:
+    if where is None:
+        return
+    from ringfence.cli import report
+
+    if where == "-":
+        width = shutil.get_terminal_size((78, 24)).columns
+        sys.stderr.write("\n" + report.stats_text(stats, width))
+    else:
+        report.write_json(stats, Path(where))
+
+
+def _status(machine: Machine, ending: Ending | signal.Signals) -> int:
+    if isinstance(ending, signal.Signals):
+        return 128 + ending
+    if ending is Ending.PIPE:
+        return 128 + signal.SIGPIPE
+    if ending is Ending.QUIT:
+        return 0
+    outcome = machine.wait()
+    if outcome is StopReason.CRASH:
+        raise GuestCrash("the guest crashed; its registers:", machine.crash_report)
+    if outcome is StopReason.RESET:
+        raise GuestReset("the guest asked for a reset (use --on-reset reboot to boot it again)")
+    return 0

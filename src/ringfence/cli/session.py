@@ -1,0 +1,199 @@
+"""One run of a machine at the command line: bytes in, bytes out, signals, time limit, ending.
+
+The main thread sits in one ``poll`` over stdin and a wake-up pipe. Signals (through
+``signal.set_wakeup_fd``) write their number into the pipe, the end of the machine and a broken
+stdout write 0; so nothing is done inside a signal handler, and nothing can be missed. The vCPU's
+thread writes the guest's console bytes to stdout itself, as they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ringfence.cli.terminal import HELP, Escape, EscapeFilter, RawTerminal
+from ringfence.errors import GuestTimeout
+
+if TYPE_CHECKING:
+    from ringfence.engine.exits import TraceRecord
+    from ringfence.machine import Machine
+
+STDIN, STDOUT = 0, 1
+CHUNK = 4096
+"""At most so many bytes a write: a pipe that polls writable takes them without blocking."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that stop the machine; the exit status is 128 and the signal's number."""
+
+
+class Ending(Enum):
+    """How a session came to its end, where no signal did it."""
+
+    GUEST = "the guest ended"
+    QUIT = "the user quit"
+    PIPE = "nobody reads stdout"
+
+
+class _Output:
+    """The guest's bytes on their way to stdout; gives up as soon as nobody wants them."""
+
+    def __init__(self, wake: int) -> None:
+        self._wake = wake
+        self._poll = select.poll()
+        self._poll.register(STDOUT, select.POLLOUT)
+        self.closing = False
+        self.broken = False
+
+    def write(self, data: bytes) -> None:
+        """Write all of ``data``, waiting for a slow reader as long as the session goes on."""
+        view = memoryview(data)
+        while view and not self.closing and not self.broken:
+            if not self._poll.poll(100):
+                continue
+            try:
+                view = view[os.write(STDOUT, view[:CHUNK]) :]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC):
+                    raise
+                self.broken = True
+                _poke(self._wake)
+
+
+class Session:
+    """Drives ``machine`` between stdin and stdout until something ends it.
+
+    Parameters
+    ----------
+    machine : Machine
+        Ready, not started.
+    timeout : float or None
+        Seconds of host time that the guest may take.
+    trace : bool
+        Whether to print each exit on stderr.
+    """
+
+    def __init__(self, machine: Machine, *, timeout: float | None, trace: bool) -> None:
+        self.machine = machine
+        self.timeout = timeout
+        self.terminal = RawTerminal(STDIN)
+        self._escapes = EscapeFilter()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._output = _Output(self._wake_write)
+        if trace:
+            machine.set_trace(self._trace)
+
+    def run(self) -> Ending | signal.Signals:
+        """Start the machine and stay until it ended or was stopped; GuestTimeout if too late."""
+        machine = self.machine
+        machine.console.listen(self._output.write)
+        machine.when_ended(lambda: _poke(self._wake_write))
+        try:
+            with _signals(self._wake_write), self.terminal:
+                try:
+                    machine.start()
+                    return self._loop()
+                finally:
+                    self._output.closing = True
+                    machine.stop()
+        finally:
+            machine.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    def _loop(self) -> Ending | signal.Signals:
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        poll.register(STDIN, select.POLLIN)
+        while True:
+            wait = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            ready = dict(poll.poll(wait))
+            if self._wake_read in ready:
+                ending = self._woken()
+                if ending is not None:
+                    return ending
+            if deadline is not None and time.monotonic() >= deadline:
+                raise GuestTimeout(f"the guest did not power off within {self.timeout:g} s")
+            if STDIN in ready:
+                data = _read_stdin(ready[STDIN])
+                if data is not None and not data:
+                    poll.unregister(STDIN)
+                elif data and self._typed(data):
+                    return Ending.QUIT
+
+    def _woken(self) -> Ending | signal.Signals | None:
+        """What the wake-up pipe says; None if it is nothing that ends the session."""
+        for number in os.read(self._wake_read, 512):
+            if number == signal.SIGCONT:
+                self.terminal.enter()
+            elif number in ENDING:
+                return signal.Signals(number)
+        if self.machine.outcome is not None:
+            return Ending.GUEST
+        return Ending.PIPE if self._output.broken else None
+
+    def _typed(self, data: bytes) -> bool:
+        """Hand on what was typed; True if the user wants to leave."""
+        if not self.terminal.active:
+            self.machine.console.send(data)
+            return False
+        for piece in self._escapes.feed(data):
+            if isinstance(piece, bytes):
+                self.machine.console.send(piece)
+            elif piece is Escape.QUIT:
+                return True
+            elif piece is Escape.STATS:
+                from ringfence.cli.report import stats_text
+
+                self.terminal.say("\n" + stats_text(self.machine.stats()))
+            else:
+                self.terminal.say("\n" + HELP)
+        return False
+
+    def _trace(self, record: TraceRecord) -> None:
+        self.terminal.say(f"{record}\n")
+
+
+def _poke(fd: int) -> None:
+    """Wake the main thread; a full or closed pipe means that it is awake already."""
+    with contextlib.suppress(OSError):
+        os.write(fd, b"\0")
+
+
+def _read_stdin(events: int) -> bytes | None:
+    """What there is to read, None for nothing yet; empty at the end or where stdin is no use."""
+    if events & select.POLLNVAL:
+        return b""
+    try:
+        return os.read(STDIN, CHUNK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+@contextlib.contextmanager
+def _signals(wake: int) -> Iterator[None]:
+    """Turn the signals that matter into bytes in the wake-up pipe."""
+    handled = (*ENDING, signal.SIGCONT)
+    before = {number: signal.getsignal(number) for number in handled}
+    previous = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    for number in handled:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.set_wakeup_fd(previous)

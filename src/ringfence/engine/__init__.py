@@ -1,0 +1,137 @@
+"""How the VMM gives the CPU to the guest and gets it back: what every engine offers.
+
+An engine runs a vCPU in the thread that calls `Engine.run` until the machine ends or its owner
+wants the CPU back. Which technique it uses (binary translation, hardware virtualization,
+trap-and-emulate) is its own matter; `create` finds one by name and imports nothing before it is
+asked to, because the engines pull in a compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ringfence.errors import UsageError
+
+if TYPE_CHECKING:
+    from ringfence.engine.exits import TraceRecord
+    from ringfence.memory.ram import GuestMemory
+
+
+class StopReason(Enum):
+    """Why `Engine.run` returned."""
+
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    CRASH = "crash"
+    STOPPED = "stopped"
+    PAUSED = "paused"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the owner of a machine may choose about its engine.
+
+    Attributes
+    ----------
+    cpus : int
+        Number of vCPUs.
+    cache_dir : Path or None
+        Folder of the persistent translation cache; None keeps translations in memory only.
+    """
+
+    cpus: int = 1
+    cache_dir: Path | None = None
+
+
+class Engine(Protocol):
+    """One vCPU's way of running. Only the methods marked so may be called from any thread."""
+
+    def set_boot_state(self, boot: Any) -> None:
+        """Put the vCPU into the state in which the guest's first instruction expects it."""
+
+    def run(self) -> StopReason:
+        """Run the vCPU in the calling thread until something in `StopReason` happens."""
+
+    def request_stop(self) -> None:
+        """Make `run` return STOPPED soon (any thread; remembered if `run` is not active)."""
+
+    def request_pause(self) -> None:
+        """Make `run` return PAUSED soon (any thread); a later `run` goes on from there."""
+
+    def registers(self) -> dict[str, int]:
+        """Registers of a vCPU that is not running, by the manual's lower-case names."""
+
+    def set_registers(self, values: dict[str, int]) -> None:
+        """Change some registers of a vCPU that is not running."""
+
+    def read_virtual(self, address: int, length: int) -> bytes:
+        """Bytes at a guest-virtual address as the paused vCPU sees them; IndexError if unmapped."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as nested plain data (any thread).
+
+        ``exits`` (reason to count and ns), ``interrupts`` (vector to count), ``translation``,
+        ``tlb`` and ``time`` (guest, vmm, translation, idle; nanoseconds).
+        """
+
+    def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
+        """Call ``callback`` with each exit, or with None stop doing so."""
+
+    def crash_dump(self) -> str:
+        """Registers and surroundings at a crash: text of several lines."""
+
+    def close(self) -> None:
+        """Flush the translation cache and free what the engine holds; `run` must be over."""
+
+
+Factory = Callable[["GuestMemory", Any, EngineConfig], Engine]
+
+AUTO = "auto"
+_PLANNED = ("kvm", "trap")
+_factories: dict[str, str | Factory] = {
+    "translate": "ringfence.engine.translate.engine:TranslateEngine",
+}
+
+
+def names() -> tuple[str, ...]:
+    """All names that `create` knows, whether or not they are available yet."""
+    return (AUTO, *_factories, *_PLANNED)
+
+
+def register(name: str, factory: Factory) -> None:
+    """Offer another engine under ``name``."""
+    _factories[name] = factory
+
+
+def resolve(name: str) -> str:
+    """The engine that ``name`` stands for; UsageError where there is none."""
+    if name == AUTO:
+        return "translate"
+    if name in _PLANNED:
+        raise UsageError(f"engine '{name}' is not available yet: use 'translate' or 'auto'")
+    if name not in _factories:
+        raise UsageError(f"unknown engine '{name}': expected one of {', '.join(names())}")
+    return name
+
+
+def create(name: str, memory: GuestMemory, board: Any, config: EngineConfig) -> Engine:
+    """Make the engine called ``name`` for one machine."""
+    factory = _factories[resolve(name)]
+    if isinstance(factory, str):
+        module, _, attribute = factory.partition(":")
+        factory = getattr(importlib.import_module(module), attribute)
+    made: Engine = factory(memory, board, config)
+    return made
+
+
+def tsc_source(name: str) -> Any:
+    """The time-stamp counter that the board's timers and the guest share under this engine."""
+    del name  # every engine so far reads the host's
+    from ringfence.engine.translate.tsc import host_tsc
+
+    return host_tsc()

@@ -1,0 +1,477 @@
+"""How the parts make one computer, and what its owner can do with it.
+
+A `Machine` is RAM, a board, an engine and a loaded kernel, put together by `_assemble`; it holds
+no device logic. One host thread runs the vCPU. The owner's calls (pause, resume, stop, wait) come
+from any other thread and meet the vCPU's thread at one condition variable, `_change`; the engine
+is only ever *asked* to return, and every change of state is made by the thread that sees it
+happen.
+
+A reset is a new assembly: the thread drops RAM, board and engine and builds them again, so that
+nothing of the old life can leak into the next.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from ringfence import engine as engines
+from ringfence.console import Console
+from ringfence.engine import Engine, EngineConfig, StopReason
+from ringfence.errors import GuestTimeout, HostError, UsageError
+from ringfence.memory.ram import GuestMemory
+from ringfence.settings import default_cache_dir, parse_memory
+
+if TYPE_CHECKING:
+    from ringfence.boot.source import ImageSource
+    from ringfence.chipset.board import Board
+    from ringfence.chipset.clock import HostClock
+    from ringfence.engine.exits import TraceRecord
+
+DEFAULT_APPEND = "console=ttyS0 panic=-1"
+"""Kernel command line where neither the owner nor the image says another."""
+ACPI_BASE = 0xE0000
+"""Guest-physical address of the ACPI tables; the RSDP is first (ACPI 6.5, 5.2.5.1)."""
+STOP_PATIENCE = 10.0
+"""Seconds until a vCPU thread that does not come back is called a bug."""
+
+
+class State(Enum):
+    """Where a machine is in its life."""
+
+    READY = "ready"
+    RUNNING = "running"
+    PAUSED = "paused"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """What a machine is made of; checked and resolved, so that assembling it can be repeated.
+
+    Attributes
+    ----------
+    kernel, initrd : bytes, str or Path
+        The images, or the files that hold them; ``initrd`` may be None.
+    cmdline : str
+        The whole kernel command line.
+    memory : int
+        Bytes of guest RAM.
+    on_reset : {"exit", "reboot"}
+        What a reset by the guest means.
+    """
+
+    kernel: ImageSource
+    initrd: ImageSource | None
+    cmdline: str
+    memory: int
+    engine: str
+    engine_config: EngineConfig = field(default_factory=EngineConfig)
+    on_reset: Literal["exit", "reboot"] = "exit"
+
+
+@dataclass(slots=True)
+class _Parts:
+    """One assembly of a machine: what a reset throws away."""
+
+    memory: GuestMemory
+    clock: HostClock
+    board: Board
+    engine: Engine
+    ending: StopReason | None = None
+
+    def close(self) -> None:
+        self.engine.close()
+        self.memory.close()
+
+
+class Machine:
+    """One virtual computer.
+
+    Parameters
+    ----------
+    image : str, optional
+        Name of a stored image (``debian``) or of the built-in guest (``tiny``).
+    kernel, initrd : bytes, str or Path, optional
+        A kernel (bzImage or ELF vmlinux) and initial RAM disk of the owner's, instead of an image.
+    append : str, optional
+        Kernel command line; behind the image's own where there is an image.
+    memory : int or str
+        Guest RAM, in bytes or as text such as ``"512M"``.
+    cpus : int
+        Number of vCPUs (1 for now).
+    engine : str
+        ``auto``, ``translate``, ``kvm`` or ``trap``.
+    on_reset : {"exit", "reboot"}
+        Whether a reset by the guest ends the machine or starts it anew.
+    cache : bool
+        Whether translations are kept on disk for the next run.
+    cache_dir : str or Path, optional
+        Where they are kept; by default below the user's cache folder.
+
+    Raises
+    ------
+    UsageError, ImageError, HostError
+        The machine can't be built as asked; nothing is left behind.
+
+    Examples
+    --------
+    >>> with Machine(image="debian") as machine:  # doctest: +SKIP
+    ...     machine.start()
+    ...     machine.console.wait_for("~ # ")
+    ...     machine.console.send("poweroff -f\\n")
+    ...     machine.wait(10)
+    <StopReason.POWER_OFF: 'power-off'>
+    """
+
+    def __init__(
+        self,
+        *,
+        image: str | None = None,
+        kernel: ImageSource | None = None,
+        initrd: ImageSource | None = None,
+        append: str | None = None,
+        memory: int | str = "512M",
+        cpus: int = 1,
+        engine: str = "auto",
+        on_reset: Literal["exit", "reboot"] = "exit",
+        cache: bool = True,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if cpus != 1:
+            raise UsageError(f"{cpus} vCPUs are not available yet: expected 1")
+        if on_reset not in ("exit", "reboot"):
+            raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
+        size = parse_memory(memory)
+        engine = engines.resolve(engine)
+        folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
+        if kernel is None:
+            kernel, initrd, cmdline = _from_image(image or "debian", initrd, append)
+        elif image is not None:
+            raise UsageError("both an image and a kernel were given: expected one of them")
+        else:
+            cmdline = DEFAULT_APPEND if append is None else append
+        self.config = MachineConfig(
+            kernel, initrd, cmdline, size, engine, EngineConfig(cpus, folder), on_reset
+        )
+        self.console = Console(self._type)
+        self.crash_report = ""
+        """Register dump of a crash; empty as long as there was none."""
+        self._change = threading.Condition()
+        self._state = State.READY
+        self._pause_wanted = False
+        self._stop_wanted = False
+        self._closed = False
+        self._outcome: StopReason | None = None
+        self._failure: BaseException | None = None
+        self._watchers: list[Callable[[], None]] = []
+        self._trace: Callable[[TraceRecord], None] | None = None
+        self._last_stats: dict[str, Any] = {}
+        self._started = 0.0
+        self._seconds = 0.0
+        self._resets = 0
+        self._parts = self._assemble()
+        self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
+
+    # -- life ---------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """Where the machine is in its life."""
+        return self._state
+
+    @property
+    def outcome(self) -> StopReason | None:
+        """Why the machine ended; None while it has not."""
+        return self._outcome
+
+    def start(self) -> None:
+        """Let the guest run; returns at once."""
+        with self._change:
+            if self._state is not State.READY or self._closed:
+                raise UsageError("the machine was started before: make a new Machine")
+            self._state = State.RUNNING
+        self._started = time.monotonic()
+        self._thread.start()
+
+    def pause(self) -> None:
+        """Stop the vCPU and the guest's time; returns when both stand still."""
+        with self._change:
+            self._require(State.RUNNING, State.PAUSED)
+            self._pause_wanted = True
+            self._parts.engine.request_pause()
+            self._await(lambda: self._state is not State.RUNNING)
+        if self._state is State.ENDED:
+            raise UsageError("the machine ended before it could be paused")
+
+    def resume(self) -> None:
+        """Let a paused guest go on, its time where it was."""
+        with self._change:
+            self._require(State.PAUSED)
+            self._pause_wanted = False
+            self._state = State.RUNNING
+            self._change.notify_all()
+
+    def stop(self) -> None:
+        """End the machine as by pulling the plug; returns when the vCPU stands still.
+
+        Called from the vCPU's own thread (a console listener, say), it returns at once.
+        """
+        with self._change:
+            if self._state is State.READY:
+                self._state, self._outcome = State.ENDED, StopReason.STOPPED
+                return
+            self._stop_wanted = True
+            self._parts.engine.request_stop()
+            self._change.notify_all()
+            if threading.current_thread() is not self._thread:
+                self._await(lambda: self._state is State.ENDED)
+
+    def wait(self, timeout: float | None = None) -> StopReason:
+        """Wait until the machine ends, at most ``timeout`` seconds, and say why it did.
+
+        Raises
+        ------
+        GuestTimeout
+            It still runs; it is left running.
+        """
+        with self._change:
+            if self._state is State.READY:
+                raise UsageError("the machine was not started: call start() first")
+            if not self._change.wait_for(lambda: self._state is State.ENDED, timeout):
+                raise GuestTimeout(f"the guest did not power off within {timeout:g} s")
+        if self._failure is not None:
+            raise self._failure
+        assert self._outcome is not None
+        return self._outcome
+
+    def when_ended(self, watcher: Callable[[], None]) -> None:
+        """Have ``watcher`` called once, from the vCPU's thread, when the machine ends."""
+        with self._change:
+            if self._state is not State.ENDED:
+                self._watchers.append(watcher)
+                return
+        watcher()
+
+    def close(self) -> None:
+        """Stop the machine, flush its translation cache, free its memory. Safe to repeat."""
+        if self._closed:
+            return
+        self.stop()
+        self._closed = True
+        if self._thread.is_alive():
+            self._thread.join(STOP_PATIENCE)
+        self._last_stats = self.stats()
+        self._parts.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- seeing inside ------------------------------------------------------------------------
+
+    def read_physical(self, address: int, length: int) -> bytes:
+        """Bytes of guest RAM; IndexError outside it. The guest must stand still."""
+        return self._still().memory.read(address, length)
+
+    def write_physical(self, address: int, data: bytes) -> None:
+        """Change guest RAM; IndexError outside it. The guest must stand still.
+
+        Code that was already translated is not watched here: change code before it runs.
+        """
+        self._still().memory.write(address, data)
+
+    def read_virtual(self, address: int, length: int) -> bytes:
+        """Bytes as the paused vCPU would read them; IndexError where nothing is mapped."""
+        return self._still().engine.read_virtual(address, length)
+
+    def registers(self) -> dict[str, int]:
+        """Registers of the vCPU, by the manual's lower-case names. The guest must stand still."""
+        return self._still().engine.registers()
+
+    def set_registers(self, values: dict[str, int]) -> None:
+        """Change some registers of the vCPU. The guest must stand still."""
+        self._still().engine.set_registers(values)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as nested plain data, at any time; those of the last assembly after a reset.
+
+        Beside what `Engine.stats` gives: ``machine`` with ``outcome``, ``seconds`` of host time,
+        ``resets``, ``engine`` and ``memory`` in bytes.
+        """
+        if self._closed and self._last_stats:
+            return self._last_stats
+        seconds = self._seconds
+        if self._state in (State.RUNNING, State.PAUSED):
+            seconds = time.monotonic() - self._started
+        about = {
+            "outcome": self._outcome.value if self._outcome else self._state.value,
+            "seconds": seconds,
+            "resets": self._resets,
+            "engine": self.config.engine,
+            "memory": self.config.memory,
+            "cmdline": self.config.cmdline,
+        }
+        return {"machine": about, **self._parts.engine.stats()}
+
+    def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
+        """Call ``callback`` with every exit, from the vCPU's thread; None stops it."""
+        self._trace = callback
+        self._parts.engine.set_trace(callback)
+
+    # -- the vCPU's thread --------------------------------------------------------------------
+
+    def _vcpu(self) -> None:
+        outcome = StopReason.STOPPED
+        try:
+            outcome = self._live()
+            if outcome is StopReason.CRASH:
+                self.crash_report = self._parts.engine.crash_dump()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._seconds = time.monotonic() - self._started
+            with self._change:
+                self._outcome = outcome
+                self._state = State.ENDED
+                watchers, self._watchers = self._watchers, []
+                self._change.notify_all()
+            self.console.end(f"the machine ended ({outcome.value})")
+            for watcher in watchers:
+                watcher()
+
+    def _live(self) -> StopReason:
+        """Run until the machine ends, through pauses and reboots."""
+        while True:
+            outcome = self._run_once()
+            if outcome is not StopReason.RESET or self.config.on_reset == "exit":
+                return outcome
+            with self._change:
+                if self._stop_wanted:
+                    return StopReason.STOPPED
+                self._parts.close()
+                self._parts = self._assemble()
+                self._resets += 1
+                self._parts.engine.set_trace(self._trace)
+                if self._pause_wanted:
+                    self._parts.engine.request_pause()
+
+    def _run_once(self) -> StopReason:
+        parts = self._parts
+        parts.board.timers.start()
+        try:
+            while True:
+                reason = parts.engine.run()
+                if parts.ending is not None:
+                    return parts.ending
+                if reason is not StopReason.PAUSED:
+                    return reason
+                parts.clock.pause()
+                self._stand_still()
+                parts.clock.resume()
+                if self._stop_wanted:
+                    return StopReason.STOPPED
+        finally:
+            parts.board.timers.stop()
+
+    def _stand_still(self) -> None:
+        with self._change:
+            if not self._pause_wanted:
+                return
+            self._state = State.PAUSED
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._state is State.RUNNING or self._stop_wanted)
+
+    # -- composition --------------------------------------------------------------------------
+
+    def _assemble(self) -> _Parts:
+        """Build RAM, board and engine and load the guest, as after power-on."""
+        from ringfence.boot.linux import load_linux
+        from ringfence.chipset import acpi
+        from ringfence.chipset.board import Board
+        from ringfence.chipset.clock import HostClock
+
+        config = self.config
+        memory = GuestMemory(config.memory)
+        try:
+            clock = HostClock()
+            board = Board(
+                clock=clock,
+                tsc=engines.tsc_source(config.engine),
+                memory_size=config.memory,
+                cpus=config.engine_config.cpus,
+                console_sink=self.console.feed,
+                on_power_off=lambda: self._ending(StopReason.POWER_OFF),
+                on_reset=lambda: self._ending(StopReason.RESET),
+            )
+            memory.write(ACPI_BASE, acpi.build_tables(ACPI_BASE, config.engine_config.cpus))
+            boot = load_linux(
+                memory,
+                kernel=config.kernel,
+                initrd=config.initrd,
+                cmdline=config.cmdline,
+                rsdp=ACPI_BASE,
+            )
+            engine = engines.create(config.engine, memory, board, config.engine_config)
+            engine.set_boot_state(boot)
+        except BaseException:
+            memory.close()
+            raise
+        return _Parts(memory, clock, board, engine)
+
+    def _ending(self, reason: StopReason) -> None:
+        """The board says that the guest turned itself off or asked for a reset."""
+        parts = self._parts
+        if parts.ending is None:
+            parts.ending = reason
+        parts.engine.request_stop()
+
+    def _type(self, data: bytes) -> None:
+        self._parts.board.uart.receive(data)
+
+    # -- guards -------------------------------------------------------------------------------
+
+    def _require(self, *allowed: State) -> None:
+        if self._state not in allowed or self._closed:
+            expected = " or ".join(state.value for state in allowed)
+            now = "closed" if self._closed else self._state.value
+            raise UsageError(f"the machine is {now}: expected it to be {expected}")
+
+    def _still(self) -> _Parts:
+        self._require(State.READY, State.PAUSED, State.ENDED)
+        return self._parts
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        """Wait (holding ``_change``) for something that the vCPU's thread does soon."""
+        if not self._change.wait_for(condition, STOP_PATIENCE):
+            raise HostError(f"the vCPU did not come back within {STOP_PATIENCE:g} s: a bug of ours")
+
+
+def _from_image(
+    name: str, initrd: ImageSource | None, append: str | None
+) -> tuple[ImageSource, ImageSource | None, str]:
+    """Kernel, initrd and command line of a stored or built-in image."""
+    from ringfence.images import builtin
+    from ringfence.images.store import Store
+
+    kernel: ImageSource
+    if name == builtin.NAME:
+        kernel, cmdline = builtin.kernel(), DEFAULT_APPEND
+    else:
+        image = Store().find(name)
+        kernel, initrd = image.kernel, initrd or image.initrd
+        cmdline = " ".join(dict.fromkeys(f"{DEFAULT_APPEND} {image.cmdline}".split()))
+    return kernel, initrd, f"{cmdline} {append}" if append else cmdline

@@ -1,0 +1,156 @@
+"""Arguments, and how errors become one line and a status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ringfence
+from ringfence.cli import app
+from ringfence.cli.doctor import NEEDED_FEATURES, OFFERED_FEATURES, examine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus"], "No such option"),
+        (["frob"], "No such command"),
+        (["run", "--memory", "x"], "not a size"),
+        (["run", "--memory", "900T"], "out of range"),
+        (["run", "--memory", "512"], "a number without a unit is bytes"),
+        (["run", "--memory", "-1G"], "not a size"),
+        (["run", "--cpus", "two"], "--cpus"),
+        (["run", "--cpus", "2"], "not available yet"),
+        (["run", "--cpus", "-5"], "expected 1"),
+        (["run", "--engine", "kvm"], "not available yet"),
+        (["run", "--engine", "warp"], "unknown engine"),
+        (["run", "--timeout", "0"], "above 0"),
+        (["run", "--timeout", "nan"], "above 0"),
+        (["run", "--timeout", "soon"], "--timeout"),
+        (["run", "--trace", "dreams"], "--trace"),
+        (["run", "--on-reset", "explode"], "--on-reset"),
+        (["run", "--stats", "/nonexistent/folder/stats.json"], "--stats"),
+        (["run", "debian", "--kernel", "bzImage"], "both an image and --kernel"),
+        (["run", "../../etc"], "image"),
+        (["run", "nosuchimage"], "image"),
+        (["pull", "debian", "--flavour", "salty"], "--flavour"),
+        (["cache", "info", "--cache-dir", "/dev/null"], "not a folder"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app.main(arguments)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert err.startswith("ringfence: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert out == ""
+
+
+def test_help_documents_every_status(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            app.main(arguments)
+        assert ended.value.code == 0
+        out = capsys.readouterr().out
+        for status in (0, 2, 3, 4, 5, 6, 7, 70):
+            assert f" {status} " in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ringfence {ringfence.__version__}\n"
+
+
+def test_images(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app.main(["images", "--json"])
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["tiny"]
+    with pytest.raises(SystemExit):
+        app.main(["images"])
+    assert capsys.readouterr().out.startswith("tiny: built in")
+
+
+def test_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.rft").write_bytes(bytes(1 << 20))
+    (tmp_path / "precious.txt").write_text("mine")
+    (tmp_path / "link.rft").symlink_to(tmp_path / "precious.txt")
+    with pytest.raises(SystemExit):
+        app.main(["cache", "info", "--json", "--cache-dir", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == {
+        "folder": str(tmp_path),
+        "files": 1,
+        "bytes": 1 << 20,
+    }
+    with pytest.raises(SystemExit) as ended:
+        app.main(["cache", "clear", "--cache-dir", str(tmp_path)])
+    assert ended.value.code == 0
+    assert "1 files removed" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["link.rft", "precious.txt"]
+    with pytest.raises(SystemExit) as ended:
+        app.main(["cache", "info", "--cache-dir", str(tmp_path / "nowhere")])
+    assert ended.value.code == 0
+
+
+CPUINFO = """\
+processor\t: 0
+model name\t: Some CPU
+flags\t\t: {flags}
+
+processor\t: 1
+flags\t\t: nothing
+"""
+ALL = " ".join(NEEDED_FEATURES + OFFERED_FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "name", "ok", "detail"),
+    [
+        (ALL, True, "features needed", True, "all there"),
+        ("cx16 nx", True, "features needed", False, "lacks fxsr lahf_lm sse2"),
+        (ALL, True, "features offered", True, "avx2"),
+        (ALL, True, "KVM", False, "software KVM"),
+        (ALL + " svm", True, "KVM", True, "hardware"),
+        (ALL + " vmx", True, "KVM", True, "hardware"),
+        (ALL, False, "KVM", False, "binary translation"),
+        (ALL, True, "memfd", True, "works"),
+        (ALL, True, "W^X dual mapping", True, "works"),
+        (ALL, True, "cache folder", True, "writable"),
+    ],
+)
+def test_doctor(tmp_path: Path, flags: str, device: bool, name: str, ok: bool, detail: str) -> None:
+    cpuinfo, kvm = tmp_path / "cpuinfo", tmp_path / "kvm"
+    cpuinfo.write_text(CPUINFO.format(flags=flags))
+    if device:
+        kvm.touch()
+    check = {each.name: each for each in examine(cpuinfo, kvm)}[name]
+    assert check.ok is ok
+    assert detail in check.detail
+
+
+def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app.main(["doctor", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    failed = [row for row in rows if row["needed"] and not row["ok"]]
+    assert ended.value.code == (6 if failed else 0)
+    assert {"KVM", "apt", "memory", "limits"} <= {row["name"] for row in rows}
+
+
+def test_without_apt_the_builtin_guest_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ringfence.cli.pull import ensure_image
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert ensure_image(None) == "tiny"
+    assert "no apt" in capsys.readouterr().err
+    assert ensure_image("debian") == "debian"
+    assert ensure_image("tiny") == "tiny"

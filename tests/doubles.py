@@ -1,0 +1,186 @@
+"""A machine whose guest is a Python generator: to test what is around the engine.
+
+Run as a script, it is the ``ringfence`` command with such a guest: ``doubles.py GUEST ARGUMENT...``
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+from ringfence.engine import StopReason
+from ringfence.engine.exits import ExitCounters, PortOut, Reason, TraceRecord
+from ringfence.machine import Machine, _Parts
+from ringfence.memory.ram import GuestMemory
+
+Life: TypeAlias = Generator[None, None, StopReason]
+Script: TypeAlias = "Callable[[ScriptedEngine], Life]"
+
+
+class ScriptedEngine:
+    """An engine whose guest is a generator; it sees requests at every ``yield``."""
+
+    def __init__(self, script: Script, sink: Callable[[bytes], None]) -> None:
+        self.life = script(self)
+        self.sink = sink
+        self.input = b""
+        self.stop = False
+        self.pause = False
+        self.closed = False
+        self.counters = ExitCounters()
+        self.trace: Callable[[TraceRecord], None] | None = None
+        self.values = {"rip": 0x1000, "rax": 7}
+
+    def write(self, data: bytes) -> None:
+        """What the guest does to write on its console."""
+        for byte in data:
+            self.counters.add(Reason.PORT_OUT, 500)
+            if self.trace:
+                self.trace(TraceRecord(PortOut(0x3F8, 1, byte), self.values["rip"], 500))
+        self.sink(data)
+
+    def read(self) -> Generator[None, None, bytes]:
+        """What the guest does to wait for input."""
+        while not self.input:
+            time.sleep(0.002)
+            yield
+        data, self.input = self.input, b""
+        return data
+
+    def set_boot_state(self, boot: Any) -> None:
+        """Nothing to boot."""
+
+    def run(self) -> StopReason:
+        while not self.stop:
+            if self.pause:
+                self.pause = False
+                return StopReason.PAUSED
+            try:
+                next(self.life)
+            except StopIteration as end:
+                reason: StopReason = end.value
+                return reason
+        return StopReason.STOPPED
+
+    def request_stop(self) -> None:
+        self.stop = True
+
+    def request_pause(self) -> None:
+        self.pause = True
+
+    def registers(self) -> dict[str, int]:
+        return dict(self.values)
+
+    def set_registers(self, values: dict[str, int]) -> None:
+        self.values.update(values)
+
+    def read_virtual(self, address: int, length: int) -> bytes:
+        raise IndexError(address)
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "exits": self.counters.by_reason(),
+            "interrupts": {"32": 4},
+            "time": {"guest": 3_000_000, "vmm": 1_000_000, "translation": 0, "idle": 0},
+        }
+
+    def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
+        self.trace = callback
+
+    def crash_dump(self) -> str:
+        return "rip=0000000000001000 rax=0000000000000007\ncr2=0000000000000000"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def hello(guest: ScriptedEngine) -> Life:
+    guest.write(b"hello\r\n\x00\xff end")
+    yield
+    return StopReason.POWER_OFF
+
+
+def echo(guest: ScriptedEngine) -> Life:
+    guest.write(b"ready\n")
+    data = b""
+    while b"q" not in data:
+        data = yield from guest.read()
+        guest.write(data)
+    return StopReason.POWER_OFF
+
+
+def hang(guest: ScriptedEngine) -> Life:
+    guest.write(b"ready\n")
+    while True:
+        time.sleep(0.002)
+        yield
+
+
+def flood(guest: ScriptedEngine) -> Life:
+    while True:
+        guest.write(b"x" * 1000)
+        yield
+
+
+def large(guest: ScriptedEngine) -> Life:
+    for number in range(2000):
+        guest.write(b"%08d" % number * 100)
+        yield
+    return StopReason.POWER_OFF
+
+
+def crash(guest: ScriptedEngine) -> Life:
+    guest.write(b"oh")
+    yield
+    return StopReason.CRASH
+
+
+def reset(guest: ScriptedEngine) -> Life:
+    guest.write(b"again ")
+    yield
+    return StopReason.RESET
+
+
+def boom(guest: ScriptedEngine) -> Life:
+    yield
+    raise RuntimeError("a bug\nof ours")
+
+
+GUESTS = {each.__name__: each for each in (hello, echo, hang, flood, large, crash, reset, boom)}
+
+
+class ScriptedMachine(Machine):
+    """A real machine around a scripted engine and no board to speak of."""
+
+    script: Script = staticmethod(hello)
+
+    def _assemble(self) -> _Parts:
+        engine = ScriptedEngine(type(self).script, self.console.feed)
+
+        def receive(data: bytes) -> None:
+            engine.input += data
+
+        idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
+        board = SimpleNamespace(uart=SimpleNamespace(receive=receive), timers=idle)
+        clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
+        memory = GuestMemory(self.config.memory)
+        return _Parts(memory, clock, board, engine)  # type: ignore[arg-type]
+
+
+def scripted(script: Script, **options: Any) -> ScriptedMachine:
+    """A machine that runs ``script``."""
+    kind = type("Scripted", (ScriptedMachine,), {"script": staticmethod(script)})
+    machine: ScriptedMachine = kind(**{"kernel": b"none", "memory": "1M", **options})
+    return machine
+
+
+if __name__ == "__main__":
+    import ringfence.machine
+    from ringfence.cli.app import main
+
+    ScriptedMachine.script = staticmethod(GUESTS[sys.argv[1]])
+    ringfence.machine.Machine = ScriptedMachine  # type: ignore[misc]
+    main(sys.argv[2:])

@@ -1,0 +1,197 @@
+"""A machine's life, seen by its owner; the guest is a Python function."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import pytest
+
+import doubles
+from ringfence.engine import StopReason
+from ringfence.errors import GuestTimeout, HostError, RingfenceError, UsageError
+from ringfence.machine import Machine, State
+from ringfence.settings import parse_memory
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512M", 512 << 20),
+        ("1G", 1 << 30),
+        ("1GiB", 1 << 30),
+        ("2gb", 2 << 30),
+        ("4096k", 4 << 20),
+        (" 1048576 ", 1 << 20),
+        (8 << 20, 8 << 20),
+    ],
+)
+def test_sizes(text: int | str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "M", "-1M", "1.5G", "0", "512", "1X", "9" * 19 + "T", "2T", "1048577", -4096, "\u0661M"],
+)
+def test_absurd_sizes(text: int | str) -> None:
+    with pytest.raises(UsageError, match="memory"):
+        parse_memory(text)
+
+
+def test_more_than_the_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringfence.settings.host_memory", lambda: 1 << 30)
+    with pytest.raises(HostError, match="1024M"):
+        parse_memory("2G")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpus": 2}, "vCPUs"),
+        ({"cpus": 0}, "vCPUs"),
+        ({"engine": "kvm"}, "not available yet"),
+        ({"engine": "warp"}, "unknown engine"),
+        ({"on_reset": "explode"}, "on_reset"),
+        ({"image": "debian"}, "both an image and a kernel"),
+        ({"memory": "lots"}, "memory"),
+    ],
+)
+def test_what_makes_no_sense(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Machine(kernel=b"never read", **options)  # type: ignore[arg-type]
+
+
+def test_power_off() -> None:
+    with doubles.scripted(doubles.hello) as machine:
+        assert machine.state is State.READY
+        machine.start()
+        assert machine.wait(10) is StopReason.POWER_OFF
+        assert machine.console.raw == b"hello\r\n\x00\xff end"
+        assert machine.console.output == "hello\r\n\x00\ufffd end"
+    assert machine.stats()["machine"]["outcome"] == "power-off"
+    machine.close()
+
+
+def test_dialogue() -> None:
+    with doubles.scripted(doubles.echo) as machine:
+        machine.start()
+        assert machine.console.wait_for("ready\n", 10) == "ready\n"
+        machine.console.send("one two ")
+        assert machine.console.wait_for(re.compile(r"t\w+"), 10) == "one two"
+        machine.console.send(b"two q")
+        assert machine.console.wait_for(re.compile(rb"t.o"), 10) == " two"
+        assert machine.wait(10) is StopReason.POWER_OFF
+        with pytest.raises(RingfenceError, match=r"never wrote 'three'.*power-off"):
+            machine.console.wait_for("three", 10)
+
+
+def test_waiting_too_long() -> None:
+    with doubles.scripted(doubles.hang) as machine:
+        machine.start()
+        with pytest.raises(GuestTimeout, match=r"'never' within 0\.05 s"):
+            machine.console.wait_for("never", 0.05)
+        with pytest.raises(GuestTimeout):
+            machine.wait(0.05)
+        assert machine.state is State.RUNNING
+        machine.stop()
+        assert machine.wait() is StopReason.STOPPED
+
+
+def test_pause_look_change_resume() -> None:
+    with doubles.scripted(doubles.echo) as machine:
+        machine.start()
+        machine.console.wait_for("ready", 10)
+        with pytest.raises(UsageError, match="is running"):
+            machine.registers()
+        machine.pause()
+        machine.pause()
+        assert machine.state is State.PAUSED
+        assert machine.registers()["rax"] == 7
+        machine.set_registers({"rax": 8})
+        assert machine.registers()["rax"] == 8
+        machine.write_physical(0x2000, b"abc")
+        assert machine.read_physical(0x1FFF, 5) == b"\0abc\0"
+        with pytest.raises(IndexError):
+            machine.read_physical((1 << 20) - 1, 2)
+        machine.console.send("q")
+        time.sleep(0.02)
+        assert "q" not in machine.console.output
+        machine.resume()
+        assert machine.wait(10) is StopReason.POWER_OFF
+
+
+def test_stop_while_paused_and_before_start() -> None:
+    with doubles.scripted(doubles.hang) as machine:
+        machine.start()
+        machine.pause()
+        machine.stop()
+        assert machine.outcome is StopReason.STOPPED
+        with pytest.raises(UsageError, match="ended"):
+            machine.resume()
+    with doubles.scripted(doubles.hang) as machine:
+        machine.stop()
+        with pytest.raises(UsageError, match="started before"):
+            machine.start()
+
+
+def test_stop_from_the_guests_own_thread() -> None:
+    with doubles.scripted(doubles.flood) as machine:
+        machine.console.listen(lambda data: machine.stop())
+        machine.start()
+        assert machine.wait(10) is StopReason.STOPPED
+
+
+def test_crash_keeps_the_registers() -> None:
+    with doubles.scripted(doubles.crash) as machine:
+        machine.start()
+        assert machine.wait(10) is StopReason.CRASH
+        assert "rax=" in machine.crash_report
+
+
+def test_a_bug_reaches_whoever_waits() -> None:
+    with doubles.scripted(doubles.boom) as machine:
+        machine.start()
+        with pytest.raises(RuntimeError, match="a bug"):
+            machine.wait(10)
+
+
+def test_reset_ends_or_reboots() -> None:
+    with doubles.scripted(doubles.reset) as machine:
+        machine.start()
+        assert machine.wait(10) is StopReason.RESET
+    lives = []
+
+    def thrice(guest: doubles.ScriptedEngine) -> doubles.Life:
+        lives.append(1)
+        guest.write(b"life ")
+        yield
+        return StopReason.RESET if len(lives) < 3 else StopReason.POWER_OFF
+
+    with doubles.scripted(thrice, on_reset="reboot") as machine:
+        machine.start()
+        assert machine.wait(10) is StopReason.POWER_OFF
+        assert machine.console.output == "life life life "
+        assert machine.stats()["machine"]["resets"] == 2
+
+
+def test_watchers_are_told_once_even_when_late() -> None:
+    told = threading.Event()
+    with doubles.scripted(doubles.hello) as machine:
+        machine.when_ended(told.set)
+        machine.start()
+        assert told.wait(10)
+        late: list[int] = []
+        machine.when_ended(lambda: late.append(1))
+        assert late == [1]
+
+
+def test_output_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringfence.console.KEEP", 1000)
+    with doubles.scripted(doubles.large) as machine:
+        machine.start()
+        machine.wait(20)
+        assert machine.console.output.endswith("00001999")
+        assert len(machine.console.raw) <= 1250
+        assert machine.console.wait_for("00001999", 1).endswith("00001999")
