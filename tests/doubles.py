@@ -164,7 +164,8 @@ class ScriptedMachine(Machine):
             engine.input += data
 
         idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
-        board = SimpleNamespace(uart=SimpleNamespace(receive=receive), timers=idle)
+        uart = SimpleNamespace(pending_input=lambda: len(engine.input))
+        board = SimpleNamespace(uart=uart, timers=idle, receive=receive, flush=lambda: None)
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
         return _Parts(memory, clock, board, engine)  # type: ignore[arg-type]

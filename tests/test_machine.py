@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import doubles
-from ringfence.engine import StopReason
+from ringfence import engine as engines
+from ringfence.boot.linux import BootState
+from ringfence.chipset.board import Board
+from ringfence.engine import EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, RingfenceError, UsageError
 from ringfence.machine import Machine, State
+from ringfence.memory.ram import GuestMemory
 from ringfence.settings import parse_memory
 
 
@@ -136,13 +141,6 @@ def test_stop_while_paused_and_before_start() -> None:
             machine.start()
 
 
-def test_stop_from_the_guests_own_thread() -> None:
-    with doubles.scripted(doubles.flood) as machine:
-        machine.console.listen(lambda data: machine.stop())
-        machine.start()
-        assert machine.wait(10) is StopReason.STOPPED
-
-
 def test_crash_keeps_the_registers() -> None:
     with doubles.scripted(doubles.crash) as machine:
         machine.start()
@@ -195,3 +193,55 @@ def test_output_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert machine.console.output.endswith("00001999")
         assert len(machine.console.raw) <= 1250
         assert machine.console.wait_for("00001999", 1).endswith("00001999")
+
+
+class PortEngine(doubles.ScriptedEngine):
+    """A scripted engine on the real board, of which it uses the ports."""
+
+    def __init__(self, memory: GuestMemory, board: Board, config: EngineConfig) -> None:
+        super().__init__(_port_program, lambda data: None)
+        self.board = board
+        self.memory = memory
+
+    def set_boot_state(self, boot: BootState) -> None:
+        self.values["rip"] = boot.rip
+
+
+def _port_program(engine: PortEngine) -> doubles.Life:
+    for byte in b"login: ":
+        engine.board.port_write(0x3F8, 1, byte)
+    line = b""
+    while not line.endswith(b"\n"):
+        if engine.board.port_read(0x3FD, 1) & 1:
+            line += bytes([engine.board.port_read(0x3F8, 1)])
+        yield
+    for byte in line:
+        engine.board.port_write(0x3F8, 1, byte)
+    engine.board.port_write(0x3F8, 1, ord("!"))
+    if line == b"reset\n":
+        engine.board.port_write(0xCF9, 1, 6)
+    engine.board.port_write(0x604, 2, 5 << 10 | 1 << 13)
+    while True:
+        yield
+
+
+@pytest.mark.parametrize(
+    ("typed", "outcome"), [("hi\n", StopReason.POWER_OFF), ("reset\n", StopReason.RESET)]
+)
+def test_the_whole_house_around_an_engine(
+    monkeypatch: pytest.MonkeyPatch, typed: str, outcome: StopReason
+) -> None:
+    """Real RAM, board, tables and boot protocol; the guest works the ports itself."""
+    tsc = SimpleNamespace(hz=10**9, read=time.monotonic_ns)
+    monkeypatch.setattr(engines, "tsc_source", lambda name: tsc)
+    engines.register("ports", PortEngine)
+    with Machine(image="builtin", engine="ports", memory="16M") as machine:
+        assert machine.read_physical(0xE0000, 8) == b"RSD PTR "
+        assert machine.registers()["rip"] >= 0x100000
+        machine.start()
+        assert machine.console.wait_for("login: ", 10) == "login: "
+        machine.pause()
+        machine.resume()
+        machine.console.send(typed)
+        assert machine.wait(10) is outcome
+        assert machine.console.output == f"login: {typed}!"

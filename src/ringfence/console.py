@@ -1,8 +1,9 @@
 """The owner's end of the guest's serial console: read it, wait for it, type into it.
 
-The guest writes a byte at a time from the vCPU's thread, so `Console.feed` does as little as it
-can: append, tell the listeners, set an event. Whoever waits for a text wakes up, scans, and rests
-a few milliseconds before the next scan; a flood of output costs the guest nothing more.
+Output arrives in small pieces from the machine's own threads, with the board locked, so
+`Console.feed` does as little as it can: append, tell the listeners, set an event. Whoever waits
+for a text wakes up, scans, and rests a few milliseconds before the next scan; a flood of output
+costs the guest nothing more.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ class Console:
     ----------
     send : callable
         Takes the bytes that the guest shall receive.
+    unread : callable
+        Tells how many of them the guest has not read yet.
     """
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(self, send: Callable[[bytes], None], unread: Callable[[], int]) -> None:
         self._send = send
+        self._unread = unread
         self._lock = threading.Lock()
         self._kept = bytearray()
         self._dropped = 0
@@ -55,8 +59,17 @@ class Console:
         """Type ``text``; a line ends with ``\\n`` or, as on a keyboard, ``\\r``."""
         self._send(text.encode() if isinstance(text, str) else text)
 
+    @property
+    def unread(self) -> int:
+        """How many of the bytes sent the guest has not read yet."""
+        return self._unread()
+
     def listen(self, listener: Listener) -> None:
-        """Have ``listener`` called with all further output, from the vCPU's thread."""
+        """Have ``listener`` called with all further output.
+
+        It runs in one of the machine's threads: while it takes its time, the guest stands still,
+        and so does whoever calls `send`.
+        """
         self._listeners = (*self._listeners, listener)
 
     def wait_for(

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
-ACPI_BASE = 0xE0000
-"""Guest-physical address of the ACPI tables; the RSDP is first (ACPI 6.5, 5.2.5.1)."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
 
@@ -97,7 +95,7 @@ class Machine:
     Parameters
     ----------
     image : str, optional
-        Name of a stored image (``debian``) or of the built-in guest (``tiny``).
+        Name of a stored image (``debian``) or of the built-in guest (``builtin``).
     kernel, initrd : bytes, str or Path, optional
         A kernel (bzImage or ELF vmlinux) and initial RAM disk of the owner's, instead of an image.
     append : str, optional
@@ -160,7 +158,10 @@ class Machine:
         self.config = MachineConfig(
             kernel, initrd, cmdline, size, engine, EngineConfig(cpus, folder), on_reset
         )
-        self.console = Console(self._type)
+        self.console = Console(
+            send=lambda data: self._parts.board.receive(data),
+            unread=lambda: self._parts.board.uart.pending_input(),
+        )
         self.crash_report = ""
         """Register dump of a crash; empty as long as there was none."""
         self._change = threading.Condition()
@@ -221,7 +222,7 @@ class Machine:
     def stop(self) -> None:
         """End the machine as by pulling the plug; returns when the vCPU stands still.
 
-        Called from the vCPU's own thread (a console listener, say), it returns at once.
+        Not for console listeners and watchers, which run in the machine's own threads.
         """
         with self._change:
             if self._state is State.READY:
@@ -230,8 +231,7 @@ class Machine:
             self._stop_wanted = True
             self._parts.engine.request_stop()
             self._change.notify_all()
-            if threading.current_thread() is not self._thread:
-                self._await(lambda: self._state is State.ENDED)
+            self._await(lambda: self._state is State.ENDED)
 
     def wait(self, timeout: float | None = None) -> StopReason:
         """Wait until the machine ends, at most ``timeout`` seconds, and say why it did.
@@ -252,7 +252,10 @@ class Machine:
         return self._outcome
 
     def when_ended(self, watcher: Callable[[], None]) -> None:
-        """Have ``watcher`` called once, from the vCPU's thread, when the machine ends."""
+        """Have ``watcher`` called once, from the vCPU's thread, when the machine ends.
+
+        Where it has ended already, it is called at once.
+        """
         with self._change:
             if self._state is not State.ENDED:
                 self._watchers.append(watcher)
@@ -386,6 +389,7 @@ class Machine:
                     return StopReason.STOPPED
         finally:
             parts.board.timers.stop()
+            parts.board.flush()
 
     def _stand_still(self) -> None:
         with self._change:
@@ -417,13 +421,14 @@ class Machine:
                 on_power_off=lambda: self._ending(StopReason.POWER_OFF),
                 on_reset=lambda: self._ending(StopReason.RESET),
             )
-            memory.write(ACPI_BASE, acpi.build_tables(ACPI_BASE, config.engine_config.cpus))
+            tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
+            memory.write(acpi.ADDRESS, tables)
             boot = load_linux(
                 memory,
                 kernel=config.kernel,
                 initrd=config.initrd,
                 cmdline=config.cmdline,
-                rsdp=ACPI_BASE,
+                rsdp=acpi.ADDRESS,
             )
             engine = engines.create(config.engine, memory, board, config.engine_config)
             engine.set_boot_state(boot)
@@ -438,9 +443,6 @@ class Machine:
         if parts.ending is None:
             parts.ending = reason
         parts.engine.request_stop()
-
-    def _type(self, data: bytes) -> None:
-        self._parts.board.uart.receive(data)
 
     # -- guards -------------------------------------------------------------------------------
 
@@ -469,7 +471,7 @@ def _from_image(
 
     kernel: ImageSource
     if name == builtin.NAME:
-        kernel, cmdline = builtin.kernel(), DEFAULT_APPEND
+        kernel, cmdline = builtin.builtin_kernel(), DEFAULT_APPEND
     else:
         image = Store().find(name)
         kernel, initrd = image.kernel, initrd or image.initrd

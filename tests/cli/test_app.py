@@ -72,10 +72,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_images(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.main(["images", "--json"])
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["tiny"]
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["builtin"]
     with pytest.raises(SystemExit):
         app.main(["images"])
-    assert capsys.readouterr().out.startswith("tiny: built in")
+    assert capsys.readouterr().out.startswith("builtin: built in")
 
 
 def test_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +150,7 @@ def test_without_apt_the_builtin_guest_starts(
     from ringfence.cli.pull import ensure_image
 
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert ensure_image(None) == "tiny"
+    assert ensure_image(None) == "builtin"
     assert "no apt" in capsys.readouterr().err
     assert ensure_image("debian") == "debian"
-    assert ensure_image("tiny") == "tiny"
+    assert ensure_image("builtin") == "builtin"

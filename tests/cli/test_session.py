@@ -111,6 +111,22 @@ def test_signals(guest: str, number: signal.Signals, status: int) -> None:
     assert err == b""
 
 
+def test_a_full_pipe_both_ways_still_obeys_signals() -> None:
+    """The guest waits for a reader that never comes, and so does what is typed."""
+    with start("echo") as process:
+        assert process.stdin is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        taken = 0
+        for _ in range(100):
+            try:
+                taken += os.write(process.stdin.fileno(), b"x" * 65536)
+            except BlockingIOError:
+                time.sleep(0.01)
+        assert taken < 1 << 20
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+
+
 def test_nobody_reads_stdout() -> None:
     with start("flood") as process:
         assert process.stdout is not None

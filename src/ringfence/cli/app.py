@@ -39,7 +39,7 @@ EXAMPLES = """\
 ringfence run
 ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
 echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
-ringfence run tiny --stats - --trace exits
+ringfence run builtin --stats - --trace exits
 
 The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
 On a terminal, Ctrl-A x leaves and Ctrl-A h lists the other keys.
@@ -107,7 +107,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command(epilog=EXAMPLES + "\n" + STATUSES)
 def run(
     image: Annotated[
-        str | None, typer.Argument(help="Stored image, or 'tiny' (default: debian).")
+        str | None, typer.Argument(help="Stored image, or 'builtin' (default: debian).")
     ] = None,
     kernel: Annotated[
         Path | None, typer.Option(help="bzImage or ELF vmlinux to boot instead of an image.")

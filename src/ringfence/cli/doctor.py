@@ -164,7 +164,7 @@ def _limit(value: int) -> str:
 
 def _apt() -> Check:
     found = shutil.which("apt-get")
-    detail = found or "not found: 'ringfence pull' can't fetch Debian's kernel, 'run tiny' works"
+    detail = found or "not found: 'ringfence pull' can't fetch Debian's kernel, 'run builtin' works"
     return Check("apt", found is not None, False, detail)
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 DEFAULT_IMAGE = "debian"
 DEFAULT_FLAVOUR = "cloud"
-BUILTIN_IMAGE = "tiny"
 
 
 def ensure_image(name: str | None) -> str:
@@ -26,6 +25,7 @@ def ensure_image(name: str | None) -> str:
 
     Without a name it is `DEFAULT_IMAGE`, or where the host has no apt, the built-in guest.
     """
+    from ringfence.images.builtin import NAME as BUILTIN
     from ringfence.images.store import Store
 
     wanted = name or DEFAULT_IMAGE
@@ -37,10 +37,10 @@ def ensure_image(name: str | None) -> str:
     if name is None:
         print(
             "ringfence: this host has no apt to fetch Debian's kernel with;"
-            f" booting the built-in guest '{BUILTIN_IMAGE}'",
+            f" booting the built-in guest '{BUILTIN}'",
             file=sys.stderr,
         )
-        return BUILTIN_IMAGE
+        return BUILTIN
     return wanted
 
 
@@ -57,9 +57,10 @@ def pull(flavour: str, *, refresh: bool = False) -> None:
 
 def show_images(*, as_json: bool) -> None:
     """Print the stored images and the built-in one."""
+    from ringfence.images.builtin import NAME as BUILTIN
     from ringfence.images.store import Store
 
-    images = Store().list_images()
+    images = [image for image in Store().list_images() if image.name != BUILTIN]
     if as_json:
         rows = [
             {
@@ -73,12 +74,12 @@ def show_images(*, as_json: bool) -> None:
             }
             for image in images
         ]
-        rows.append({"name": BUILTIN_IMAGE, "builtin": True})
+        rows.append({"name": BUILTIN, "builtin": True})
         print(json.dumps(rows, indent=2))
         return
     for image in images:
         print(_line(image))
-    print(f"{BUILTIN_IMAGE}: built in, assembled when it is started")
+    print(f"{BUILTIN}: built in, assembled when it is started")
 
 
 def _line(image: Image) -> str:

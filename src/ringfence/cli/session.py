@@ -1,9 +1,12 @@
 """One run of a machine at the command line: bytes in, bytes out, signals, time limit, ending.
 
-The main thread sits in one ``poll`` over stdin and a wake-up pipe. Signals (through
-``signal.set_wakeup_fd``) write their number into the pipe, the end of the machine and a broken
-stdout write 0; so nothing is done inside a signal handler, and nothing can be missed. The vCPU's
-thread writes the guest's console bytes to stdout itself, as they come.
+The main thread sits in one ``poll`` over stdin and a wake-up pipe, and blocks nowhere else.
+Signals (through ``signal.set_wakeup_fd``) write their number into the pipe, whatever else needs
+the main thread writes 0; so nothing is done inside a signal handler, and nothing can be missed.
+
+The machine's threads write the guest's console bytes to stdout as they come; a slow reader slows
+the guest down. What is typed goes through a thread of its own (`_Typist`), because the guest may
+be waiting for such a reader just then. It takes no more from stdin than the guest keeps up with.
 """
 
 from __future__ import annotations
@@ -13,21 +16,28 @@ import errno
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from enum import Enum
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from ringfence.cli.terminal import HELP, Escape, EscapeFilter, RawTerminal
 from ringfence.errors import GuestTimeout
 
 if TYPE_CHECKING:
+    from ringfence.console import Console
     from ringfence.engine.exits import TraceRecord
     from ringfence.machine import Machine
 
 STDIN, STDOUT = 0, 1
 CHUNK = 4096
 """At most so many bytes a write: a pipe that polls writable takes them without blocking."""
+UNREAD = 4 * CHUNK
+"""Bytes that may wait in the serial port for the guest to read them."""
+BACKLOG = 4
+"""Pieces of stdin that may wait in front of it."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Signals that stop the machine; the exit status is 128 and the signal's number."""
 
@@ -67,6 +77,43 @@ class _Output:
                 _poke(self._wake)
 
 
+class _Typist:
+    """Hands bytes to the guest, in its own time and in order."""
+
+    def __init__(self, console: Console, wake: int) -> None:
+        self._console = console
+        self._wake = wake
+        self._waiting: SimpleQueue[bytes | None] = SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="typist", daemon=True)
+        self._thread.start()
+
+    @property
+    def full(self) -> bool:
+        """Whether to hold back; the main thread is woken when that changes."""
+        return self._waiting.qsize() >= BACKLOG
+
+    def put(self, data: bytes) -> None:
+        """Queue bytes for the guest; never blocks."""
+        self._waiting.put(data)
+
+    def close(self) -> None:
+        """Drop what is left. Output must have been given up before, so that `send` returns."""
+        self._closing.set()
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (data := self._waiting.get()) is not None:
+            while self._console.unread > UNREAD and not self._closing.wait(0.005):
+                pass
+            if self._closing.is_set():
+                return
+            self._console.send(data)
+            if self._waiting.qsize() == BACKLOG - 1:
+                _poke(self._wake)
+
+
 class Session:
     """Drives ``machine`` between stdin and stdout until something ends it.
 
@@ -89,6 +136,7 @@ class Session:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._output = _Output(self._wake_write)
+        self._typist = _Typist(machine.console, self._wake_write)
         if trace:
             machine.set_trace(self._trace)
 
@@ -104,6 +152,7 @@ class Session:
                     return self._loop()
                 finally:
                     self._output.closing = True
+                    self._typist.close()
                     machine.stop()
         finally:
             machine.close()
@@ -114,8 +163,13 @@ class Session:
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
-        poll.register(STDIN, select.POLLIN)
+        listening = True
         while True:
+            if listening and (self.terminal.active or not self._typist.full):
+                poll.register(STDIN, select.POLLIN)
+            else:
+                with contextlib.suppress(KeyError):
+                    poll.unregister(STDIN)
             wait = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
             ready = dict(poll.poll(wait))
             if self._wake_read in ready:
@@ -127,7 +181,7 @@ class Session:
             if STDIN in ready:
                 data = _read_stdin(ready[STDIN])
                 if data is not None and not data:
-                    poll.unregister(STDIN)
+                    listening = False
                 elif data and self._typed(data):
                     return Ending.QUIT
 
@@ -145,11 +199,11 @@ class Session:
     def _typed(self, data: bytes) -> bool:
         """Hand on what was typed; True if the user wants to leave."""
         if not self.terminal.active:
-            self.machine.console.send(data)
+            self._typist.put(data)
             return False
         for piece in self._escapes.feed(data):
             if isinstance(piece, bytes):
-                self.machine.console.send(piece)
+                self._typist.put(piece)
             elif piece is Escape.QUIT:
                 return True
             elif piece is Escape.STATS:
