@@ -63,7 +63,8 @@ class Apt:
                     " Ubuntu); give a kernel file or use the built-in guest instead"
                 )
         self.folder = (folder / suite if suite else folder).absolute()
-        self.last_complaint = ""
+        self._complaint = ""
+        self._unfetched: list[str] = []
         for name in ("state/lists/partial", "cache/archives/partial", "parts", "log"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "state/status").touch()
@@ -74,7 +75,7 @@ class Apt:
         """Fetch the package lists.
 
         A source that fails is not fatal, others may have what is needed; what apt complained about
-        is kept in ``last_complaint`` and told when a package is not found.
+        is kept and told, by ``reason``, when a package is not found.
         """
         self._run(["apt-get", "update"], progress, "update")
 
@@ -96,7 +97,7 @@ class Apt:
         text, status = self._run(command)
         found = re.findall(r"(?m)^Inst (\S+) \((\S+)", text)
         if status or not found:
-            raise HostError(f"apt can't resolve {', '.join(names)}: {self._reason()}")
+            raise HostError(f"apt can't resolve {', '.join(names)}: {self.reason()}")
         return [f"{name}={version}" for name, version in found]
 
     def download(
@@ -117,14 +118,12 @@ class Apt:
             name, _, version = item.partition("=")
             version = version or self.candidate(name) or ""
             if not version:
-                raise HostError(
-                    f"package {name} is not in the host's apt sources: {self._reason()}"
-                )
+                raise HostError(f"package {name} is not in the host's apt sources: {self.reason()}")
             wanted.append((name, version))
         command = ["apt-get", "download", *(f"{name}={version}" for name, version in wanted)]
         _, status = self._run(command, progress, "download", cwd=dest)
         if status:
-            raise HostError(f"apt can't download {', '.join(names)}: {self._reason()}")
+            raise HostError(f"apt can't download {', '.join(names)}: {self.reason()}")
         fetched = []
         for name, version in wanted:
             bare = name.partition(":")[0]
@@ -133,6 +132,11 @@ class Apt:
                 raise HostError(f"apt fetched {name} {version} but left no file in {dest}")
             fetched.append(Fetched(bare, version, files[0]))
         return fetched
+
+    def reason(self) -> str:
+        """Why something is missing, as far as apt said: a list it couldn't fetch comes first."""
+        said = (self._unfetched or [self._complaint or "apt gave no reason"])[-1].strip()
+        return f"{said} (is the network up, and are apt's sources right?)"
 
     def _configure(self, suite: str | None) -> None:
         host = subprocess.run(
@@ -223,16 +227,14 @@ class Apt:
                         if key.data == "status" and progress is not None:
                             _report(progress, stage, texts["status"])
         complaints = re.findall(r"(?m)^(?:E|W|Err)[:\s].*", texts["err"].decode("utf-8", "replace"))
-        errors = [line for line in complaints if not line.startswith("W")]
+        if stage == "update":
+            self._unfetched = [line for line in complaints if "Failed to fetch" in line]
         if complaints:
-            self.last_complaint = (errors or complaints)[-1]
+            errors = [line for line in complaints if not line.startswith("W")]
+            self._complaint = (errors or complaints)[-1]
         if progress is not None and process.returncode == 0:
             progress(stage, 1.0)
         return texts["out"].decode("utf-8", "replace"), process.returncode
-
-    def _reason(self) -> str:
-        said = self.last_complaint or "apt gave no reason"
-        return f"{said} (is the network up, and are apt's sources right?)"
 
 
 def _report(progress: Progress, stage: str, text: bytes) -> None:

@@ -161,8 +161,7 @@ def _resolve_kernel(apt: Apt, flavour: str) -> list[str]:
                 return [name, modules] if apt.candidate(modules) else [name]
     raise HostError(
         f"apt knows none of {', '.join(METAPACKAGES[flavour])}:"
-        f" {apt.last_complaint or 'its sources have no kernels'}; check the network and"
-        " /etc/apt/sources.list, or give a kernel file"
+        f" {apt.reason()}; or give a kernel file"
     )
 
 

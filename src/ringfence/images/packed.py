@@ -9,7 +9,7 @@ import bz2
 import gzip
 import io
 import lzma
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from ringfence.errors import HostError, ImageError
 
@@ -38,13 +38,29 @@ def open_packed(name: str, data: bytes | memoryview) -> IO[bytes]:
         case "bz2":
             return cast("IO[bytes]", bz2.BZ2File(raw))
         case "zst":
-            try:
-                import zstandard
-            except ImportError as error:
-                raise HostError(
-                    f"{name} is packed with zstd, which needs the Python package zstandard: add it"
-                ) from error
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            return cast("IO[bytes]", io.BufferedReader(cast("io.RawIOBase", reader)))
+            return io.BufferedReader(_ZstdStream(name, raw))
         case other:
             raise ImageError(f"{name} is packed with {other!r}: expected xz, zst, gz or bz2")
+
+
+class _ZstdStream(io.RawIOBase):
+    """A zstd stream whose damage is an OSError, as it is with the standard library's streams."""
+
+    def __init__(self, name: str, packed: IO[bytes]) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise HostError(
+                f"{name} is packed with zstd, which needs the Python package zstandard: add it"
+            ) from error
+        self._error = zstandard.ZstdError
+        self._reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._reader.readinto(buffer)
+        except self._error as error:
+            raise OSError(str(error)) from error

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,10 @@ class Store:
         """All images, by name."""
         if not self.images.is_dir():
             return []
-        found = (self._load(folder) for folder in sorted(self.images.iterdir()))
+        found = []
+        for folder in sorted(self.images.iterdir()):
+            with suppress(ImageError):  # one made by a newer Ringfence
+                found.append(self._load(folder))
         return [image for image in found if image is not None]
 
     def get(self, name: str) -> Image | None:
