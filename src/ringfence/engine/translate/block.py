@@ -1,0 +1,96 @@
+"""The block that GS points at while translated code runs: CPU state, TLBs, and the engine's own part.
+
+``gs(name)`` gives the displacement that emitted code uses. GS points at the supervisor TLB, so that
+the most frequent accesses have an 8-bit displacement.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from ringfence.memory.mmu import Mmu
+from ringfence.native.layout import u8, u16, u32, u64
+
+JUMP_ENTRIES = 1 << 16
+EFFECTS_MAX = 160
+THUNKS_MAX = 32
+
+# Bits of ``mode``: what a translation depends on besides the bytes translated.
+MODE_CPL = 0x3
+MODE_LONG = 0x4
+MODE_NO_FPU = 0x8
+MODE_SSE = 0x10
+MODE_AVX = 0x20
+MODE_TF = 0x40
+MODE_TSD = 0x80
+MODE_SLOW = 0x100
+"""Not a CPU mode: marks one-instruction traces whose memory accesses take the slow path."""
+
+
+class Vcpu(Mmu):
+    """One virtual CPU of the binary-translation engine."""
+
+    self_address: Annotated[int, u64]
+    mode: Annotated[int, u32]
+    attention: Annotated[int, u8]
+    """Non-zero: the next trace head leaves guest code. Any thread may set it."""
+    irq_request: Annotated[int, u8]
+    """An external interrupt is deliverable by the interrupt controllers. Set by any thread."""
+    stop_request: Annotated[int, u8]
+    """The owner wants ``run`` to return. Set by any thread."""
+    jump_target: Annotated[int, u64]
+    """Host address to continue at."""
+    found_local: Annotated[int, u64]
+    """Local entry of the trace that the last look-up found."""
+    resume_pc: Annotated[int, u64]
+    """Where a slow access returns to, inside its trace."""
+    slow_pointer: Annotated[int, u64]
+    """Host address that a slow access hands to its instruction."""
+    slow_kind: Annotated[int, u64]
+    """Size in bytes, plus SLOW_READ and SLOW_WRITE."""
+    slow_address: Annotated[int, u64]
+    slow_pa: Annotated[int, u64]
+    slow_is_mmio: Annotated[int, u8]
+    scratch: Annotated[int, u64, 8]
+    """Save slots of emitted code: 0 RAX, 1 borrowed register, 2-5 values between two accesses."""
+    host_rsp: Annotated[int, u64]
+    fault_pc: Annotated[int, u64]
+    fault_trap: Annotated[int, u64]
+    code_start: Annotated[int, u64]
+    code_end: Annotated[int, u64]
+    code_alias: Annotated[int, u64]
+    """Writable address of a byte of the code cache minus its executable address."""
+    thunks: Annotated[int, u64, 32]
+    effects: Annotated[int, u64, 160]
+    jump_current: Annotated[int, u64]
+    """The jump table of the current privilege level."""
+    jump_kernel: Annotated[int, u64, 65536, 4096]
+    jump_user: Annotated[int, u64, 65536, 4096]
+    jump_filled: Annotated[int, u16, 4096]
+    trace_table: Annotated[int, u64]
+    trace_rows: Annotated[int, u64]
+    page_table: Annotated[int, u64]
+    page_rows: Annotated[int, u64]
+    mode_kernel: Annotated[int, u32]
+    mode_user: Annotated[int, u32]
+    """The modes that the two jump tables were filled under."""
+    links: Annotated[int, u64]
+    lookups: Annotated[int, u64]
+    lookup_misses: Annotated[int, u64]
+    attentions: Annotated[int, u64]
+    effect_calls: Annotated[int, u64]
+    host_init: Annotated[int, u8, 1024, 64]
+    """An XSAVE area in its initial configuration, for the host between two runs."""
+    bounce: Annotated[int, u8, 1152, 64]
+
+
+_BASE = Vcpu.offset_of("tlb_kernel")
+
+
+def gs(name: str, index: int = 0) -> int:
+    """Displacement from GS of a field of the block."""
+    return Vcpu.offset_of(name, index) - _BASE
+
+
+GS_BIAS = _BASE
+"""GS base minus the block's address."""

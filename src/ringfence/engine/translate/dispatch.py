@@ -1,0 +1,422 @@
+"""Native helpers of the engine: finding translations, linking them, leaving them.
+
+All are written in the native dialect and called from the thunks with the block as first argument.
+The two tables are open-addressed and live in anonymous memory: ``page_table`` maps (linear page,
+physical page, mode) to a code page's number, ``trace_table`` maps (code page, offset) to a trace's
+two entries. Python inserts, these functions look up.
+"""
+
+from __future__ import annotations
+
+from ringfence.cpu.exceptions import deliver_exception
+from ringfence.cpu.state import (
+    CR0_EM,
+    CR0_TS,
+    CR4_OSFXSR,
+    CR4_OSXSAVE,
+    CR4_TSD,
+    CS,
+    EXIT,
+    FAULT,
+    FLAG_TF,
+    OK,
+)
+from ringfence.engine.translate.block import (
+    JUMP_ENTRIES,
+    MODE_AVX,
+    MODE_CPL,
+    MODE_LONG,
+    MODE_NO_FPU,
+    MODE_SLOW,
+    MODE_SSE,
+    MODE_TF,
+    MODE_TSD,
+    Vcpu,
+)
+from ringfence.memory.mmu import (
+    ITLB_ENTRIES,
+    OFFSET_MASK,
+    PAGE_MASK,
+    host_page,
+    note_code_write,
+    tlb_fill,
+    tlb_flush_all,
+)
+from ringfence.memory.walk import walk
+from ringfence.memory.walk_state import ram_pointer
+from ringfence.native.dialect import (
+    address_of,
+    load64,
+    native,
+    native_inline,
+    rep_movsb,
+    store8,
+    store32,
+    store64,
+)
+
+# Exit reasons of the engine itself, beside those of the effects.
+EXIT_TRANSLATE = 64
+"""No translation of ``rip`` yet; ``exit_data`` = physical address, mode."""
+EXIT_ATTENTION = 65
+EXIT_DIRTY_CODE = 66
+EXIT_HOST_FAULT = 67
+EXIT_MMIO_READ = 68
+EXIT_MMIO_WRITE = 69
+EXIT_FETCH_OUTSIDE = 70
+EXIT_EMULATE = 71
+
+SLOW_READ = 0x10000
+SLOW_WRITE = 0x20000
+
+ROW_BYTES = 32
+# Row of the trace table: key, local entry, checked entry, indirect entry.
+# Row of the page table: linear page | mode in the low bits, physical page, number.
+T_INDIRECT_MISS = 1
+
+
+@native_inline
+def mix(value: int) -> int:
+    """Spread a key's bits (a multiplicative hash)."""
+    product = value * 0x9E3779B97F4A7C15
+    return product ^ (product >> 29)
+
+
+@native
+def page_find(vcpu: Vcpu, linear_mode: int, physical: int) -> int:
+    """Number of a code page, or 0."""
+    mask = vcpu.page_rows - 1
+    slot = mix(linear_mode ^ mix(physical)) & mask
+    while 1:
+        row = vcpu.page_table + slot * ROW_BYTES
+        number = load64(row + 16)
+        if number == 0:
+            return 0
+        if load64(row) == linear_mode and load64(row + 8) == physical:
+            return number
+        slot = (slot + 1) & mask
+    return 0
+
+
+@native
+def page_insert(vcpu: Vcpu, linear_mode: int, physical: int, number: int) -> int:
+    """Enter a code page."""
+    mask = vcpu.page_rows - 1
+    slot = mix(linear_mode ^ mix(physical)) & mask
+    while load64(vcpu.page_table + slot * ROW_BYTES + 16):
+        slot = (slot + 1) & mask
+    row = vcpu.page_table + slot * ROW_BYTES
+    store64(row, linear_mode)
+    store64(row + 8, physical)
+    store64(row + 16, number)
+    return 0
+
+
+@native
+def trace_row(vcpu: Vcpu, key: int) -> int:
+    """Host address of a trace's row, or of the free row where it belongs."""
+    mask = vcpu.trace_rows - 1
+    slot = mix(key) & mask
+    while 1:
+        row = vcpu.trace_table + slot * ROW_BYTES
+        found = load64(row)
+        if found == key or found == 0:
+            return row
+        slot = (slot + 1) & mask
+    return 0
+
+
+@native
+def trace_insert(vcpu: Vcpu, key: int, local: int, checked: int, indirect: int) -> int:
+    """Enter a trace, or replace it; entries of 0 remove it."""
+    row = trace_row(vcpu, key)
+    store64(row, key)
+    store64(row + 8, local)
+    store64(row + 16, checked)
+    store64(row + 24, indirect)
+    return 0
+
+
+@native
+def jump_forget(vcpu: Vcpu) -> int:
+    """Point every entry of both jump tables at the miss thunk."""
+    miss = vcpu.thunks[T_INDIRECT_MISS]
+    for i in range(JUMP_ENTRIES):
+        vcpu.jump_kernel[i] = miss
+    for i in range(JUMP_ENTRIES):
+        vcpu.jump_user[i] = miss
+    return 0
+
+
+@native_inline
+def current_mode(vcpu: Vcpu) -> int:
+    """The mode word of the CPU's present state."""
+    mode = vcpu.cpl & MODE_CPL
+    if vcpu.seg_attr[CS] & 0x200:
+        mode = mode | MODE_LONG
+    if vcpu.cr0 & (CR0_TS | CR0_EM):
+        mode = mode | MODE_NO_FPU
+    if vcpu.cr4 & CR4_OSFXSR:
+        mode = mode | MODE_SSE
+    if vcpu.cr4 & CR4_OSXSAVE and vcpu.xcr0 & 6 == 6:
+        mode = mode | MODE_AVX
+    if vcpu.other_flags & FLAG_TF:
+        mode = mode | MODE_TF
+    if vcpu.cr4 & CR4_TSD and vcpu.cpl:
+        mode = mode | MODE_TSD
+    return mode
+
+
+@native
+def mode_changed(cpu: Vcpu) -> int:
+    """See ``cpu.ports.mode_changed``: choose the jump table, drop what other modes left in it."""
+    mode = current_mode(cpu)
+    cpu.mode = mode
+    if cpu.cpl == 3:
+        cpu.jump_current = address_of(cpu.jump_user[0])
+        if cpu.mode_user != mode:
+            cpu.mode_user = mode
+            miss = cpu.thunks[T_INDIRECT_MISS]
+            for i in range(JUMP_ENTRIES):
+                cpu.jump_user[i] = miss
+            for i in range(ITLB_ENTRIES):
+                cpu.itlb_user[i] = 0
+    else:
+        cpu.jump_current = address_of(cpu.jump_kernel[0])
+        if cpu.mode_kernel != mode:
+            cpu.mode_kernel = mode
+            miss = cpu.thunks[T_INDIRECT_MISS]
+            for i in range(JUMP_ENTRIES):
+                cpu.jump_kernel[i] = miss
+            for i in range(ITLB_ENTRIES):
+                cpu.itlb_kernel[i] = 0
+    return 0
+
+
+@native
+def interrupts_enabled(cpu: Vcpu) -> int:
+    """See ``cpu.ports.interrupts_enabled``."""
+    if cpu.irq_request:
+        cpu.attention = 1
+    return 0
+
+
+@native
+def find_code(vcpu: Vcpu, mode: int) -> int:
+    """Find the translation of ``rip``: OK with ``jump_target`` set, FAULT or EXIT."""
+    address = vcpu.rip
+    user = 4 if vcpu.cpl == 3 else 0
+    if walk(vcpu, address, user | 16) != OK:
+        return FAULT
+    physical = vcpu.walk_pa
+    if ram_pointer(vcpu, physical) == 0:
+        vcpu.exit_reason = EXIT_FETCH_OUTSIDE
+        vcpu.exit_data[0] = physical
+        return EXIT
+    number = page_find(vcpu, (address & PAGE_MASK) | mode, physical & PAGE_MASK)
+    if number and not mode & MODE_SLOW:
+        code = (address >> 12) & (ITLB_ENTRIES - 1)
+        if user:
+            vcpu.itlb_user[code] = number
+        else:
+            vcpu.itlb_kernel[code] = number
+            if not vcpu.walk_global and vcpu.code_filled_count < 256:
+                vcpu.code_filled[vcpu.code_filled_count] = code
+                vcpu.code_filled_count += 1
+    if number:
+        row = trace_row(vcpu, (number << 12) | (address & OFFSET_MASK))
+        if load64(row + 16):
+            vcpu.jump_target = load64(row + 16)
+            vcpu.found_local = load64(row + 8)
+            if not mode & MODE_SLOW:
+                store64(vcpu.jump_current + (address & 0xFFFF) * 8, load64(row + 24))
+            return OK
+    vcpu.lookup_misses += 1
+    vcpu.exit_reason = EXIT_TRANSLATE
+    vcpu.exit_data[0] = physical
+    vcpu.exit_data[1] = mode
+    return EXIT
+
+
+@native
+def lookup(vcpu: Vcpu) -> int:
+    """Decide where guest execution goes on: OK with ``jump_target`` set, or EXIT."""
+    vcpu.lookups += 1
+    while 1:
+        if vcpu.dirty_code_count:
+            vcpu.exit_reason = EXIT_DIRTY_CODE
+            return EXIT
+        status = find_code(vcpu, vcpu.mode)
+        if status != FAULT:
+            return status
+        if deliver_exception(vcpu) != OK:
+            return EXIT
+    return OK
+
+
+@native
+def lookup_slow(vcpu: Vcpu) -> int:
+    """The same for the slow variant of the instruction at ``rip``."""
+    while 1:
+        if vcpu.dirty_code_count:
+            vcpu.exit_reason = EXIT_DIRTY_CODE
+            return EXIT
+        vcpu.slow_accesses += 1
+        status = find_code(vcpu, vcpu.mode | MODE_SLOW)
+        if status != FAULT:
+            return status
+        if deliver_exception(vcpu) != OK:
+            return EXIT
+        if vcpu.dirty_code_count == 0:
+            return lookup(vcpu)
+    return OK
+
+
+@native
+def link(vcpu: Vcpu, site: int, within: int) -> int:
+    """A direct jump was not linked yet: find its target (``rip``), patch the jump if it is there.
+
+    ``site`` is the executable address of the jump's 32-bit displacement; ``within`` 1 for a target
+    in the same code page, whose local entry needs no check.
+    """
+    wanted = vcpu.rip
+    status = lookup(vcpu)
+    if status != OK:
+        return status
+    # An exception while fetching may have led elsewhere than to the jump's target.
+    if vcpu.rip == wanted:
+        target = vcpu.found_local if within else vcpu.jump_target
+        vcpu.links += 1
+        store32(site + vcpu.code_alias, target - (site + 4))
+    return OK
+
+
+@native
+def attention(vcpu: Vcpu) -> int:
+    """A trace head saw ``attention``: OK to go on in the trace, EXIT when the VMM is wanted."""
+    vcpu.attentions += 1
+    if vcpu.interrupt_shadow:
+        vcpu.interrupt_shadow = 0
+        return OK
+    if vcpu.stop_request or (vcpu.irq_request and vcpu.flag_if):
+        vcpu.exit_reason = EXIT_ATTENTION
+        return EXIT
+    vcpu.attention = 0
+    # Only a request that came between the test above and the store counts here.
+    if vcpu.stop_request:
+        vcpu.attention = 1
+    return OK
+
+
+@native
+def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
+    """Prepare one memory operand by hand: crossing pages, in code pages, or outside RAM.
+
+    The operand's bytes are gathered in ``bounce``; OK, FAULT, or EXIT_MMIO_READ for the VMM to
+    fill it. Nothing is written before ``slow_commit``.
+    """
+    size = kind & 0xFFFF
+    user = 4 if vcpu.cpl == 3 else 0
+    access = user | (2 if kind & SLOW_WRITE else 0)
+    vcpu.slow_address = address
+    vcpu.slow_kind = kind
+    vcpu.slow_is_mmio = 0
+    vcpu.slow_pointer = address_of(vcpu.bounce[0])
+    offset = address & OFFSET_MASK
+    first = size
+    if offset + size > 4096:
+        first = 4096 - offset
+    page = host_page(vcpu, address, access)
+    if page == 0 and vcpu.status_word == FAULT:
+        return FAULT
+    pa = vcpu.last_pa
+    second = 0
+    if first < size:
+        second = host_page(vcpu, address + first, access)
+        if second == 0 and vcpu.status_word == FAULT:
+            return FAULT
+    if page:
+        rep_movsb(vcpu.slow_pointer, page + offset, first)
+    elif first == size:
+        vcpu.slow_is_mmio = 1
+        vcpu.slow_pa = pa
+        if kind & SLOW_READ:
+            vcpu.exit_reason = EXIT_MMIO_READ
+            vcpu.exit_data[0] = pa
+            vcpu.exit_data[1] = size
+            return EXIT
+    else:
+        for i in range(first):
+            store8(vcpu.slow_pointer + i, 0xFF)
+    if second:
+        rep_movsb(vcpu.slow_pointer + first, second, size - first)
+    else:
+        for i in range(first, size):
+            store8(vcpu.slow_pointer + i, 0xFF)
+    return OK
+
+
+@native
+def slow_commit(vcpu: Vcpu) -> int:
+    """Write a slow access's operand back: OK, or EXIT_MMIO_WRITE for the VMM to do it."""
+    size = vcpu.slow_kind & 0xFFFF
+    address = vcpu.slow_address
+    if vcpu.slow_is_mmio:
+        vcpu.exit_reason = EXIT_MMIO_WRITE
+        vcpu.exit_data[0] = vcpu.slow_pa
+        vcpu.exit_data[1] = size
+        return EXIT
+    access = 6 if vcpu.cpl == 3 else 2
+    offset = address & OFFSET_MASK
+    first = size
+    if offset + size > 4096:
+        first = 4096 - offset
+    page = host_page(vcpu, address, access)
+    if page:
+        note_code_write(vcpu, page + offset, first)
+        rep_movsb(page + offset, vcpu.slow_pointer, first)
+    if first < size:
+        second = host_page(vcpu, address + first, access)
+        if second:
+            note_code_write(vcpu, second, size - first)
+            rep_movsb(second, vcpu.slow_pointer + first, size - first)
+    return OK
+
+
+@native
+def tlb_reset(vcpu: Vcpu) -> int:
+    """First use of a block: empty TLBs and jump tables."""
+    tlb_flush_all(vcpu)
+    jump_forget(vcpu)
+    mode_changed(vcpu)
+    return 0
+
+
+@native
+def tlb_miss(vcpu: Vcpu, address: int, kind: int) -> int:
+    """An inline look-up missed: OK once the page is entered, FAULT, or EXIT for the slow path.
+
+    ``kind``: size in bytes, plus SLOW_WRITE for a write (then also of a read-modify-write).
+    """
+    size = kind & 0xFFFF
+    if (address & OFFSET_MASK) + size > 4096:
+        return EXIT
+    access = (4 if vcpu.cpl == 3 else 0) | (2 if kind & SLOW_WRITE else 0)
+    status = tlb_fill(vcpu, address, access)
+    if status == FAULT:
+        return FAULT
+    if status != OK:
+        return EXIT
+    if kind & SLOW_WRITE:
+        index = vcpu.value - vcpu.ram_host >> 12
+        if load64(vcpu.code_lines + index * 8):
+            return EXIT
+    return OK
+
+
+@native
+def deliver_and_lookup(vcpu: Vcpu) -> int:
+    """Deliver the pending exception and find the handler's code."""
+    if deliver_exception(vcpu) != OK:
+        return EXIT
+    return lookup(vcpu)

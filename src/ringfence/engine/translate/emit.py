@@ -1,0 +1,193 @@
+"""Bytes of the host instructions that the translator adds around copied guest instructions.
+
+Plain functions that return machine code; SDM vol. 2 is the source of every encoding. Scratch
+registers are R9 and R10 (see ``thunks`` for the whole register convention).
+"""
+
+from __future__ import annotations
+
+import struct
+
+from ringfence.cpu.state import CS
+from ringfence.engine.translate.block import gs
+
+R9, R10, R11 = 9, 10, 11
+
+
+def _i32(value: int) -> bytes:
+    return struct.pack("<i", value)
+
+
+def gs_load(register: int, displacement: int) -> bytes:
+    """``mov r64, gs:[disp]``."""
+    rex = 0x48 | (register >> 3) << 2
+    return bytes((0x65, rex, 0x8B, 0x04 | (register & 7) << 3, 0x25)) + _i32(displacement)
+
+
+def gs_store(register: int, displacement: int) -> bytes:
+    """``mov gs:[disp], r64``."""
+    rex = 0x48 | (register >> 3) << 2
+    return bytes((0x65, rex, 0x89, 0x04 | (register & 7) << 3, 0x25)) + _i32(displacement)
+
+
+def gs_store_imm(displacement: int, value: int) -> bytes:
+    """``mov qword gs:[disp], simm32``."""
+    return b"\x65\x48\xc7\x04\x25" + _i32(displacement) + _i32(value)
+
+
+def gs_store_byte(displacement: int, value: int) -> bytes:
+    """``mov byte gs:[disp], imm8``."""
+    return b"\x65\xc6\x04\x25" + _i32(displacement) + bytes((value,))
+
+
+def gs_compare_byte(displacement: int, value: int) -> bytes:
+    """``cmp byte gs:[disp], imm8``."""
+    return b"\x65\x80\x3c\x25" + _i32(displacement) + bytes((value,))
+
+
+def gs_jump(displacement: int) -> bytes:
+    """``jmp gs:[disp]``."""
+    return b"\x65\xff\x24\x25" + _i32(displacement)
+
+
+def gs_call(displacement: int) -> bytes:
+    """``call gs:[disp]``."""
+    return b"\x65\xff\x14\x25" + _i32(displacement)
+
+
+def gs_load_zx16(register: int, displacement: int) -> bytes:
+    """``movzx r32, word gs:[disp]``."""
+    rex = 0x40 | (register >> 3) << 2
+    return bytes((0x65, rex, 0x0F, 0xB7, 0x04 | (register & 7) << 3, 0x25)) + _i32(displacement)
+
+
+def gs_load_zx8(register: int, displacement: int) -> bytes:
+    """``movzx r32, byte gs:[disp]``."""
+    rex = 0x40 | (register >> 3) << 2
+    return bytes((0x65, rex, 0x0F, 0xB6, 0x04 | (register & 7) << 3, 0x25)) + _i32(displacement)
+
+
+def mov(target: int, source: int) -> bytes:
+    """``mov r64, r64``."""
+    return bytes((0x48 | (source >> 3) << 2 | target >> 3, 0x89, 0xC0 | (source & 7) << 3 | target & 7))
+
+
+def mov_imm32(register: int, value: int) -> bytes:
+    """``mov r32, imm32`` (zero-extends)."""
+    rex = bytes((0x41,)) if register >> 3 else b""
+    return rex + bytes((0xB8 | register & 7,)) + struct.pack("<I", value & 0xFFFFFFFF)
+
+
+def mov_simm32(register: int, value: int) -> bytes:
+    """``mov r64, simm32``."""
+    return bytes((0x48 | register >> 3, 0xC7, 0xC0 | register & 7)) + _i32(value)
+
+
+def mov_imm64(register: int, value: int) -> bytes:
+    """``mov r64, imm64``."""
+    return bytes((0x48 | register >> 3, 0xB8 | register & 7)) + struct.pack("<Q", value)
+
+
+def lea(target: int, base: int, index: int = -1, scale: int = 1, disp: int = 0) -> bytes:
+    """``lea r64, [base + index*scale + disp]``; ``base`` -1 for none, ``index`` -1 for none."""
+    rex = 0x48 | (target >> 3) << 2
+    reg = (target & 7) << 3
+    if base < 0:
+        assert index >= 0
+        rex |= (index >> 3) << 1
+        sib = {1: 0, 2: 0x40, 4: 0x80, 8: 0xC0}[scale] | (index & 7) << 3 | 5
+        return bytes((rex, 0x8D, 0x04 | reg, sib)) + _i32(disp)
+    rex |= base >> 3
+    if disp == 0 and base & 7 != 5:
+        mode, tail = 0x00, b""
+    elif -128 <= disp <= 127:
+        mode, tail = 0x40, struct.pack("<b", disp)
+    else:
+        mode, tail = 0x80, _i32(disp)
+    if index < 0 and base & 7 != 4:
+        return bytes((rex, 0x8D, mode | reg | base & 7)) + tail
+    if index < 0:
+        sib = 0x20 | base & 7
+    else:
+        rex |= (index >> 3) << 1
+        sib = {1: 0, 2: 0x40, 4: 0x80, 8: 0xC0}[scale] | (index & 7) << 3 | base & 7
+    return bytes((rex, 0x8D, mode | reg | 4, sib)) + tail
+
+
+STATUS = gs("status")
+PARK = b"\x9c" + b"\x65\x8f\x04\x25" + _i32(STATUS)
+"""``pushfq; pop gs:[status]``: the flags' value moves from the host's flags into the block."""
+UNPARK = (
+    gs_store(0, gs("scratch", 0))
+    + b"\x65\x8a\x24\x25" + _i32(STATUS)  # mov ah, status: SF ZF AF PF CF
+    + b"\x65\x8a\x04\x25" + _i32(STATUS + 1)  # mov al, status + 1: OF is bit 3
+    + b"\x24\x08\x04\x78"  # and al, 8; add al, 0x78: overflows exactly if OF was set
+    + b"\x9e"  # sahf
+    + gs_load(0, gs("scratch", 0))
+)  # fmt: skip
+
+TLB_MASK = 1023 << 5
+
+
+def tlb_check(size: int, write: bool, user: bool) -> tuple[bytes, int]:
+    """Look R9 up; then R9 + R10 is the host address.
+
+    Returns the code and the position of the 32-bit displacement of its jump to the miss stub.
+    The comparison fails for a page that is absent or not permitted and for an access that leaves
+    the page.
+    """
+    base = gs("tlb_user") if user else gs("tlb_kernel")
+    tag = base + (8 if write else 0)
+    host = base + 16
+
+    def modrm(register: int, displacement: int) -> bytes:
+        if -128 <= displacement <= 127:
+            return bytes((0x42 | register << 3,)) + struct.pack("<b", displacement)
+        return bytes((0x82 | register << 3,)) + _i32(displacement)
+
+    head = (
+        b"\x45\x89\xca"  # mov r10d, r9d
+        b"\x41\xc1\xea\x07"  # shr r10d, 7
+        b"\x41\x81\xe2" + _i32(TLB_MASK)  # and r10d, mask
+        + b"\x65\x4d\x33" + modrm(1, tag)  # xor r9, gs:[r10 + tag]
+        + b"\x49\x81\xf9" + _i32(0x1000 - size)  # cmp r9, 0x1000 - size
+        + b"\x0f\x87"  # ja miss
+    )  # fmt: skip
+    tail = b"\x65\x4d\x8b" + modrm(2, host)  # mov r10, gs:[r10 + host]
+    return head + b"\0\0\0\0" + tail, len(head)
+
+
+def tlb_recover(write: bool, user: bool) -> bytes:
+    """In a miss stub: turn R9 back into the linear address."""
+    tag = (gs("tlb_user") if user else gs("tlb_kernel")) + (8 if write else 0)
+    return b"\x65\x4d\x33\x8a" + _i32(tag)
+
+
+COMBINE = b"\x4f\x8d\x0c\x11"
+"""``lea r9, [r9 + r10]``."""
+LOAD_R9 = b"\x4f\x8b\x0c\x11"
+"""``mov r9, [r9 + r10]``."""
+
+
+def indirect_jump(user: bool) -> bytes:
+    """Jump to the guest address in R9 by the jump table; leaves the flags alone."""
+    table = gs("jump_user") if user else gs("jump_kernel")
+    return b"\x45\x0f\xb7\xd1" + b"\x65\x42\xff\x24\xd5" + _i32(table)
+
+
+def rdtsc() -> bytes:
+    """RDTSC with the guest's offset; clobbers the flags."""
+    return (
+        b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0"  # rdtsc; shl rdx, 32; or rax, rdx
+        + b"\x65\x48\x03\x04\x25" + _i32(gs("tsc_offset"))  # add rax, gs:[tsc_offset]
+        + b"\x48\x89\xc2\x48\xc1\xea\x20\x89\xc0"  # mov rdx, rax; shr rdx, 32; mov eax, eax
+    )  # fmt: skip
+
+
+def swapgs() -> bytes:
+    """Exchange GS base and KERNEL_GS_BASE."""
+    base, kernel = gs("seg_base", 5), gs("kernel_gs_base")
+    return gs_load(R9, base) + gs_load(R10, kernel) + gs_store(R10, base) + gs_store(R9, kernel)
+
+
+assert CS == 1

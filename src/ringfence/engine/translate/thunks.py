@@ -1,0 +1,224 @@
+"""The few assembly routines between guest code and everything else.
+
+Registers while guest code runs: RAX RCX RDX RBX RBP RSI RDI R8 R12-R15 hold the guest registers of
+the same name, R11 holds the guest's RSP, R9 and R10 are scratch (the guest's R9-R11, the least used
+ones, live in the block), RSP is the host's, GS points into the block. Status flags are in the host's
+flags or, at every transfer between code pages, *parked* in ``Cpu.status``.
+
+Every routine is reached by ``jmp`` or ``call`` through the block's ``thunks`` array, so emitted code
+holds no absolute address. None but ``enter`` and ``leave`` touches vector or x87 state.
+"""
+
+from __future__ import annotations
+
+from ringfence.cpu.state import EXIT, FAULT, OK, STATUS_FLAGS, XSAVE_BYTES
+from ringfence.engine.translate.block import GS_BIAS, gs
+
+HOST_OF_GUEST = {
+    "rax": 0, "rcx": 1, "rdx": 2, "rbx": 3, "r11": 4, "rbp": 5, "rsi": 6, "rdi": 7, "r8": 8,
+    "r12": 12, "r13": 13, "r14": 14, "r15": 15,
+}  # fmt: skip
+"""Host register -> guest register number, for those that live in host registers."""
+CALLER_SAVED = ("rax", "rcx", "rdx", "rsi", "rdi", "r8", "r11")
+
+THUNKS = (
+    "leave",
+    "indirect_miss",
+    "lookup",
+    "link_local",
+    "link_page",
+    "miss",
+    "slow",
+    "commit",
+    "effect",
+    "attention",
+    "host_fault",
+    "resume",
+    "emulate",
+)
+"""Names in the order of the block's ``thunks`` array."""
+
+assert XSAVE_BYTES <= 1024 and OK == 0
+
+
+def _field(name: str, index: int = 0, size: str = "qword") -> str:
+    return f"{size} ptr gs:[{gs(name, index)}]"
+
+
+def _save(registers: tuple[str, ...] | dict[str, int]) -> list[str]:
+    return [f"mov {_field('gpr', HOST_OF_GUEST[r])}, {r}" for r in registers]
+
+
+def _load(registers: tuple[str, ...] | dict[str, int]) -> list[str]:
+    return [f"mov {r}, {_field('gpr', HOST_OF_GUEST[r])}" for r in registers]
+
+
+def _call(symbol: str, *setup: str) -> list[str]:
+    return [*setup, f"mov rdi, {_field('self_address')}", f"call {symbol}"]
+
+
+_CLEAN_STATUS = f"and dword ptr gs:[{gs('status')}], {STATUS_FLAGS}"
+_PARK = ["pushfq", f"pop {_field('status')}"]
+
+
+def assembly() -> str:
+    """Source of all routines, in Intel syntax."""
+    save_all, load_all = _save(HOST_OF_GUEST), _load(HOST_OF_GUEST)
+    go = [*load_all, f"jmp {_field('jump_target')}"]
+    routines: dict[str, list[str]] = {
+        # int enter(Vcpu *vcpu): run guest code at jump_target until something needs the VMM.
+        "enter": [
+            *(f"push {r}" for r in ("rbx", "rbp", "r12", "r13", "r14", "r15")),
+            "sub rsp, 8",
+            f"mov {_field('host_rsp')}, rsp",
+            "mov eax, 7",
+            "xor edx, edx",
+            f"mov rdi, {_field('self_address')}",
+            f"xrstor64 [rdi + {gs('xsave') + GS_BIAS}]",
+            *go,
+        ],
+        # Guest registers are saved; return to the VMM.
+        "leave": [
+            f"mov rsp, {_field('host_rsp')}",
+            _CLEAN_STATUS,
+            "mov eax, 7",
+            "xor edx, edx",
+            f"mov rdi, {_field('self_address')}",
+            f"xsave64 [rdi + {gs('xsave') + GS_BIAS}]",
+            f"xrstor64 [rdi + {gs('host_init') + GS_BIAS}]",
+            "cld",
+            "add rsp, 8",
+            *(f"pop {r}" for r in ("r15", "r14", "r13", "r12", "rbp", "rbx")),
+            f"mov rax, {_field('exit_reason')}",
+            "ret",
+        ],
+        # R9: guest address of an indirect jump's target that the jump table does not know.
+        "indirect_miss": [f"mov {_field('rip')}, r9", "jmp rf_lookup"],
+        "lookup": [*save_all, *_call("lookup"), "jmp rf_decide"],
+        # R10: host address of the displacement to patch. Flags are in the host's flags.
+        "link_local": [*_PARK, *save_all, "mov edx, 1", "jmp rf_link"],
+        "link_page": [*save_all, "xor edx, edx", "jmp rf_link"],
+        "link": [*_call("link", "mov rsi, r10"), "jmp rf_decide"],
+        # RAX: OK to go on at jump_target, EXIT to leave.
+        "decide": ["test eax, eax", "jnz rf_leave", *go],
+        # R9: linear address, R10: PF_WRITE | PF_USER. Returns to the retry of the access.
+        "miss": [
+            *_save(CALLER_SAVED),
+            *_call("tlb_miss", "mov rsi, r9", "mov rdx, r10", "sub rsp, 8"),
+            "add rsp, 8",
+            "test eax, eax",
+            "jnz 1f",
+            *_load(CALLER_SAVED),
+            "ret",
+            "1:",
+            "add rsp, 8",
+            *_save(tuple(r for r in HOST_OF_GUEST if r not in CALLER_SAVED)),
+            f"cmp eax, {FAULT}",
+            "je rf_deliver",
+            *_call("lookup_slow"),
+            "jmp rf_decide",
+        ],
+        "deliver": [*_call("deliver_and_lookup"), "jmp rf_decide"],
+        # R9: linear address, R10: size and kind. Comes back with R9 = host address of the operand.
+        "slow": [
+            f"pop {_field('resume_pc')}",
+            *save_all,
+            *_call("slow_access", "mov rsi, r9", "mov rdx, r10"),
+            "test eax, eax",
+            "jz rf_resume",
+            f"cmp eax, {EXIT}",
+            "je rf_leave",
+            "jmp rf_deliver",
+        ],
+        "commit": [
+            f"pop {_field('resume_pc')}",
+            *save_all,
+            *_call("slow_commit"),
+            "test eax, eax",
+            "jnz rf_leave",
+            "jmp rf_resume",
+        ],
+        "resume": [*load_all, f"mov r9, {_field('slow_pointer')}", f"jmp {_field('resume_pc')}"],
+        # R10: number of the effect, plus the instruction's length << 16; RIP is the instruction's.
+        "effect": [
+            *save_all,
+            _CLEAN_STATUS,
+            "mov eax, r10d",
+            "shr eax, 16",
+            f"add rax, {_field('rip')}",
+            f"mov {_field('next_rip')}, rax",
+            "movzx eax, r10w",
+            f"inc {_field('effect_calls')}",
+            f"mov rdi, {_field('self_address')}",
+            f"call qword ptr [rdi + rax*8 + {gs('effects') + GS_BIAS}]",
+            f"cmp eax, {EXIT}",
+            "je rf_leave",
+            f"cmp eax, {FAULT}",
+            "je rf_deliver",
+            "jmp rf_follow",
+        ],
+        # Go to RIP by the jump table, without a look-up where it is known.
+        "follow": [
+            f"cmp {_field('dirty_code_count')}, 0",
+            "jne rf_find",
+            f"mov r9, {_field('rip')}",
+            "movzx eax, r9w",
+            f"mov rcx, {_field('jump_current')}",
+            "mov rax, [rcx + rax*8]",
+            f"mov {_field('jump_target')}, rax",
+            *go,
+        ],
+        "find": [*_call("lookup"), "jmp rf_decide"],
+        # Called by a trace head, RIP set; returns into the trace.
+        "attention": [
+            *save_all,
+            *_call("attention", "sub rsp, 8"),
+            "add rsp, 8",
+            "test eax, eax",
+            "jnz rf_leave",
+            *load_all,
+            "ret",
+        ],
+        "emulate": [*save_all, "jmp rf_leave"],
+        # The host raised a signal inside guest code; the handler sent the thread here.
+        "host_fault": [*_PARK, *save_all, "jmp rf_leave"],
+        # void handler(int signal, siginfo_t *, ucontext_t *): see engine.translate.signals.
+        "signal_handler": [
+            f"mov rcx, {_field('self_address')}",
+            f"mov rax, [rdx + {UCONTEXT_RIP}]",
+            f"cmp rax, [rcx + {gs('code_start') + GS_BIAS}]",
+            "jb 1f",
+            f"cmp rax, [rcx + {gs('code_end') + GS_BIAS}]",
+            "jae 1f",
+            f"mov [rcx + {gs('fault_pc') + GS_BIAS}], rax",
+            f"mov rax, [rdx + {UCONTEXT_TRAPNO}]",
+            f"mov [rcx + {gs('fault_trap') + GS_BIAS}], rax",
+            f"mov qword ptr [rcx + {gs('exit_reason') + GS_BIAS}], {EXIT_HOST_FAULT}",
+            "lea rax, [rip + rf_host_fault]",
+            f"mov [rdx + {UCONTEXT_RIP}], rax",
+            "ret",
+            "1:",
+            "ud2",
+        ],
+        # set_gs(base): the thread's GS base, by system call as FSGSBASE may be off.
+        "set_gs": [
+            "mov rsi, rdi",
+            "mov edi, 0x1001",
+            "mov eax, 158",
+            "syscall",
+            "ret",
+        ],
+        # rdtsc for Python.
+        "read_tsc": ["rdtsc", "shl rdx, 32", "or rax, rdx", "ret"],
+    }
+    lines = [".intel_syntax noprefix", ".text"]
+    for name, body in routines.items():
+        lines += [".p2align 4", f".globl rf_{name}", f"rf_{name}:", *body]
+    lines.append(".att_syntax")
+    return "\n".join(lines)
+
+
+# Offsets in ucontext_t on x86-64 Linux: uc_mcontext.gregs starts at 40.
+UCONTEXT_RIP = 40 + 16 * 8
+UCONTEXT_TRAPNO = 40 + 20 * 8
+EXIT_HOST_FAULT = 67

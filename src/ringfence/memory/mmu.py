@@ -1,0 +1,425 @@
+"""The virtual CPU's memory management unit: state, software TLB and access by linear address.
+
+A TLB entry is four 64-bit words: read tag, write tag, host address of the page, page size. A tag is
+the linear page address; ``address ^ tag`` is then the offset in the page on a hit and something
+larger on a miss, so one comparison checks presence, permission and page crossing together. An entry
+that must not match holds a tag whose index bits differ from the entry's own index: no address that
+selects the entry can match it, canonical or not.
+
+Two TLBs exist, for supervisor and for user accesses; emitted code knows at translation time which
+one it uses. Pages that hold translated code are never entered as writable, pages outside RAM are
+never entered at all: both take the slow path on every access.
+
+Sources: Intel SDM vol. 3, 4.5 (4-level paging), 4.10 (caching translation information).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from ringfence.cpu.state import (
+    FAULT,
+    OK,
+)
+from ringfence.memory.walk import walk
+from ringfence.memory.walk_state import PAGE_WRITE, Walker, ram_pointer
+from ringfence.native.dialect import (
+    address_of,
+    load8,
+    load16,
+    load32,
+    load64,
+    native,
+    native_inline,
+    popcount,
+    rep_stosb,
+    store8,
+    store16,
+    store32,
+    store64,
+)
+from ringfence.native.layout import u8, u16, u32, u64
+
+TLB_ENTRIES = 1024
+ENTRY_BYTES = 32
+TLB_WORDS = TLB_ENTRIES * 4
+READ_TAG, WRITE_TAG, HOST_PAGE, PAGE_KIND = 0, 8, 16, 24
+KIND_GLOBAL = 1 << 8
+"""Set in an entry's fourth word for global pages; the low byte is log2 of the page size."""
+OFFSET_MASK = 0xFFF
+PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
+ITLB_ENTRIES = 1024
+NOT_RAM = 3
+"""Status of an access whose page lies outside RAM."""
+DIRTY_CODE_MAX = 64
+
+class Mmu(Walker):
+    """A virtual CPU with its TLBs (see the module's text for the entries)."""
+
+    tlb_kernel: Annotated[int, u64, 4096, 64]
+    tlb_user: Annotated[int, u64, 4096, 64]
+    itlb_kernel: Annotated[int, u32, 1024, 64]
+    """Code page identity by linear page number, for CPL 0-2; 0 is none."""
+    itlb_user: Annotated[int, u32, 1024, 64]
+    filled_user: Annotated[int, u16, 1024]
+    """Indexes filled with non-global pages since the last flush, so that MOV CR3 is cheap."""
+    filled_user_count: Annotated[int, u64]
+    filled_kernel: Annotated[int, u16, 1024]
+    filled_kernel_count: Annotated[int, u64]
+    code_filled: Annotated[int, u16, 256]
+    """Indexes of ``itlb_kernel`` that hold non-global pages; 256 means there may be more."""
+    code_filled_count: Annotated[int, u64]
+    large_user: Annotated[int, u8]
+    """Whether a user-half large page was entered since the last flush."""
+    large_kernel: Annotated[int, u8]
+    code_lines: Annotated[int, u64]
+    """Host address of one 64-bit mask per RAM page: the 64-byte lines that hold translated code."""
+    dirty_code: Annotated[int, u64, 64]
+    """RAM page indexes whose translated code was written over and is still to be dropped."""
+    dirty_code_lines: Annotated[int, u64, 64]
+    dirty_code_count: Annotated[int, u64]
+    tlb_misses: Annotated[int, u64]
+    tlb_flushes: Annotated[int, u64]
+    tlb_page_flushes: Annotated[int, u64]
+    slow_accesses: Annotated[int, u64]
+    last_pa: Annotated[int, u64]
+    string_value: Annotated[int, u64]
+    """Element that the VMM read from a device for an interrupted string instruction."""
+    string_ready: Annotated[int, u8]
+    """Bit 0: ``string_value`` is there; bit 1: the VMM has written the element."""
+
+
+@native_inline
+def clear_entry(table: int, index: int) -> int:
+    """Make one TLB entry match nothing."""
+    entry = table + index * ENTRY_BYTES
+    never = (index ^ 1) << 12
+    store64(entry + READ_TAG, never)
+    store64(entry + WRITE_TAG, never)
+    store64(entry + PAGE_KIND, 0)
+    return 0
+
+
+@native
+def tlb_flush_all(mmu: Mmu) -> int:
+    """Drop everything from both TLBs and the code page identities."""
+    mmu.tlb_flushes += 1
+    for i in range(TLB_ENTRIES):
+        never = (i ^ 1) << 12
+        mmu.tlb_kernel[i * 4] = never
+        mmu.tlb_kernel[i * 4 + 1] = never
+        mmu.tlb_kernel[i * 4 + 3] = 0
+        mmu.tlb_user[i * 4] = never
+        mmu.tlb_user[i * 4 + 1] = never
+        mmu.tlb_user[i * 4 + 3] = 0
+    for i in range(ITLB_ENTRIES):
+        mmu.itlb_kernel[i] = 0
+        mmu.itlb_user[i] = 0
+    mmu.filled_user_count = 0
+    mmu.filled_kernel_count = 0
+    mmu.large_user = 0
+    mmu.large_kernel = 0
+    return 0
+
+
+@native
+def tlb_flush_nonglobal(mmu: Mmu) -> int:
+    """Drop what a write to CR3 drops: translations of pages without the G bit."""
+    mmu.tlb_flushes += 1
+    if mmu.filled_user_count > 512 or mmu.filled_kernel_count > 512:
+        return flush_nonglobal_scan(mmu)
+    for i in range(mmu.filled_user_count):
+        index = mmu.filled_user[i]
+        if not mmu.tlb_user[index * 4 + 3] & KIND_GLOBAL:
+            never = (index ^ 1) << 12
+            mmu.tlb_user[index * 4] = never
+            mmu.tlb_user[index * 4 + 1] = never
+    for i in range(mmu.filled_kernel_count):
+        index = mmu.filled_kernel[i]
+        if not mmu.tlb_kernel[index * 4 + 3] & KIND_GLOBAL:
+            never = (index ^ 1) << 12
+            mmu.tlb_kernel[index * 4] = never
+            mmu.tlb_kernel[index * 4 + 1] = never
+    mmu.filled_user_count = 0
+    mmu.filled_kernel_count = 0
+    mmu.large_user = 0
+    flush_code_nonglobal(mmu)
+    return 0
+
+
+@native
+def flush_nonglobal_scan(mmu: Mmu) -> int:
+    """The same by looking at every entry, for when the lists of filled entries ran over."""
+    for index in range(TLB_ENTRIES):
+        never = (index ^ 1) << 12
+        if not mmu.tlb_user[index * 4 + 3] & KIND_GLOBAL:
+            mmu.tlb_user[index * 4] = never
+            mmu.tlb_user[index * 4 + 1] = never
+        if not mmu.tlb_kernel[index * 4 + 3] & KIND_GLOBAL:
+            mmu.tlb_kernel[index * 4] = never
+            mmu.tlb_kernel[index * 4 + 1] = never
+    mmu.filled_user_count = 0
+    mmu.filled_kernel_count = 0
+    mmu.large_user = 0
+    flush_code_nonglobal(mmu)
+    return 0
+
+
+@native_inline
+def flush_code_nonglobal(mmu: Mmu) -> int:
+    """Forget code page identities of non-global pages."""
+    rep_stosb(address_of(mmu.itlb_user[0]), 0, ITLB_ENTRIES * 4)
+    if mmu.code_filled_count >= 256:
+        rep_stosb(address_of(mmu.itlb_kernel[0]), 0, ITLB_ENTRIES * 4)
+    else:
+        for i in range(mmu.code_filled_count):
+            mmu.itlb_kernel[mmu.code_filled[i]] = 0
+    mmu.code_filled_count = 0
+    return 0
+
+
+@native
+def tlb_flush_page(mmu: Mmu, address: int) -> int:
+    """Drop one linear page from both TLBs, the whole of it where it is a large page."""
+    mmu.tlb_page_flushes += 1
+    index = (address >> 12) & (TLB_ENTRIES - 1)
+    page = address & PAGE_MASK
+    never = (index ^ 1) << 12
+    if mmu.tlb_kernel[index * 4] == page or mmu.tlb_kernel[index * 4 + 1] == page:
+        mmu.tlb_kernel[index * 4] = never
+        mmu.tlb_kernel[index * 4 + 1] = never
+    if mmu.tlb_user[index * 4] == page or mmu.tlb_user[index * 4 + 1] == page:
+        mmu.tlb_user[index * 4] = never
+        mmu.tlb_user[index * 4 + 1] = never
+    code = (address >> 12) & (ITLB_ENTRIES - 1)
+    mmu.itlb_kernel[code] = 0
+    mmu.itlb_user[code] = 0
+    large = mmu.large_kernel if address >> 63 else mmu.large_user
+    if large:
+        flush_large(mmu, address)
+    return 0
+
+
+@native
+def flush_large(mmu: Mmu, address: int) -> int:
+    """Drop all entries that share a large page with ``address``."""
+    for index in range(TLB_ENTRIES):
+        never = (index ^ 1) << 12
+        shift = mmu.tlb_kernel[index * 4 + 3] & 0xFF
+        if shift > 12 and (mmu.tlb_kernel[index * 4] ^ address) >> shift == 0:
+            mmu.tlb_kernel[index * 4] = never
+            mmu.tlb_kernel[index * 4 + 1] = never
+        shift = mmu.tlb_user[index * 4 + 3] & 0xFF
+        if shift > 12 and (mmu.tlb_user[index * 4] ^ address) >> shift == 0:
+            mmu.tlb_user[index * 4] = never
+            mmu.tlb_user[index * 4 + 1] = never
+    for index in range(ITLB_ENTRIES):
+        mmu.itlb_kernel[index] = 0
+        mmu.itlb_user[index] = 0
+    return 0
+
+
+@native
+def tlb_protect_page(mmu: Mmu, host_page: int) -> int:
+    """A RAM page came to hold translated code: no entry may write to it any more."""
+    for index in range(TLB_ENTRIES):
+        never = (index ^ 1) << 12
+        if mmu.tlb_kernel[index * 4 + 2] == host_page:
+            mmu.tlb_kernel[index * 4 + 1] = never
+        if mmu.tlb_user[index * 4 + 2] == host_page:
+            mmu.tlb_user[index * 4 + 1] = never
+    return 0
+
+
+@native
+def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
+    """Walk the page tables and enter the page; OK, FAULT or NOT_RAM.
+
+    ``access`` holds PF_WRITE and PF_USER as in a page-fault error code. ``mmu.last_pa`` is left at
+    the guest-physical address, ``mmu.value`` at the host page (0 where it is not RAM).
+    """
+    mmu.tlb_misses += 1
+    if walk(mmu, address, access) != OK:
+        return FAULT
+    physical = mmu.walk_pa
+    mmu.last_pa = physical
+    host = ram_pointer(mmu, physical & PAGE_MASK)
+    mmu.value = host
+    if host == 0:
+        return NOT_RAM
+    index = (address >> 12) & (TLB_ENTRIES - 1)
+    never = (index ^ 1) << 12
+    page = address & PAGE_MASK
+    writable = mmu.walk_perms & PAGE_WRITE
+    if load64(mmu.code_lines + ((host - mmu.ram_host) >> 12) * 8):
+        writable = 0
+    kind = mmu.walk_shift | (KIND_GLOBAL if mmu.walk_global else 0)
+    if access & 4:
+        mmu.tlb_user[index * 4] = page
+        mmu.tlb_user[index * 4 + 1] = page if writable else never
+        mmu.tlb_user[index * 4 + 2] = host
+        mmu.tlb_user[index * 4 + 3] = kind
+        if not mmu.walk_global:
+            if mmu.filled_user_count < 1024:
+                mmu.filled_user[mmu.filled_user_count] = index
+                mmu.filled_user_count += 1
+    else:
+        mmu.tlb_kernel[index * 4] = page
+        mmu.tlb_kernel[index * 4 + 1] = page if writable else never
+        mmu.tlb_kernel[index * 4 + 2] = host
+        mmu.tlb_kernel[index * 4 + 3] = kind
+        if not mmu.walk_global:
+            if mmu.filled_kernel_count < 1024:
+                mmu.filled_kernel[mmu.filled_kernel_count] = index
+                mmu.filled_kernel_count += 1
+    if mmu.walk_shift > 12:
+        if address >> 63:
+            mmu.large_kernel = 1
+        else:
+            mmu.large_user = 1
+    return OK
+
+
+@native
+def host_page(mmu: Mmu, address: int, access: int) -> int:
+    """Host address of the page of a linear address, through the TLB.
+
+    0 where there is none: then ``mmu.status_word`` is FAULT or NOT_RAM.
+    """
+    index = (address >> 12) & (TLB_ENTRIES - 1)
+    page = address & PAGE_MASK
+    word = index * 4 + (1 if access & 2 else 0)
+    if access & 4:
+        if mmu.tlb_user[word] == page:
+            return mmu.tlb_user[index * 4 + 2]
+    else:
+        if mmu.tlb_kernel[word] == page:
+            return mmu.tlb_kernel[index * 4 + 2]
+    status = tlb_fill(mmu, address, access)
+    mmu.status_word = status
+    if status != OK:
+        return 0
+    return mmu.value
+
+
+@native
+def note_code_write(mmu: Mmu, host: int, size: int) -> int:
+    """Record a write of ``size`` bytes at a host address if it hits lines of translated code."""
+    index = (host - mmu.ram_host) >> 12
+    lines = load64(mmu.code_lines + index * 8)
+    if lines == 0 or size == 0:
+        return 0
+    first = (host & OFFSET_MASK) >> 6
+    last = ((host & OFFSET_MASK) + size - 1) >> 6
+    mask = ((2 << (last - first)) - 1) << first
+    if last - first >= 63:
+        mask = 0xFFFFFFFFFFFFFFFF
+    if lines & mask == 0:
+        return 0
+    count = mmu.dirty_code_count
+    for i in range(count):
+        if mmu.dirty_code[i] == index:
+            mmu.dirty_code_lines[i] = mmu.dirty_code_lines[i] | mask
+            return 1
+    if count >= DIRTY_CODE_MAX:
+        return 1
+    mmu.dirty_code[count] = index
+    mmu.dirty_code_lines[count] = mask
+    mmu.dirty_code_count = count + 1
+    return 1
+
+
+@native_inline
+def load_sized(host: int, size: int) -> int:
+    """Read 1 to 8 bytes of host memory."""
+    if size == 8:
+        return load64(host)
+    if size == 4:
+        return load32(host)
+    if size == 2:
+        return load16(host)
+    if size == 1:
+        return load8(host)
+    value = 0
+    for i in range(size):
+        value = value | (load8(host + i) << (8 * i))
+    return value
+
+
+@native_inline
+def store_sized(host: int, size: int, value: int) -> int:
+    """Write 1 to 8 bytes of host memory."""
+    if size == 8:
+        store64(host, value)
+    elif size == 4:
+        store32(host, value)
+    elif size == 2:
+        store16(host, value)
+    elif size == 1:
+        store8(host, value)
+    else:
+        for i in range(size):
+            store8(host + i, value >> (8 * i))
+    return 0
+
+
+@native
+def linear_read(mmu: Mmu, address: int, size: int, user: int) -> int:
+    """See ``cpu.ports.linear_read``."""
+    access = 4 if user else 0
+    offset = address & OFFSET_MASK
+    host = host_page(mmu, address, access)
+    first = size
+    if offset + size > 4096:
+        first = 4096 - offset
+    value = 0
+    if host == 0:
+        if mmu.status_word == FAULT:
+            return FAULT
+        value = (1 << (8 * first)) - 1
+    else:
+        value = load_sized(host + offset, first)
+    if first < size:
+        host = host_page(mmu, address + first, access)
+        if host == 0:
+            if mmu.status_word == FAULT:
+                return FAULT
+            value = value | (((1 << (8 * (size - first))) - 1) << (8 * first))
+        else:
+            value = value | (load_sized(host, size - first) << (8 * first))
+    mmu.value = value
+    return OK
+
+
+@native
+def linear_write(mmu: Mmu, address: int, size: int, value: int, user: int) -> int:
+    """See ``cpu.ports.linear_write``."""
+    access = 6 if user else 2
+    offset = address & OFFSET_MASK
+    first = size
+    if offset + size > 4096:
+        first = 4096 - offset
+    host = host_page(mmu, address, access)
+    if host == 0 and mmu.status_word == FAULT:
+        return FAULT
+    second = 0
+    if first < size:
+        second = host_page(mmu, address + first, access)
+        if second == 0 and mmu.status_word == FAULT:
+            return FAULT
+    if host:
+        note_code_write(mmu, host + offset, first)
+        store_sized(host + offset, first, value)
+    if second:
+        note_code_write(mmu, second, size - first)
+        store_sized(second, size - first, value >> (8 * first))
+    return OK
+
+
+@native
+def count_code_lines(mmu: Mmu, pages: int) -> int:
+    """Number of 64-byte lines of RAM that hold translated code."""
+    total = 0
+    for i in range(pages):
+        total += popcount(load64(mmu.code_lines + i * 8))
+    return total

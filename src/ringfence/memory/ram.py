@@ -1,0 +1,131 @@
+"""Guest RAM: one memfd, mapped once, in at most two guest-physical regions.
+
+The physical map follows the PC: RAM from 0 up to 3 GiB, a hole for devices below 4 GiB, the rest
+of RAM from 4 GiB on. The host mapping is contiguous and fenced on both sides by inaccessible
+guard pages, so that no off-by-one of ours can reach other host memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from dataclasses import dataclass
+
+from ringfence.errors import HostError, UsageError
+
+PAGE = 4096
+LOW_RAM_LIMIT = 3 << 30
+"""Guest-physical end of low RAM; the device hole reaches from here to 4 GiB."""
+HIGH_RAM_BASE = 4 << 30
+MINIMUM_SIZE = 1 << 20
+MAXIMUM_SIZE = 1 << 40
+GUARD = 1 << 21
+"""Inaccessible bytes on either side of the mapping."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of RAM: guest-physical ``base``, ``size`` in bytes, ``offset`` into the mapping."""
+
+    base: int
+    size: int
+    offset: int
+
+
+class GuestMemory:
+    """Guest RAM of ``size`` bytes (a multiple of 4 KiB).
+
+    Attributes
+    ----------
+    host_base : int
+        Host address of the mapping's first byte.
+    regions : tuple[Region, ...]
+        Where the bytes are in guest-physical space, in ascending order.
+    fd : int
+        The memfd behind the mapping.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < MINIMUM_SIZE or size > MAXIMUM_SIZE or size % PAGE:
+            raise UsageError(
+                f"memory of {size} bytes is out of range: expected a multiple of 4 KiB"
+                f" from {MINIMUM_SIZE >> 20} MiB to {MAXIMUM_SIZE >> 40} TiB"
+            )
+        self.size = size
+        low = min(size, LOW_RAM_LIMIT)
+        regions = [Region(0, low, 0)]
+        if size > low:
+            regions.append(Region(HIGH_RAM_BASE, size - low, low))
+        self.regions = tuple(regions)
+        self.fd = os.memfd_create("ringfence-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, size)
+            fence = _libc.mmap(
+                None,
+                size + 2 * GUARD,
+                0,
+                mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
+                -1,
+                0,
+            )
+            if fence == _MAP_FAILED:
+                raise OSError(ctypes.get_errno(), "mmap")
+            self._fence = fence
+            base = _libc.mmap(
+                fence + GUARD,
+                size,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+                mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE,
+                self.fd,
+                0,
+            )
+            if base == _MAP_FAILED:
+                raise OSError(ctypes.get_errno(), "mmap")
+        except OSError as error:
+            os.close(self.fd)
+            raise HostError(f"the host can't give {size >> 20} MiB of guest memory: {error}") from error
+        self.host_base: int = base
+        self.view = memoryview((ctypes.c_char * size).from_address(base)).cast("B")
+
+    def offset(self, address: int, length: int) -> int:
+        """Offset into the mapping of ``length`` bytes at a guest-physical address.
+
+        Raises IndexError where the range is not wholly inside one RAM region.
+        """
+        for region in self.regions:
+            if region.base <= address and address + length <= region.base + region.size:
+                return address - region.base + region.offset
+        raise IndexError(f"guest-physical {address:#x}+{length:#x} is not RAM")
+
+    def read(self, address: int, length: int) -> bytes:
+        """Bytes at a guest-physical address; IndexError outside RAM."""
+        at = self.offset(address, length)
+        return bytes(self.view[at : at + length])
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Store bytes at a guest-physical address; IndexError outside RAM."""
+        at = self.offset(address, len(data))
+        self.view[at : at + len(data)] = data
+
+    def close(self) -> None:
+        """Unmap and free the RAM; the object is dead afterwards."""
+        if self.fd >= 0:
+            self.view.release()
+            _libc.munmap(self._fence, self.size + 2 * GUARD)
+            os.close(self.fd)
+            self.fd = -1

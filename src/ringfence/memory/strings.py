@@ -1,0 +1,286 @@
+"""String instructions on guest memory: MOVS, STOS, LODS, SCAS, CMPS, with and without REP.
+
+Each call works through whole pages with the host's own block instructions where that gives the
+same result, and element by element elsewhere. Registers move on as elements complete, so a fault
+in the middle leaves the state that the SDM demands (vol. 2, REP). A call does a bounded amount of
+work and then returns with RIP unchanged, so that interrupts are seen between two calls.
+
+Operand convention (``cpu.op``): [0] element size in bytes; [1] the operation; [2] repeat prefix
+(0, 1 = REP/REPE, 2 = REPNE); [3] bit 0: 32-bit addresses, bits 8-15: segment register of the
+source plus one where its base counts (FS, GS), else 0.
+"""
+
+from __future__ import annotations
+
+from ringfence.cpu.state import (
+    EXIT,
+    FAULT,
+    OK,
+    RAX,
+    RCX,
+    RDI,
+    RSI,
+    STATUS_FLAGS,
+)
+from ringfence.memory.mmu import (
+    OFFSET_MASK,
+    Mmu,
+    host_page,
+    linear_read,
+    linear_write,
+    load_sized,
+    note_code_write,
+    store_sized,
+)
+from ringfence.native.dialect import (
+    native,
+    native_inline,
+    rep_movsb,
+    rep_stosb,
+    store64,
+)
+
+MOVS, STOS, LODS, SCAS, CMPS = range(5)
+BOUND = 1 << 16
+"""Elements that one call handles at most."""
+EXIT_MMIO_STRING = 32
+"""Exit: an element lies outside RAM; ``exit_data`` = physical address, size, 1 for a write, value."""
+
+
+@native_inline
+def advance(mmu: Mmu, register: int, bytes_: int, narrow: int) -> int:
+    """Move an index register on, modulo its address size."""
+    value = mmu.gpr[register] + bytes_
+    mmu.gpr[register] = value & 0xFFFFFFFF if narrow else value
+    return 0
+
+
+@native_inline
+def compare_flags(mmu: Mmu, left: int, right: int, size: int) -> int:
+    """Status flags of ``left - right`` at an operand size in bytes."""
+    bits = size * 8
+    mask = 0xFFFFFFFFFFFFFFFF if bits == 64 else (1 << bits) - 1
+    left = left & mask
+    right = right & mask
+    result = (left - right) & mask
+    flags = 0
+    if left < right:
+        flags = flags | 1
+    parity = result ^ (result >> 4)
+    parity = parity ^ (parity >> 2)
+    parity = parity ^ (parity >> 1)
+    if not parity & 1:
+        flags = flags | 4
+    if (left ^ right ^ result) & 0x10:
+        flags = flags | 0x10
+    if result == 0:
+        flags = flags | 0x40
+    if result >> (bits - 1):
+        flags = flags | 0x80
+    if ((left ^ right) & (left ^ result)) >> (bits - 1):
+        flags = flags | 0x800
+    mmu.status = (mmu.status & ~STATUS_FLAGS) | flags
+    return 0
+
+
+@native
+def outside(mmu: Mmu, address: int, size: int, write: int) -> int:
+    """Leave for the VMM: an element that is not in RAM (``last_pa`` is its physical address)."""
+    mmu.exit_reason = EXIT_MMIO_STRING
+    mmu.exit_data[0] = mmu.last_pa
+    mmu.exit_data[1] = size
+    mmu.exit_data[2] = write
+    return EXIT
+
+
+@native
+def read_element(mmu: Mmu, address: int, size: int, user: int) -> int:
+    """Read one element; EXIT for one outside RAM unless the VMM has just provided it."""
+    if (address & OFFSET_MASK) + size <= 4096:
+        host = host_page(mmu, address, 4 if user else 0)
+        if host:
+            mmu.value = load_sized(host + (address & OFFSET_MASK), size)
+            return OK
+        if mmu.status_word == FAULT:
+            return FAULT
+        if mmu.string_ready & 1:
+            mmu.string_ready = mmu.string_ready & 2
+            mmu.value = mmu.string_value
+            return OK
+        return outside(mmu, address, size, 0)
+    return linear_read(mmu, address, size, user)
+
+
+@native
+def write_element(mmu: Mmu, address: int, size: int, value: int, user: int) -> int:
+    """Write one element; EXIT for one outside RAM, with the value in ``exit_data[3]``."""
+    if (address & OFFSET_MASK) + size <= 4096:
+        host = host_page(mmu, address, 6 if user else 2)
+        if host:
+            note_code_write(mmu, host + (address & OFFSET_MASK), size)
+            store_sized(host + (address & OFFSET_MASK), size, value)
+            return OK
+        if mmu.status_word == FAULT:
+            return FAULT
+        if mmu.string_ready & 2:
+            mmu.string_ready = 0
+            return OK
+        mmu.exit_data[3] = value
+        return outside(mmu, address, size, 1)
+    return linear_write(mmu, address, size, value, user)
+
+
+@native_inline
+def room(address: int, down: int) -> int:
+    """Bytes from an address to the end of its page, in the direction of travel."""
+    return 4096 - (address & OFFSET_MASK)
+
+
+@native
+def block_move(mmu: Mmu, source: int, target: int, bytes_: int, size: int, user: int) -> int:
+    """Forward copy inside one source and one target page; bytes done, 0 to go element-wise."""
+    take = bytes_
+    if room(source, 0) < take:
+        take = room(source, 0)
+    if room(target, 0) < take:
+        take = room(target, 0)
+    access = 4 if user else 0
+    from_page = host_page(mmu, source, access)
+    if from_page == 0:
+        return 0
+    to_page = host_page(mmu, target, access | 2)
+    if to_page == 0:
+        return 0
+    to = to_page + (target & OFFSET_MASK)
+    origin = from_page + (source & OFFSET_MASK)
+    take = take & ~(size - 1)
+    if take == 0 or (to > origin and to - origin < size):
+        return 0
+    note_code_write(mmu, to, take)
+    rep_movsb(to, origin, take)
+    return take
+
+
+@native
+def block_store(mmu: Mmu, target: int, bytes_: int, size: int, user: int) -> int:
+    """Fill inside one page; bytes done, 0 to go element-wise."""
+    take = bytes_
+    if room(target, 0) < take:
+        take = room(target, 0)
+    take = take & ~(size - 1)
+    if take == 0:
+        return 0
+    page = host_page(mmu, target, 6 if user else 2)
+    if page == 0:
+        return 0
+    to = page + (target & OFFSET_MASK)
+    note_code_write(mmu, to, take)
+    value = mmu.gpr[RAX]
+    if size == 1:
+        rep_stosb(to, value, take)
+    elif size == 8:
+        for i in range(take >> 3):
+            store64(to + i * 8, value)
+    else:
+        for i in range(take // size):
+            store_sized(to + i * size, size, value)
+    return take
+
+
+@native
+def fx_string(mmu: Mmu) -> int:
+    """Carry out one string instruction (see the module's text for the operands)."""
+    size = mmu.op[0]
+    kind = mmu.op[1]
+    repeat = mmu.op[2]
+    narrow = mmu.op[3] & 1
+    segment = mmu.op[3] >> 8
+    user = 1 if mmu.cpl == 3 else 0
+    base = mmu.seg_base[segment - 1] if segment else 0
+    step = 0 - size if mmu.flag_df else size
+    bound = BOUND
+    mask = 0xFFFFFFFF if narrow else 0xFFFFFFFFFFFFFFFF
+    while 1:
+        left = 1
+        if repeat:
+            left = mmu.gpr[RCX] & mask
+            if left == 0:
+                mmu.rip = mmu.next_rip
+                return OK
+            if bound == 0 or mmu.dirty_code_count:
+                return OK
+        source = (mmu.gpr[RSI] & mask) + base
+        target = mmu.gpr[RDI] & mask
+        done = 0
+        if repeat and not mmu.flag_df and left > 1:
+            want = left if left < bound else bound
+            if kind == MOVS:
+                done = block_move(mmu, source, target, want * size, size, user)
+            elif kind == STOS:
+                done = block_store(mmu, target, want * size, size, user)
+            done = done // size
+        if kind == MOVS and done:
+            advance(mmu, RSI, done * size, narrow)
+            advance(mmu, RDI, done * size, narrow)
+        elif kind == STOS and done:
+            advance(mmu, RDI, done * size, narrow)
+        else:
+            done = 1
+            status = element(mmu, kind, size, source, target, user)
+            if status != OK:
+                return status
+            if kind == MOVS or kind == LODS or kind == CMPS:
+                advance(mmu, RSI, step, narrow)
+            if kind != LODS:
+                advance(mmu, RDI, step, narrow)
+        if not repeat:
+            mmu.rip = mmu.next_rip
+            return OK
+        left = (left - done) & mask
+        mmu.gpr[RCX] = left
+        bound = bound - done if bound > done else 0
+        if kind == SCAS or kind == CMPS:
+            zero = 1 if mmu.status & 0x40 else 0
+            if zero != (1 if repeat == 1 else 0):
+                mmu.rip = mmu.next_rip
+                return OK
+    return OK
+
+
+@native
+def element(mmu: Mmu, kind: int, size: int, source: int, target: int, user: int) -> int:
+    """One element of a string instruction, index registers unchanged."""
+    status = OK
+    if kind == STOS:
+        return write_element(mmu, target, size, mmu.gpr[RAX], user)
+    if kind == SCAS:
+        status = read_element(mmu, target, size, user)
+        if status == OK:
+            compare_flags(mmu, mmu.gpr[RAX], mmu.value, size)
+        return status
+    if kind == CMPS:
+        # Both are read before flags change; an element outside RAM reads as all ones here.
+        status = linear_read(mmu, source, size, user)
+        if status != OK:
+            return status
+        left = mmu.value
+        status = linear_read(mmu, target, size, user)
+        if status == OK:
+            compare_flags(mmu, left, mmu.value, size)
+        return status
+    status = read_element(mmu, source, size, user)
+    if status != OK:
+        return status
+    value = mmu.value
+    if kind == MOVS:
+        return write_element(mmu, target, size, value, user)
+    if size == 8:
+        mmu.gpr[RAX] = value
+    elif size == 4:
+        mmu.gpr[RAX] = value
+    elif size == 2:
+        mmu.gpr[RAX] = (mmu.gpr[RAX] & ~0xFFFF) | value
+    else:
+        mmu.gpr[RAX] = (mmu.gpr[RAX] & ~0xFF) | value
+    return OK
+

@@ -1,0 +1,139 @@
+"""The page walk: guest-linear to guest-physical through 4-level paging.
+
+Permissions, reserved bits, accessed and dirty flags and the error code follow Intel SDM vol. 3,
+4.5 to 4.8. Accessed flags are set in every entry used once the access is known to be allowed, the
+dirty flag in the last one on a write; both atomically, as another CPU may change the entry.
+"""
+
+from __future__ import annotations
+
+from ringfence.cpu.state import (
+    CR0_PG,
+    CR0_WP,
+    CR4_SMAP,
+    CR4_SMEP,
+    EFER_NXE,
+    FAULT,
+    FLAG_AC,
+    GP,
+    OK,
+    PF,
+    PF_FETCH,
+    PF_PRESENT,
+    PF_RESERVED,
+    PF_USER,
+    PF_WRITE,
+)
+from ringfence.memory.walk_state import PAGE_USER, PAGE_WRITE, Walker, ram_pointer
+from ringfence.native.dialect import atomic_or64, load64, native, native_inline, sext
+
+PTE_P, PTE_W, PTE_U, PTE_A, PTE_D, PTE_PS, PTE_G = 1, 2, 4, 0x20, 0x40, 0x80, 0x100
+PTE_NX = 1 << 63
+PTE_ADDRESS = 0x000FFFFFFFFFF000
+
+
+@native_inline
+def page_fault(walker: Walker, address: int, error: int) -> int:
+    """Make a page fault pending."""
+    walker.exc_vector = PF
+    walker.exc_error = error
+    walker.exc_address = address
+    return FAULT
+
+
+@native
+def walk(walker: Walker, address: int, access: int) -> int:
+    """Translate a linear address; OK with ``walk_*`` filled, or FAULT with the exception pending.
+
+    ``access``: PF_WRITE, PF_USER, PF_FETCH as in an error code. A non-canonical address is #GP(0).
+    """
+    walker.walks += 1
+    if sext(address, 48) != address:
+        walker.exc_vector = GP
+        walker.exc_error = 0
+        walker.exc_address = address
+        return FAULT
+    if not walker.cr0 & CR0_PG:
+        walker.walk_pa = address
+        walker.walk_perms = PAGE_WRITE | PAGE_USER
+        walker.walk_shift = 12
+        walker.walk_global = 0
+        return OK
+    nxe = walker.efer & EFER_NXE
+    error = access & (PF_WRITE | PF_USER)
+    if access & PF_FETCH and (nxe or walker.cr4 & CR4_SMEP):
+        error = error | PF_FETCH
+    reserved = walker.reserved_bits
+    if not nxe:
+        reserved = reserved | PTE_NX
+    table = walker.cr3 & PTE_ADDRESS
+    allowed = PTE_W | PTE_U
+    no_execute = 0
+    level = 4
+    shift = 39
+    entry = 0
+    while 1:
+        pointer = ram_pointer(walker, table + ((address >> shift) & 511) * 8)
+        if pointer == 0:
+            # Paging structures outside RAM read as all ones: reserved bits are set.
+            return page_fault(walker, address, error | PF_PRESENT | PF_RESERVED)
+        entry = load64(pointer)
+        walker.walk_references += 1
+        if not entry & PTE_P:
+            return page_fault(walker, address, error)
+        if entry & reserved:
+            return page_fault(walker, address, error | PF_PRESENT | PF_RESERVED)
+        allowed = allowed & entry
+        no_execute = no_execute | (entry & PTE_NX)
+        walker.walk_entry[level - 1] = pointer
+        if level == 1:
+            break
+        if entry & PTE_PS:
+            # Level 4 has no large pages; in the others the address bits below the page's
+            # size, but for PAT (bit 12), are reserved.
+            if level == 4 or entry & ((1 << shift) - 1) & PTE_ADDRESS & ~0x1FFF:
+                return page_fault(walker, address, error | PF_PRESENT | PF_RESERVED)
+            break
+        table = entry & PTE_ADDRESS
+        level -= 1
+        shift -= 9
+    denied = 0
+    if access & PF_USER:
+        if not allowed & PTE_U:
+            denied = 1
+        if access & PF_WRITE and not allowed & PTE_W:
+            denied = 1
+    else:
+        if access & PF_WRITE and not allowed & PTE_W and walker.cr0 & CR0_WP:
+            denied = 1
+        if allowed & PTE_U:
+            if access & PF_FETCH:
+                if walker.cr4 & CR4_SMEP:
+                    denied = 1
+            elif walker.cr4 & CR4_SMAP and not walker.other_flags & FLAG_AC:
+                denied = 1
+    if access & PF_FETCH and no_execute:
+        denied = 1
+    if denied:
+        return page_fault(walker, address, error | PF_PRESENT)
+    used = level
+    while used < 4:
+        pointer = walker.walk_entry[used]
+        if not load64(pointer) & PTE_A:
+            atomic_or64(pointer, PTE_A)
+        used += 1
+    last = walker.walk_entry[level - 1]
+    want = PTE_A | PTE_D if access & PF_WRITE else PTE_A
+    if entry & want != want:
+        atomic_or64(last, want)
+        entry = entry | want
+    low = (1 << shift) - 1
+    walker.walk_pa = (entry & PTE_ADDRESS & ~low) | (address & low)
+    writable = 0
+    if entry & PTE_D:
+        if allowed & PTE_W or (not access & PF_USER and not walker.cr0 & CR0_WP):
+            writable = PAGE_WRITE
+    walker.walk_perms = writable | (allowed & PTE_U)
+    walker.walk_shift = shift
+    walker.walk_global = 1 if entry & PTE_G and walker.cr4 & 0x80 else 0
+    return OK
