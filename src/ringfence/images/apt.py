@@ -11,6 +11,7 @@ Shape: :class:`Apt` is one such folder with the four things that we ask of apt: 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import selectors
@@ -188,8 +189,16 @@ class Apt:
     ) -> tuple[str, int]:
         """Run a tool of apt; its standard output and exit status.
 
-        With a callback, apt reports through a pipe (APT::Status-Fd): "dlstatus:<n>:<percent>:…".
+        One tool at a time uses the folder, also across processes: apt's own lock is off, as it
+        wants root. With a callback, apt reports through a pipe (APT::Status-Fd): "dlstatus:<n>:<percent>:…".
         """
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
+            return self._run_alone(command, progress, stage, cwd)
+
+    def _run_alone(
+        self, command: list[str], progress: Progress | None, stage: str, cwd: Path | None
+    ) -> tuple[str, int]:
         environment = dict(os.environ, APT_CONFIG=str(self._config), LC_ALL="C")
         environment["DEBIAN_FRONTEND"] = "noninteractive"
         status_read, status_write = os.pipe()
