@@ -1,0 +1,166 @@
+"""The ACPI tables that tell the guest what is on the board.
+
+One blob, for guest-physical 0xE0000: RSDP first, then XSDT, FADT, FACS, MADT and DSDT, each aligned
+to 64 bytes. The DSDT is assembled by `ringfence.chipset.aml`. Field order and names are those of
+the ACPI specification, release 6.4, chapter 5.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from ringfence.chipset import aml, ioapic, lapic, pci, pm, rtc, uart
+
+ADDRESS = 0xE0000
+"""Where firmware-less kernels look for the RSDP (5.2.5.1)."""
+LIMIT = 0x20000
+"""The tables must end before the BIOS area does."""
+OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"RINGFC", b"RINGFENC", b"RFNC"
+PCI_MEMORY = (0xC000_0000, 0xFEBF_FFFF)
+"""PCI memory window: from the end of low RAM to the I/O APIC."""
+
+# FADT IAPC_BOOT_ARCH (5.2.9.3) and fixed feature flags (table 5.10)
+LEGACY_DEVICES, VGA_NOT_PRESENT = 1 << 0, 1 << 2
+WBINVD, PROC_C1, SLP_BUTTON, FIX_RTC, TMR_VAL_EXT, RESET_REG_SUP = (
+    1 << bit for bit in (0, 2, 5, 6, 8, 10)
+)
+
+
+def build_tables(base: int = ADDRESS, cpus: int = 1) -> bytes:
+    """Build all tables for a blob at guest-physical ``base``; the RSDP is its start."""
+    parts: list[bytes] = [bytes(64)]
+
+    def place(table: bytes) -> int:
+        address = base + sum(map(len, parts))
+        parts.append(table.ljust(-(-len(table) // 64) * 64, b"\0"))
+        return address
+
+    dsdt = place(_table(b"DSDT", 2, build_dsdt(cpus)))
+    facs = place(struct.pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2))
+    fadt = place(_fadt(dsdt, facs))
+    madt = place(_madt(cpus))
+    xsdt = place(_table(b"XSDT", 1, struct.pack("<2Q", fadt, madt)))
+    parts[0] = _rsdp(xsdt).ljust(64, b"\0")
+    return b"".join(parts)
+
+
+def _checksum(data: bytes) -> int:
+    """Return the byte that makes the sum of all bytes zero."""
+    return -sum(data) & 0xFF
+
+
+def _table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """Put the header (5.2.6) before a table's body."""
+    table = struct.pack(
+        "<4sIBB6s8sI4sI",
+        signature, 36 + len(body), revision, 0, OEM_ID, OEM_TABLE_ID, 1, CREATOR_ID, 1,
+    ) + body  # fmt: skip
+    return table[:9] + bytes([_checksum(table)]) + table[10:]
+
+
+def _rsdp(xsdt: int) -> bytes:
+    """Build the root system description pointer, revision 2 (5.2.5.3)."""
+    first = struct.pack("<8sB6sBI", b"RSD PTR ", 0, OEM_ID, 2, 0)
+    first = first[:8] + bytes([_checksum(first)]) + first[9:]
+    whole = first + struct.pack("<IQB3x", 36, xsdt, 0)
+    return whole[:32] + bytes([_checksum(whole)]) + whole[33:]
+
+
+def _io_address(port: int, bits: int, access: int) -> bytes:
+    """Return the generic address structure of an I/O port (5.2.3.2)."""
+    return struct.pack("<BBBBQ", 1, bits, 0, access, port) if port else bytes(12)
+
+
+def _fadt(dsdt: int, facs: int) -> bytes:
+    """Build the fixed ACPI description table, 6.3 (5.2.9); not hardware-reduced."""
+    flags = WBINVD | PROC_C1 | SLP_BUTTON | FIX_RTC | TMR_VAL_EXT | RESET_REG_SUP
+    body = struct.pack("<IIBBHIBBBB", facs, dsdt, 0, 0, pm.SCI_IRQ, 0, 0, 0, 0, 0)
+    body += struct.pack("<8I", pm.PM1_EVENT, 0, pm.PM1_CONTROL, 0, 0, pm.PM_TIMER, 0, 0)
+    # lengths: PM1 event, PM1 control, PM2, PM timer, GPE0, GPE1; GPE1_BASE, CST_CNT
+    body += bytes([4, 2, 0, 4, 0, 0, 0, 0])
+    # P_LVL2_LAT, P_LVL3_LAT beyond their limits: no C2, no C3
+    body += struct.pack("<HHHHBBBBB", 101, 1001, 0, 0, 0, 0, 0, 0, rtc.CENTURY)
+    body += struct.pack("<HBI", LEGACY_DEVICES | VGA_NOT_PRESENT, 0, flags)
+    body += _io_address(pm.RESET_CONTROL, 8, 1)
+    body += struct.pack("<BHB", pm.RESET_VALUE, 0, 3)  # RESET_VALUE, ARM_BOOT_ARCH, minor
+    body += struct.pack("<QQ", 0, dsdt)  # X_FIRMWARE_CTRL (FIRMWARE_CTRL is used), X_DSDT
+    for port, bits, access in (
+        (pm.PM1_EVENT, 32, 2), (0, 0, 0), (pm.PM1_CONTROL, 16, 2), (0, 0, 0),
+        (0, 0, 0), (pm.PM_TIMER, 32, 3), (0, 0, 0), (0, 0, 0),
+        (0, 0, 0), (0, 0, 0),  # sleep control and status: hardware-reduced only
+    ):  # fmt: skip
+        body += _io_address(port, bits, access)
+    body += b"RINGFENC"  # hypervisor vendor identity
+    return _table(b"FACP", 6, body)
+
+
+def _madt(cpus: int) -> bytes:
+    """Build the multiple APIC description table (5.2.12)."""
+    pcat_compat = 1
+    body = struct.pack("<II", lapic.DEFAULT_BASE, pcat_compat)
+    for cpu in range(cpus):
+        body += struct.pack("<BBBBI", 0, 8, cpu, cpu, 1)
+    body += struct.pack("<BBBBII", 1, 12, 0, 0, ioapic.BASE, 0)
+    # Interrupt source overrides (5.2.12.5): ISA IRQ, GSI, flags (0xd: active high, level).
+    body += struct.pack("<BBBBIH", 2, 10, 0, 0, 2, 0)
+    body += struct.pack("<BBBBIH", 2, 10, 0, pm.SCI_IRQ, pm.SCI_IRQ, 0xD)
+    body += struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1)  # NMI at every CPU's LINT1
+    return _table(b"APIC", 5, body)
+
+
+def build_dsdt(cpus: int) -> bytes:
+    r"""Assemble the DSDT's AML: processors, PCI host, COM1, RTC, motherboard, \_S5."""
+    s5 = aml.package(*map(aml.integer, (pm.SLP_TYP_S5, pm.SLP_TYP_S5, 0, 0)))
+    processors = [
+        aml.device(
+            f"C{cpu:03X}",
+            aml.name("_HID", aml.string("ACPI0007")),
+            aml.name("_UID", aml.integer(cpu)),
+        )
+        for cpu in range(cpus)
+    ]
+    routes = [
+        aml.package(
+            aml.integer(slot << 16 | 0xFFFF),
+            aml.integer(pin),
+            aml.integer(0),
+            aml.integer(pci.gsi_of(slot, pin)),
+        )
+        for slot in range(1, pci.SLOTS)
+        for pin in range(4)
+    ]
+    pci_host = aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        aml.name(
+            "_CRS",
+            aml.resources(
+                aml.bus_range(0, 0),
+                aml.io(pci.BASE, pci.LENGTH),
+                aml.io_range(0x0000, pci.BASE - 1),
+                aml.io_range(pci.BASE + pci.LENGTH, 0xFFFF),
+                aml.memory_range(*PCI_MEMORY),
+            ),
+        ),
+        aml.name("_PRT", aml.package(*routes)),
+    )
+    com1 = aml.device(
+        "COM1",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(1)),
+        aml.name("_STA", aml.integer(0xF)),
+        aml.name("_CRS", aml.resources(aml.io(uart.BASE, uart.LENGTH), aml.irq(uart.IRQ))),
+    )
+    clock = aml.device(
+        "RTC",
+        aml.name("_HID", aml.eisa_id("PNP0B00")),
+        aml.name("_CRS", aml.resources(aml.io(rtc.BASE, rtc.LENGTH), aml.irq(8))),
+    )
+    board = aml.device(
+        "MBRD",
+        aml.name("_HID", aml.eisa_id("PNP0C02")),
+        aml.name("_CRS", aml.resources(aml.io(pm.BASE, pm.LENGTH))),
+    )
+    return aml.name("\\_S5", s5) + aml.scope("\\_SB", *processors, pci_host, com1, clock, board)

@@ -1,0 +1,336 @@
+"""The board: all chips, wired as on a PC, behind the few calls that a vCPU's loop makes.
+
+Wiring: ISA interrupt n reaches both the 8259 pair and the I/O APIC (0 at pin 2, the others at their
+own number); the 8259s' output is every local APIC's LINT0. One lock guards all state of the
+chipset; every public method takes it, and timers fire with it held. What makes an interrupt
+deliverable ends in the CPU's wake callback, from whatever thread it came.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ringfence.chipset.apicbus import ApicBus, Delivery
+from ringfence.chipset.bus import GeneralProtection, MmioBus, PortBus
+from ringfence.chipset.clock import Clock, TimerQueue
+from ringfence.chipset.i8042 import I8042
+from ringfence.chipset.ioapic import BASE as IOAPIC_BASE
+from ringfence.chipset.ioapic import LENGTH as IOAPIC_LENGTH
+from ringfence.chipset.ioapic import IoApic
+from ringfence.chipset.lapic import (
+    APIC_BASE,
+    TSC_DEADLINE,
+    X2APIC_FIRST,
+    X2APIC_LAST,
+    Lapic,
+)
+from ringfence.chipset.lapic_timer import TscSource
+from ringfence.chipset.pci import PciHost, gsi_of
+from ringfence.chipset.pic import PicPair
+from ringfence.chipset.pit import Pit
+from ringfence.chipset.pm import SCI_IRQ, PowerManagement, ResetControl
+from ringfence.chipset.rtc import BASE as RTC_BASE
+from ringfence.chipset.rtc import LENGTH as RTC_LENGTH
+from ringfence.chipset.rtc import Rtc
+from ringfence.chipset.state import State, check_version
+from ringfence.chipset.uart import BASE as UART_BASE
+from ringfence.chipset.uart import IRQ as UART_IRQ
+from ringfence.chipset.uart import LENGTH as UART_LENGTH
+from ringfence.chipset.uart import Uart
+from ringfence.errors import ImageError, UsageError
+
+MAXIMUM_CPUS = 64
+PAGE_MASK = 0xFFF
+
+
+def _nothing() -> None:
+    """Stand in for a callback nobody has set."""
+
+
+class Board:
+    """A PC's chipset.
+
+    Parameters
+    ----------
+    clock : Clock
+        Machine time.
+    tsc : TscSource
+        The guest's TSC, for the local APICs' TSC-deadline timers.
+    memory_size : int
+        Guest RAM in bytes, told in the CMOS.
+    cpus : int
+        How many local APICs; CPU 0 is the boot CPU.
+    console_sink : Callable[[bytes], None]
+        Takes COM1's output, with the lock held.
+    on_power_off, on_reset : Callable[[], None]
+        Called, with the lock held, when the guest asks for it; the board itself does not change.
+
+    Attributes
+    ----------
+    lock : threading.RLock
+        Guards everything on the board.
+    ports, mmio : PortBus, MmioBus
+        Where further devices register.
+    timers : TimerQueue
+        Where they arm timers; ``start()`` it to have time pass.
+    on_signal : Callable[[int, Delivery, int], None]
+        Called with (cpu, NMI | INIT | SIPI | SMI, vector), the lock held.
+    """
+
+    VERSION = 1
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        tsc: TscSource,
+        memory_size: int,
+        cpus: int = 1,
+        console_sink: Callable[[bytes], None],
+        on_power_off: Callable[[], None] = _nothing,
+        on_reset: Callable[[], None] = _nothing,
+    ) -> None:
+        if not 1 <= cpus <= MAXIMUM_CPUS:
+            raise UsageError(f"{cpus} CPUs: expected 1 to {MAXIMUM_CPUS}")
+        self.lock = threading.RLock()
+        self.clock = clock
+        self.timers = TimerQueue(clock, self.lock)
+        self.ports = PortBus()
+        self.mmio = MmioBus()
+        self.on_power_off = on_power_off
+        self.on_reset = on_reset
+        self.on_signal: Callable[[int, Delivery, int], None] = lambda cpu, mode, vector: None
+
+        self.apics = ApicBus()
+        self.lapics = [Lapic(cpu, self.apics, self.timers, tsc) for cpu in range(cpus)]
+        self.apics.lapics = self.lapics
+        self.ioapic = IoApic(self.apics)
+        self.apics.on_eoi = self.ioapic.end_of_interrupt
+        self.apics.on_signal = self._signal
+        self.pic = PicPair(self._intr)
+        self.pit = Pit(self.timers, self._line(0))
+        self.rtc = Rtc(self.timers, self._line(8), memory_size)
+        self.uart = Uart(self.timers, self._line(UART_IRQ), console_sink)
+        self.pm = PowerManagement(self.timers, self._line(SCI_IRQ), self._power_off)
+        self.i8042 = I8042(self._reset)
+        self.reset_control = ResetControl(self._reset)
+        self.pci = PciHost(self.reset_control)
+        self._pci_lines = {gsi_of(slot, 0): 0 for slot in range(4)}
+        self._wake: list[Callable[[], None]] = [_nothing] * cpus
+        self._devices: dict[str, Any] = {
+            "ioapic": self.ioapic,
+            "pic": self.pic,
+            "pit": self.pit,
+            "rtc": self.rtc,
+            "uart": self.uart,
+            "pm": self.pm,
+            "i8042": self.i8042,
+            "reset_control": self.reset_control,
+            "pci": self.pci,
+        }
+
+        for part in (self.pic, self.pit, self.pm, self.i8042, self.pci):
+            part.attach(self.ports)
+        self.ports.register(RTC_BASE, RTC_LENGTH, self.rtc, widths=(1,))
+        self.ports.register(UART_BASE, UART_LENGTH, self.uart, widths=(1,))
+        self.mmio.register(IOAPIC_BASE, IOAPIC_LENGTH, self.ioapic)
+        self.pic.write(1, 1, 1 << SCI_IRQ - 8)  # ELCR: the SCI is level-triggered
+        self.lapics[0].set_virtual_wire()
+
+    # ---- what a vCPU's loop calls
+
+    def port_read(self, port: int, size: int) -> int:
+        """Do an IN of 1, 2 or 4 bytes."""
+        with self.lock:
+            return self.ports.read(port, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        """Do an OUT of 1, 2 or 4 bytes."""
+        with self.lock:
+            self.ports.write(port, size, value)
+
+    def mmio_read(self, pa: int, size: int, cpu: int = 0) -> int:
+        """Read ``size`` bytes at guest-physical ``pa``, as CPU ``cpu``."""
+        with self.lock:
+            lapic = self.lapics[cpu]
+            if pa & ~PAGE_MASK != lapic.mmio_base:
+                return self.mmio.read(pa, size)
+            if (pa & 0xF) + size <= 16:
+                return lapic.read(pa & PAGE_MASK, size)
+            return sum(self.mmio_read(pa + at, 1, cpu) << 8 * at for at in range(size))
+
+    def mmio_write(self, pa: int, size: int, value: int, cpu: int = 0) -> None:
+        """Write ``size`` bytes at guest-physical ``pa``, as CPU ``cpu``."""
+        with self.lock:
+            lapic = self.lapics[cpu]
+            if pa & ~PAGE_MASK == lapic.mmio_base:
+                lapic.write(pa & PAGE_MASK, size, value)
+            else:
+                self.mmio.write(pa, size, value)
+
+    def msr_read(self, cpu: int, index: int) -> int:
+        """Read a local APIC MSR: 0x1b, 0x6e0 or 0x800-0x8ff; else GeneralProtection."""
+        self._check_msr(index)
+        with self.lock:
+            return self.lapics[cpu].msr_read(index)
+
+    def msr_write(self, cpu: int, index: int, value: int) -> None:
+        """Write a local APIC MSR; GeneralProtection where the CPU would raise #GP."""
+        self._check_msr(index)
+        with self.lock:
+            self.lapics[cpu].msr_write(index, value)
+
+    def read_cr8(self, cpu: int) -> int:
+        """Return CR8."""
+        with self.lock:
+            return self.lapics[cpu].read_cr8()
+
+    def write_cr8(self, cpu: int, value: int) -> None:
+        """Set CR8."""
+        with self.lock:
+            self.lapics[cpu].write_cr8(value)
+
+    def interrupt_pending(self, cpu: int) -> bool:
+        """Tell whether `acknowledge` would give a vector other than the spurious one."""
+        with self.lock:
+            return self.lapics[cpu].pending_vector() is not None or self._extint(cpu)
+
+    def acknowledge(self, cpu: int) -> int:
+        """Take the interrupt to deliver now and return its vector: local APIC first, then 8259."""
+        with self.lock:
+            lapic = self.lapics[cpu]
+            if lapic.pending_vector() is None and self._extint(cpu):
+                return self.pic.acknowledge()
+            return lapic.acknowledge()
+
+    def set_wake(self, cpu: int, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called, the lock held, when ``cpu`` gets something to deliver."""
+        with self.lock:
+            self._wake[cpu] = callback
+            self.lapics[cpu].wake = lambda: self._notify(cpu)
+
+    # ---- what the machine and its devices call
+
+    def set_irq(self, irq: int, asserted: bool) -> None:
+        """Drive ISA interrupt line 0-15."""
+        with self.lock:
+            self.pic.set_irq(irq, asserted)
+            self.ioapic.set_irq(2 if irq == 0 else irq, asserted)
+
+    def set_pci_irq(self, slot: int, pin: int, asserted: bool) -> None:
+        """Drive a PCI slot's interrupt pin (0 = INTA#); a shared GSI is the OR of its pins."""
+        bit = 1 << 4 * slot + pin
+        with self.lock:
+            gsi = gsi_of(slot, pin)
+            lines = self._pci_lines[gsi] & ~bit | (bit if asserted else 0)
+            self._pci_lines[gsi] = lines
+            self.ioapic.set_irq(gsi, bool(lines))
+
+    def send_msi(self, address: int, data: int) -> None:
+        """Deliver a message-signalled interrupt."""
+        with self.lock:
+            self.apics.send_msi(address, data)
+
+    def receive(self, data: bytes) -> None:
+        """Type bytes at COM1."""
+        with self.lock:
+            self.uart.receive(data)
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down."""
+        with self.lock:
+            self.pm.press_power_button()
+
+    def flush(self) -> None:
+        """Hand pending console output to the sink."""
+        with self.lock:
+            self.uart.flush()
+
+    def save(self) -> State:
+        """Return the state of clock and chips as plain data."""
+        with self.lock:
+            return {
+                "version": self.VERSION,
+                "now": self.clock.now(),
+                "pci_lines": dict(self._pci_lines),
+                "lapics": [lapic.save() for lapic in self.lapics],
+                **{name: device.save() for name, device in self._devices.items()},
+            }
+
+    def restore(self, state: State) -> None:
+        """Take over what `save` returned; restore the TSC first, and don't run timers meanwhile.
+
+        Raises
+        ------
+        ImageError
+            The state is of another version or shape, or for another number of CPUs.
+        """
+        check_version("Board", state, self.VERSION)
+        missing = {"now", "lapics", "pci_lines", *self._devices} - set(state)
+        if missing or len(state["lapics"]) != len(self.lapics):
+            raise ImageError(
+                f"saved board lacks {sorted(missing)} or is not for {len(self.lapics)} CPUs:"
+                " restore it into the machine it was saved from"
+            )
+        with self.lock:
+            self.clock.set_now(state["now"])
+            self._pci_lines = dict(state["pci_lines"])
+            for name, device in self._devices.items():
+                device.restore(state[name])
+            for lapic, saved in zip(self.lapics, state["lapics"], strict=True):
+                lapic.restore(saved)
+            self.timers.kick()
+            for cpu in range(len(self.lapics)):
+                self._notify(cpu)
+
+    # ---- wiring
+
+    def _line(self, irq: int) -> Callable[[bool], None]:
+        """Return what drives an ISA interrupt line, for a chip that runs with the lock held."""
+        pic, ioapic = self.pic, self.ioapic
+        pin = 2 if irq == 0 else irq
+
+        def drive(asserted: bool) -> None:
+            pic.set_irq(irq, asserted)
+            ioapic.set_irq(pin, asserted)
+
+        return drive
+
+    def _intr(self, asserted: bool) -> None:
+        """Follow the 8259s' output."""
+        for lapic in self.lapics:
+            lapic.set_lint(0, asserted)
+        self.ioapic.set_irq(0, asserted)
+        if asserted:
+            for cpu in range(len(self.lapics)):
+                self._notify(cpu)
+
+    def _extint(self, cpu: int) -> bool:
+        """Tell whether an 8259 interrupt awaits this CPU."""
+        if not self.pic.output:
+            return False
+        lapic = self.lapics[cpu]
+        if not lapic.enabled:
+            return cpu == 0
+        return lapic.accepts_extint() or self.ioapic.routes_extint(cpu)
+
+    def _notify(self, cpu: int) -> None:
+        if self.interrupt_pending(cpu):
+            self._wake[cpu]()
+
+    def _signal(self, cpu: int, mode: Delivery, vector: int) -> None:
+        self.on_signal(cpu, mode, vector)
+
+    def _power_off(self) -> None:
+        self.uart.flush()
+        self.on_power_off()
+
+    def _reset(self) -> None:
+        self.uart.flush()
+        self.on_reset()
+
+    def _check_msr(self, index: int) -> None:
+        if index not in (APIC_BASE, TSC_DEADLINE) and not X2APIC_FIRST <= index <= X2APIC_LAST:
+            raise GeneralProtection(f"MSR {index:#x} is not the local APIC's")
