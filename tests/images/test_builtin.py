@@ -72,7 +72,15 @@ def traced(kernel: bytes) -> Iterator[int]:
     segment = read_segments(kernel).segments[0]
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+    number = ctypes.c_int
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        number,
+        number,
+        number,
+        ctypes.c_long,
+    ]
     contents = bytes(segment.data)
     entry = ctypes.CFUNCTYPE(None)(segment.paddr)
     child = os.fork()

@@ -6,6 +6,7 @@ import gzip
 import shutil
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ringfence.images.initramfs import Archive, Entry, read_archive
 
 def sample(order: int = 1) -> Archive:
     archive = Archive()
-    steps = [
+    steps: list[Callable[[], None]] = [
         lambda: archive.add_file("/usr/bin/tool", b"#!/bin/sh\n", 0o755),
         lambda: archive.add_file("etc/odd name", b"abc"),
         lambda: archive.add_symlink("bin", "usr/bin"),

@@ -190,7 +190,8 @@ class Apt:
         """Run a tool of apt; its standard output and exit status.
 
         One tool at a time uses the folder, also across processes: apt's own lock is off, as it
-        wants root. With a callback, apt reports through a pipe (APT::Status-Fd): "dlstatus:<n>:<percent>:…".
+        wants root. With a callback, apt reports through a pipe (APT::Status-Fd):
+        "dlstatus:<n>:<percent>:…".
         """
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
