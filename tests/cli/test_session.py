@@ -137,6 +137,24 @@ def test_nobody_reads_stdout() -> None:
         assert process.stderr.read() == b""
 
 
+def test_a_full_disk_is_the_hosts_problem() -> None:
+    with Path("/dev/full").open("wb") as full, start("hello", stdout=full) as process:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 6
+        assert err == (
+            b"ringfence: error: the guest's output can't be written: No space left on device\n"
+        )
+
+
+def test_a_trace_that_nobody_reads_does_not_hold_up_a_signal() -> None:
+    with start("flood", "--trace", "exits", stdout=subprocess.DEVNULL) as process:
+        assert process.stderr is not None
+        process.stderr.read(1)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
 def test_statistics_and_trace(tmp_path: Path) -> None:
     target = tmp_path / "stats.json"
     process = start("hello", "--stats", str(target), "--trace", "exits")

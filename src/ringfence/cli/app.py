@@ -213,6 +213,7 @@ def cache_clear(cache_dir: CacheDir = None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: run the command and exit with its status."""
+    signal.signal(signal.SIGTERM, _terminated)
     status = _status(arguments)
     try:
         sys.stdout.flush()
@@ -248,6 +249,11 @@ def _status(arguments: Sequence[str] | None) -> int:
             " (set RINGFENCE_DEBUG=1 for the traceback)"
         )
         return INTERNAL_ERROR
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """Leave through every ``finally``: half-made images and child processes are cleaned up."""
+    sys.exit(128 + number)
 
 
 def _complain(message: str) -> None:

@@ -24,16 +24,17 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from ringfence.cli.terminal import HELP, Escape, EscapeFilter, RawTerminal
-from ringfence.errors import GuestTimeout
+from ringfence.errors import GuestTimeout, HostError
 
 if TYPE_CHECKING:
     from ringfence.console import Console
     from ringfence.engine.exits import TraceRecord
     from ringfence.machine import Machine
 
-STDIN, STDOUT = 0, 1
+STDIN, STDOUT, STDERR = 0, 1, 2
 CHUNK = 4096
 """At most so many bytes a write: a pipe that polls writable takes them without blocking."""
+GREETING = "ringfence: Ctrl-A x ends the machine, Ctrl-A h shows more\n"
 UNREAD = 4 * CHUNK
 """Bytes that may wait in the serial port for the guest to read them."""
 BACKLOG = 4
@@ -51,29 +52,28 @@ class Ending(Enum):
 
 
 class _Output:
-    """The guest's bytes on their way to stdout; gives up as soon as nobody wants them."""
+    """Bytes on their way to ``fd``; gives up as soon as nobody wants them."""
 
-    def __init__(self, wake: int) -> None:
+    def __init__(self, fd: int, wake: int) -> None:
+        self._fd = fd
         self._wake = wake
         self._poll = select.poll()
-        self._poll.register(STDOUT, select.POLLOUT)
+        self._poll.register(fd, select.POLLOUT)
         self.closing = False
-        self.broken = False
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> None:
         """Write all of ``data``, waiting for a slow reader as long as the session goes on."""
         view = memoryview(data)
-        while view and not self.closing and not self.broken:
+        while view and not self.closing and self.failure is None:
             if not self._poll.poll(100):
                 continue
             try:
-                view = view[os.write(STDOUT, view[:CHUNK]) :]
+                view = view[os.write(self._fd, view[:CHUNK]) :]
             except BlockingIOError:
                 continue
             except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC):
-                    raise
-                self.broken = True
+                self.failure = error
                 _poke(self._wake)
 
 
@@ -135,7 +135,8 @@ class Session:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
-        self._output = _Output(self._wake_write)
+        self._output = _Output(STDOUT, self._wake_write)
+        self._errors = _Output(STDERR, self._wake_write)
         self._typist = _Typist(machine.console, self._wake_write)
         if trace:
             machine.set_trace(self._trace)
@@ -146,16 +147,18 @@ class Session:
         machine.console.listen(self._output.write)
         machine.when_ended(lambda: _poke(self._wake_write))
         try:
-            with _signals(self._wake_write), self.terminal:
+            with _signals(self._wake_write):
                 try:
-                    machine.start()
-                    return self._loop()
+                    with self.terminal:
+                        if self.terminal.active:
+                            self.terminal.say(GREETING)
+                        machine.start()
+                        return self._loop()
                 finally:
-                    self._output.closing = True
+                    self._output.closing = self._errors.closing = True
                     self._typist.close()
-                    machine.stop()
+                    machine.close()
         finally:
-            machine.close()
             os.close(self._wake_read)
             os.close(self._wake_write)
 
@@ -192,9 +195,12 @@ class Session:
                 self.terminal.enter()
             elif number in ENDING:
                 return signal.Signals(number)
-        if self.machine.outcome is not None:
-            return Ending.GUEST
-        return Ending.PIPE if self._output.broken else None
+        failure = self._output.failure
+        if failure is None:
+            return Ending.GUEST if self.machine.outcome is not None else None
+        if failure.errno in (errno.EPIPE, errno.EIO):
+            return Ending.PIPE
+        raise HostError(f"the guest's output can't be written: {failure.strerror}") from failure
 
     def _typed(self, data: bytes) -> bool:
         """Hand on what was typed; True if the user wants to leave."""
@@ -205,6 +211,7 @@ class Session:
             if isinstance(piece, bytes):
                 self._typist.put(piece)
             elif piece is Escape.QUIT:
+                self.terminal.say("\nringfence: the machine was ended with Ctrl-A x\n")
                 return True
             elif piece is Escape.STATS:
                 from ringfence.cli.report import stats_text
@@ -215,7 +222,8 @@ class Session:
         return False
 
     def _trace(self, record: TraceRecord) -> None:
-        self.terminal.say(f"{record}\n")
+        end = "\r\n" if self.terminal.active else "\n"
+        self._errors.write(f"{record}{end}".encode())
 
 
 def _poke(fd: int) -> None:
