@@ -1,0 +1,380 @@
+"""Segment registers and descriptors as 64-bit mode sees them.
+
+Sources: Intel SDM vol. 3, 3.4 (selectors, descriptors), 5.2-5.6 (limit, type and privilege
+checks), 8.2.2 and 8.2.3 (LDT and TSS descriptors of 16 bytes); vol. 2, MOV, POP, LxS, LLDT, LTR,
+LAR, LSL, VERR.
+"""
+
+# mypy: disable-error-code="index"
+
+from __future__ import annotations
+
+from ringfence.cpu.flags import is_canonical, raise_fault, stack_read, stack_write
+from ringfence.cpu.ports import linear_read, linear_write
+from ringfence.cpu.state import (
+    ATTR_DPL_SHIFT,
+    CS,
+    FAULT,
+    FLAG_ZF,
+    GP,
+    GS,
+    LDTR,
+    NP,
+    OK,
+    RSP,
+    SS,
+    SS_FAULT,
+    TR,
+    UD,
+    Cpu,
+)
+from ringfence.native.dialect import native, native_inline
+
+# Bits of a descriptor's first eight bytes.
+DESC_ACCESSED = 1 << 40
+DESC_WRITABLE = 1 << 41
+"""Of data segments: writable. Of code segments: readable."""
+DESC_CONFORMING = 1 << 42
+DESC_CODE = 1 << 43
+DESC_S = 1 << 44
+DESC_P = 1 << 47
+DESC_L = 1 << 53
+DESC_D = 1 << 54
+DESC_G = 1 << 55
+DESC_TYPE_SHIFT = 40
+DESC_DPL_SHIFT = 45
+
+TYPE_LDT, TYPE_TSS, TYPE_TSS_BUSY, TYPE_CALL_GATE = 2, 9, 11, 12
+NOWHERE = (1 << 64) - 1
+
+
+@native_inline
+def descriptor_address(cpu: Cpu, selector: int, size: int) -> int:
+    """Linear address of a selector's descriptor, NOWHERE if the table's limit excludes it."""
+    at = selector & 0xFFF8
+    if selector & 4:
+        if (cpu.seg_selector[LDTR] & 0xFFFC) == 0 or at + size - 1 > cpu.seg_limit[LDTR]:
+            return NOWHERE
+        return cpu.seg_base[LDTR] + at
+    if at + size - 1 > cpu.gdtr_limit:
+        return NOWHERE
+    return cpu.gdtr_base + at
+
+
+@native
+def descriptor_read(cpu: Cpu, selector: int, vector: int, external_event: int) -> int:
+    """Read a descriptor's first eight bytes into ``cpu.value``.
+
+    A selector outside its table raises ``vector`` with the selector as its error code, which has
+    the EXT bit if ``external_event`` is 1 (SDM vol. 3, 6.13).
+    """
+    address = descriptor_address(cpu, selector, 8)
+    if address == NOWHERE:
+        return raise_fault(cpu, vector, (selector & 0xFFFC) | external_event)
+    return linear_read(cpu, address, 8, 0)
+
+
+@native
+def descriptor_read_high(cpu: Cpu, selector: int) -> int:
+    """Read the second half of a 16-byte system descriptor into ``cpu.value``; #GP(selector)."""
+    address = descriptor_address(cpu, selector, 16)
+    if address == NOWHERE:
+        return raise_fault(cpu, GP, selector & 0xFFFC)
+    return linear_read(cpu, address + 8, 8, 0)
+
+
+@native_inline
+def descriptor_base(descriptor: int) -> int:
+    """Base address, 32 bits of it, of a descriptor."""
+    return ((descriptor >> 16) & 0xFFFFFF) | ((descriptor >> 32) & 0xFF000000)
+
+
+@native_inline
+def descriptor_limit(descriptor: int) -> int:
+    """Limit in bytes of a descriptor."""
+    limit = (descriptor & 0xFFFF) | ((descriptor >> 32) & 0xF0000)
+    if descriptor & DESC_G:
+        return (limit << 12) | 0xFFF
+    return limit
+
+
+@native_inline
+def descriptor_attr(descriptor: int) -> int:
+    """Attributes of a descriptor, as ATTR_* lays them out."""
+    return ((descriptor >> 40) & 0xFF) | ((descriptor >> 44) & 0xF00)
+
+
+@native_inline
+def descriptor_dpl(descriptor: int) -> int:
+    """Privilege level of a descriptor."""
+    return (descriptor >> DESC_DPL_SHIFT) & 3
+
+
+@native
+def descriptor_mark(cpu: Cpu, selector: int, descriptor: int) -> int:
+    """Set the accessed bit of a code or data descriptor in its table (SDM vol. 3, 3.4.5.1)."""
+    if descriptor & DESC_ACCESSED:
+        return OK
+    address = descriptor_address(cpu, selector, 8)
+    return linear_write(cpu, address + 5, 1, ((descriptor | DESC_ACCESSED) >> 40) & 0xFF, 0)
+
+
+@native_inline
+def segment_fill(cpu: Cpu, sreg: int, selector: int, descriptor: int) -> int:
+    """Load a segment register, hidden parts too, from a checked descriptor."""
+    accessed = descriptor | DESC_ACCESSED
+    cpu.seg_selector[sreg] = selector
+    cpu.seg_base[sreg] = descriptor_base(accessed)
+    cpu.seg_limit[sreg] = descriptor_limit(accessed)
+    cpu.seg_attr[sreg] = descriptor_attr(accessed)
+    return OK
+
+
+@native_inline
+def segment_null(cpu: Cpu, sreg: int, selector: int, level: int) -> int:
+    """Load a null selector; ``level`` is kept as DPL, which matters for SS only."""
+    cpu.seg_selector[sreg] = selector
+    cpu.seg_base[sreg] = 0
+    cpu.seg_limit[sreg] = 0
+    cpu.seg_attr[sreg] = level << ATTR_DPL_SHIFT
+    return OK
+
+
+@native_inline
+def operand_store(cpu: Cpu, register: int, size: int, value: int) -> int:
+    """Write a general register as an instruction of that operand size does (vol. 1, 3.4.1.1)."""
+    if size == 8:
+        cpu.gpr[register] = value
+    elif size == 4:
+        cpu.gpr[register] = value & 0xFFFFFFFF
+    else:
+        cpu.gpr[register] = (cpu.gpr[register] & ~0xFFFF) | (value & 0xFFFF)
+    return OK
+
+
+@native
+def load_segment(cpu: Cpu, sreg: int, selector: int) -> int:
+    """Load ES, SS, DS, FS or GS with the checks of 64-bit mode (SDM vol. 2, MOV)."""
+    selector = selector & 0xFFFF
+    level = cpu.cpl
+    rpl = selector & 3
+    error = selector & 0xFFFC
+    if error == 0:
+        if sreg == SS and (level == 3 or rpl != level):
+            return raise_fault(cpu, GP, 0)
+        return segment_null(cpu, sreg, selector, level if sreg == SS else 0)
+    if descriptor_read(cpu, selector, GP, 0):
+        return FAULT
+    descriptor = cpu.value
+    dpl = descriptor_dpl(descriptor)
+    if not descriptor & DESC_S:
+        return raise_fault(cpu, GP, error)
+    if sreg == SS:
+        if descriptor & DESC_CODE or not descriptor & DESC_WRITABLE:
+            return raise_fault(cpu, GP, error)
+        if rpl != level or dpl != level:
+            return raise_fault(cpu, GP, error)
+        if not descriptor & DESC_P:
+            return raise_fault(cpu, SS_FAULT, error)
+    else:
+        if descriptor & DESC_CODE and not descriptor & DESC_WRITABLE:
+            return raise_fault(cpu, GP, error)
+        if not descriptor & DESC_CODE or not descriptor & DESC_CONFORMING:
+            if rpl > dpl or level > dpl:
+                return raise_fault(cpu, GP, error)
+        if not descriptor & DESC_P:
+            return raise_fault(cpu, NP, error)
+    if descriptor_mark(cpu, selector, descriptor):
+        return FAULT
+    return segment_fill(cpu, sreg, selector, descriptor)
+
+
+@native
+def fx_mov_to_sreg(cpu: Cpu) -> int:
+    """MOV Sreg, r/m16: op[0] the segment register, op[1] the selector (SDM vol. 2, MOV)."""
+    sreg = cpu.op[0]
+    if sreg == CS or sreg > GS:
+        return raise_fault(cpu, UD, 0)
+    if load_segment(cpu, sreg, cpu.op[1]):
+        return FAULT
+    if sreg == SS:
+        cpu.interrupt_shadow = 1
+    cpu.rip = cpu.next_rip
+    return OK
+
+
+@native
+def fx_pop_sreg(cpu: Cpu) -> int:
+    """POP FS/GS: op[0] the segment register, op[1] the operand size (SDM vol. 2, POP)."""
+    if stack_read(cpu, cpu.gpr[RSP], cpu.op[1], cpu.cpl == 3):
+        return FAULT
+    if load_segment(cpu, cpu.op[0], cpu.value):
+        return FAULT
+    cpu.gpr[RSP] += cpu.op[1]
+    cpu.rip = cpu.next_rip
+    return OK
+
+
+@native
+def fx_push_sreg(cpu: Cpu) -> int:
+    """PUSH FS/GS: op[0] the segment register, op[1] the operand size (SDM vol. 2, PUSH)."""
+    at = cpu.gpr[RSP] - cpu.op[1]
+    if stack_write(cpu, at, cpu.op[1], cpu.seg_selector[cpu.op[0]], cpu.cpl == 3):
+        return FAULT
+    cpu.gpr[RSP] = at
+    cpu.rip = cpu.next_rip
+    return OK
+
+
+@native
+def fx_load_far_pointer(cpu: Cpu) -> int:
+    """LSS/LFS/LGS: op[0] the segment register, op[1] the destination, op[2] its size; memory at ea.
+
+    The offset comes first, then the 16-bit selector (SDM vol. 2, LDS/LES/LFS/LGS/LSS).
+    """
+    size = cpu.op[2]
+    user = cpu.cpl == 3
+    if linear_read(cpu, cpu.ea, size, user):
+        return FAULT
+    offset = cpu.value
+    if linear_read(cpu, cpu.ea + size, 2, user):
+        return FAULT
+    if load_segment(cpu, cpu.op[0], cpu.value):
+        return FAULT
+    operand_store(cpu, cpu.op[1], size, offset)
+    cpu.rip = cpu.next_rip
+    return OK
+
+
+@native
+def system_segment_load(cpu: Cpu, sreg: int, selector: int, wanted: int) -> int:
+    """Load LDTR or TR from a 16-byte descriptor of one type (SDM vol. 3, 8.2.3)."""
+    error = selector & 0xFFFC
+    if selector & 4:
+        return raise_fault(cpu, GP, error)
+    if descriptor_read(cpu, selector, GP, 0):
+        return FAULT
+    descriptor = cpu.value
+    if (descriptor >> DESC_TYPE_SHIFT) & 0x1F != wanted:
+        return raise_fault(cpu, GP, error)
+    if not descriptor & DESC_P:
+        return raise_fault(cpu, NP, error)
+    if descriptor_read_high(cpu, selector):
+        return FAULT
+    high = cpu.value
+    base = descriptor_base(descriptor) | (high << 32)
+    if (high >> 40) & 0x1F or not is_canonical(base):
+        return raise_fault(cpu, GP, error)
+    if wanted == TYPE_TSS:
+        descriptor = descriptor | (2 << DESC_TYPE_SHIFT)
+        at = cpu.gdtr_base + error + 5
+        if linear_write(cpu, at, 1, (descriptor >> DESC_TYPE_SHIFT) & 0xFF, 0):
+            return FAULT
+    cpu.seg_selector[sreg] = selector
+    cpu.seg_base[sreg] = base
+    cpu.seg_limit[sreg] = descriptor_limit(descriptor)
+    cpu.seg_attr[sreg] = descriptor_attr(descriptor)
+    return OK
+
+
+@native
+def fx_lldt(cpu: Cpu) -> int:
+    """LLDT: op[0] the selector (SDM vol. 2, LLDT)."""
+    selector = cpu.op[0] & 0xFFFF
+    if cpu.cpl:
+        return raise_fault(cpu, GP, 0)
+    if (selector & 0xFFFC) == 0:
+        segment_null(cpu, LDTR, selector, 0)
+    elif system_segment_load(cpu, LDTR, selector, TYPE_LDT):
+        return FAULT
+    cpu.rip = cpu.next_rip
+    return OK
+
+
+@native
+def fx_ltr(cpu: Cpu) -> int:
+    """LTR: op[0] the selector; marks the TSS busy (SDM vol. 2, LTR)."""
+    selector = cpu.op[0] & 0xFFFF
+    if cpu.cpl or (selector & 0xFFFC) == 0:
+        return raise_fault(cpu, GP, 0)
+    if system_segment_load(cpu, TR, selector, TYPE_TSS):
+        return FAULT
+    cpu.rip = cpu.next_rip
+    return OK
+
+
+@native
+def descriptor_visible(cpu: Cpu, selector: int) -> int:
+    """Read a descriptor for LAR, LSL, VERR, VERW into ``cpu.value``; 0 there if it is not visible.
+
+    A selector that is null, outside its table or too privileged is no fault here. Returns FAULT
+    for page faults only (SDM vol. 2, LAR).
+    """
+    cpu.value = 0
+    if (selector & 0xFFFC) == 0:
+        return OK
+    address = descriptor_address(cpu, selector, 8)
+    if address == NOWHERE:
+        return OK
+    if linear_read(cpu, address, 8, 0):
+        return FAULT
+    descriptor = cpu.value
+    conforming = DESC_S | DESC_CODE | DESC_CONFORMING
+    if (descriptor & conforming) != conforming:
+        dpl = descriptor_dpl(descriptor)
+        if cpu.cpl > dpl or (selector & 3) > dpl:
+            cpu.value = 0
+    return OK
+
+
+@native_inline
+def zero_flag_set(cpu: Cpu, zero: int) -> int:
+    """Set or clear ZF and go on with the next instruction."""
+    cpu.status = cpu.status | FLAG_ZF if zero else cpu.status & ~FLAG_ZF
+    cpu.rip = cpu.next_rip
+    return OK
+
+
+@native
+def fx_lar(cpu: Cpu) -> int:
+    """LAR: op[0] destination, op[1] operand size, op[2] selector; ZF tells success."""
+    if descriptor_visible(cpu, cpu.op[2] & 0xFFFF):
+        return FAULT
+    descriptor = cpu.value
+    kind = (descriptor >> DESC_TYPE_SHIFT) & 0x1F
+    good = kind & 0x10 or kind == TYPE_LDT or kind == TYPE_TSS or kind == TYPE_TSS_BUSY
+    if not good and kind != TYPE_CALL_GATE:
+        return zero_flag_set(cpu, 0)
+    operand_store(cpu, cpu.op[0], cpu.op[1], (descriptor >> 32) & 0x00F0FF00)
+    return zero_flag_set(cpu, 1)
+
+
+@native
+def fx_lsl(cpu: Cpu) -> int:
+    """LSL: op[0] destination, op[1] operand size, op[2] selector; ZF tells success."""
+    if descriptor_visible(cpu, cpu.op[2] & 0xFFFF):
+        return FAULT
+    descriptor = cpu.value
+    kind = (descriptor >> DESC_TYPE_SHIFT) & 0x1F
+    if not (kind & 0x10 or kind == TYPE_LDT or kind == TYPE_TSS or kind == TYPE_TSS_BUSY):
+        return zero_flag_set(cpu, 0)
+    operand_store(cpu, cpu.op[0], cpu.op[1], descriptor_limit(descriptor))
+    return zero_flag_set(cpu, 1)
+
+
+@native
+def fx_verr(cpu: Cpu) -> int:
+    """VERR: op[0] the selector; ZF tells whether the segment can be read."""
+    if descriptor_visible(cpu, cpu.op[0] & 0xFFFF):
+        return FAULT
+    data_or_readable = (cpu.value & DESC_CODE) == 0 or cpu.value & DESC_WRITABLE
+    return zero_flag_set(cpu, cpu.value & DESC_S and data_or_readable)
+
+
+@native
+def fx_verw(cpu: Cpu) -> int:
+    """VERW: op[0] the selector; ZF tells whether the segment can be written."""
+    if descriptor_visible(cpu, cpu.op[0] & 0xFFFF):
+        return FAULT
+    kind = cpu.value & (DESC_S | DESC_CODE | DESC_WRITABLE)
+    return zero_flag_set(cpu, kind == (DESC_S | DESC_WRITABLE))
