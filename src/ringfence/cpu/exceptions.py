@@ -210,9 +210,8 @@ def deliver_event(cpu: Cpu, vector: int, error: int, origin: int) -> int:
         if first & (1 << DF):
             return shut_down(cpu, nested)
         origin = EXCEPTION
-        if second & CONTRIBUTORY and first & (CONTRIBUTORY | (1 << PF)):
-            vector = DF
-        elif nested == PF and first & (1 << PF):
+        worse = CONTRIBUTORY | (1 << PF) if first & (1 << PF) else CONTRIBUTORY
+        if first & (CONTRIBUTORY | (1 << PF)) and second & worse:
             vector = DF
         else:
             vector = nested

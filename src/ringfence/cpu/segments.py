@@ -45,6 +45,9 @@ DESC_TYPE_SHIFT = 40
 DESC_DPL_SHIFT = 45
 
 TYPE_LDT, TYPE_TSS, TYPE_TSS_BUSY, TYPE_CALL_GATE = 2, 9, 11, 12
+LSL_TYPES = 0xFFFF0000 | (1 << TYPE_LDT) | (1 << TYPE_TSS) | (1 << TYPE_TSS_BUSY)
+"""Types, with S as their fifth bit, that LSL knows in 64-bit mode."""
+LAR_TYPES = LSL_TYPES | (1 << TYPE_CALL_GATE)
 NOWHERE = (1 << 64) - 1
 
 
@@ -55,7 +58,7 @@ def descriptor_address(cpu: Cpu, selector: int, size: int) -> int:
     if selector & 4:
         if (cpu.seg_selector[LDTR] & 0xFFFC) == 0 or at + size - 1 > cpu.seg_limit[LDTR]:
             return NOWHERE
-        return cpu.seg_base[LDTR] + at
+        return at + cpu.seg_base[LDTR]
     if at + size - 1 > cpu.gdtr_limit:
         return NOWHERE
     return cpu.gdtr_base + at
@@ -179,9 +182,9 @@ def load_segment(cpu: Cpu, sreg: int, selector: int) -> int:
     else:
         if descriptor & DESC_CODE and not descriptor & DESC_WRITABLE:
             return raise_fault(cpu, GP, error)
-        if not descriptor & DESC_CODE or not descriptor & DESC_CONFORMING:
-            if rpl > dpl or level > dpl:
-                return raise_fault(cpu, GP, error)
+        conforming = descriptor & DESC_CODE and descriptor & DESC_CONFORMING
+        if not conforming and (rpl > dpl or level > dpl):
+            return raise_fault(cpu, GP, error)
         if not descriptor & DESC_P:
             return raise_fault(cpu, NP, error)
     if descriptor_mark(cpu, selector, descriptor):
@@ -341,9 +344,7 @@ def fx_lar(cpu: Cpu) -> int:
     if descriptor_visible(cpu, cpu.op[2] & 0xFFFF):
         return FAULT
     descriptor = cpu.value
-    kind = (descriptor >> DESC_TYPE_SHIFT) & 0x1F
-    good = kind & 0x10 or kind == TYPE_LDT or kind == TYPE_TSS or kind == TYPE_TSS_BUSY
-    if not good and kind != TYPE_CALL_GATE:
+    if not (LAR_TYPES >> ((descriptor >> DESC_TYPE_SHIFT) & 0x1F)) & 1:
         return zero_flag_set(cpu, 0)
     operand_store(cpu, cpu.op[0], cpu.op[1], (descriptor >> 32) & 0x00F0FF00)
     return zero_flag_set(cpu, 1)
@@ -355,8 +356,7 @@ def fx_lsl(cpu: Cpu) -> int:
     if descriptor_visible(cpu, cpu.op[2] & 0xFFFF):
         return FAULT
     descriptor = cpu.value
-    kind = (descriptor >> DESC_TYPE_SHIFT) & 0x1F
-    if not (kind & 0x10 or kind == TYPE_LDT or kind == TYPE_TSS or kind == TYPE_TSS_BUSY):
+    if not (LSL_TYPES >> ((descriptor >> DESC_TYPE_SHIFT) & 0x1F)) & 1:
         return zero_flag_set(cpu, 0)
     operand_store(cpu, cpu.op[0], cpu.op[1], descriptor_limit(descriptor))
     return zero_flag_set(cpu, 1)

@@ -39,7 +39,6 @@ from ringfence.cpu.segments import (
 )
 from ringfence.cpu.state import (
     ATTR_DPL_SHIFT,
-    ATTR_S,
     CS,
     DS,
     EFER_SCE,
@@ -148,10 +147,10 @@ def return_stack_check(cpu: Cpu, selector: int, level: int) -> int:
 def revoke_segment(cpu: Cpu, sreg: int, level: int) -> int:
     """On return outward, null a segment register that ``level`` may not use; the base stays."""
     attr = cpu.seg_attr[sreg]
-    if cpu.seg_selector[sreg] & 0xFFFC and ((attr >> ATTR_DPL_SHIFT) & 3) < level:
-        if (attr & CODE_LIKE) != CODE_LIKE:
-            cpu.seg_selector[sreg] = 0
-            cpu.seg_attr[sreg] = 0
+    below = ((attr >> ATTR_DPL_SHIFT) & 3) < level and (attr & CODE_LIKE) != CODE_LIKE
+    if below and cpu.seg_selector[sreg] & 0xFFFC:
+        cpu.seg_selector[sreg] = 0
+        cpu.seg_attr[sreg] = 0
     return OK
 
 
@@ -295,3 +294,202 @@ def fx_sysenter(cpu: Cpu) -> int:
 def fx_sysexit(cpu: Cpu) -> int:
     """SYSEXIT: #UD in long mode, as on AMD CPUs (AMD APM vol. 3, SYSEXIT)."""
     return raise_fault(cpu, UD, 0)
+
+
+@native
+def push_return(cpu: Cpu, stack: int, size: int, user: int) -> int:
+    """Push CS and the return address below ``stack``, without moving RSP."""
+    if stack_write(cpu, stack - size, size, cpu.seg_selector[CS], user):
+        return FAULT
+    return stack_write(cpu, stack - size * 2, size, cpu.next_rip, user)
+
+
+@native
+def far_gate(cpu: Cpu, selector: int, gate: int, call: int) -> int:
+    """Go through a 64-bit call gate (SDM vol. 3, 5.8.3.1 and 5.8.4)."""
+    level = cpu.cpl
+    dpl = descriptor_dpl(gate)
+    if dpl < level or dpl < selector & 3:
+        return raise_fault(cpu, GP, selector & 0xFFFC)
+    if not gate & DESC_P:
+        return raise_fault(cpu, NP, selector & 0xFFFC)
+    if descriptor_read_high(cpu, selector):
+        return FAULT
+    high = cpu.value
+    if (high >> DESC_TYPE_SHIFT) & 0x1F:
+        return raise_fault(cpu, GP, selector & 0xFFFC)
+    target = (gate & 0xFFFF) | ((gate >> 32) & 0xFFFF0000) | (high << 32)
+    inner = (gate >> 16) & 0xFFFF
+    error = inner & 0xFFFC
+    if error == 0:
+        return raise_fault(cpu, GP, 0)
+    if descriptor_read(cpu, inner, GP, 0):
+        return FAULT
+    code = cpu.value
+    dpl = descriptor_dpl(code)
+    if (code & CODE_KIND) != CODE_KIND or dpl > level:
+        return raise_fault(cpu, GP, error)
+    new_level = level if code & DESC_CONFORMING else dpl
+    if (code & (DESC_L | DESC_D)) != DESC_L or (new_level != level and not call):
+        return raise_fault(cpu, GP, error)
+    if not code & DESC_P:
+        return raise_fault(cpu, NP, error)
+    if not is_canonical(target):
+        return raise_fault(cpu, GP, 0)
+
+    rsp = cpu.gpr[RSP]
+    if new_level != level:
+        if tss_stack(cpu, 4 + new_level * 8, 0):
+            return FAULT
+        stack = cpu.value
+        if stack_write(cpu, stack - 8, 8, cpu.seg_selector[SS], 0):
+            return FAULT
+        if stack_write(cpu, stack - 16, 8, rsp, 0):
+            return FAULT
+        if push_return(cpu, stack - 16, 8, 0):
+            return FAULT
+        rsp = stack - 32
+    elif call:
+        if push_return(cpu, rsp, 8, level == 3):
+            return FAULT
+        rsp = rsp - 16
+    if descriptor_mark(cpu, inner, code):
+        return FAULT
+    if new_level != level:
+        segment_null(cpu, SS, new_level, new_level)
+    segment_fill(cpu, CS, error | new_level, code)
+    cpu.cpl = new_level
+    cpu.gpr[RSP] = rsp
+    cpu.rip = target
+    mode_changed(cpu)
+    return OK
+
+
+@native
+def far_transfer(cpu: Cpu, call: int) -> int:
+    """Far JMP or CALL through the pointer at ea: offset of op[0] bytes, then a selector."""
+    size = cpu.op[0]
+    level = cpu.cpl
+    user = level == 3
+    if linear_read(cpu, cpu.ea, size, user):
+        return FAULT
+    target = cpu.value
+    if linear_read(cpu, cpu.ea + size, 2, user):
+        return FAULT
+    selector = cpu.value
+    error = selector & 0xFFFC
+    if error == 0:
+        return raise_fault(cpu, GP, 0)
+    if descriptor_read(cpu, selector, GP, 0):
+        return FAULT
+    code = cpu.value
+    if (code >> DESC_TYPE_SHIFT) & 0x1F == TYPE_CALL_GATE:
+        return far_gate(cpu, selector, code, call)
+    dpl = descriptor_dpl(code)
+    if (code & CODE_KIND) != CODE_KIND or dpl > level:
+        return raise_fault(cpu, GP, error)
+    if not code & DESC_CONFORMING and (dpl != level or selector & 3 > level):
+        return raise_fault(cpu, GP, error)
+    status = long_code_check(cpu, selector, code)
+    if status:
+        return status
+    if not is_canonical(target):
+        return raise_fault(cpu, GP, 0)
+    if call and push_return(cpu, cpu.gpr[RSP], size, user):
+        return FAULT
+    if descriptor_mark(cpu, selector, code):
+        return FAULT
+    segment_fill(cpu, CS, error | level, code)
+    if call:
+        cpu.gpr[RSP] -= size * 2
+    cpu.rip = target
+    mode_changed(cpu)
+    return OK
+
+
+@native
+def fx_jmp_far(cpu: Cpu) -> int:
+    """JMP m16:16/32/64: op[0] the operand size, the pointer at ea (SDM vol. 2, JMP)."""
+    return far_transfer(cpu, 0)
+
+
+@native
+def fx_call_far(cpu: Cpu) -> int:
+    """CALL m16:16/32/64: op[0] the operand size, the pointer at ea (SDM vol. 2, CALL)."""
+    return far_transfer(cpu, 1)
+
+
+@native
+def fx_ret_far(cpu: Cpu) -> int:
+    """Far RET: op[0] the operand size, op[1] the bytes to release (SDM vol. 2, RET)."""
+    size = cpu.op[0]
+    level = cpu.cpl
+    user = level == 3
+    at = cpu.gpr[RSP]
+    if stack_read(cpu, at, size, user):
+        return FAULT
+    target = cpu.value
+    if stack_read(cpu, at + size, size, user):
+        return FAULT
+    selector = cpu.value & 0xFFFF
+    status = return_code_check(cpu, selector)
+    if status:
+        return status
+    code = cpu.value
+    if not is_canonical(target):
+        return raise_fault(cpu, GP, 0)
+    at = at + size * 2 + cpu.op[1]
+    new_level = selector & 3
+    if new_level != level:
+        if stack_read(cpu, at, size, user):
+            return FAULT
+        new_rsp = cpu.value
+        if stack_read(cpu, at + size, size, user):
+            return FAULT
+        stack_selector = cpu.value & 0xFFFF
+        if return_stack_check(cpu, stack_selector, new_level):
+            return FAULT
+        stack = cpu.value
+        if stack and descriptor_mark(cpu, stack_selector, stack):
+            return FAULT
+        if descriptor_mark(cpu, selector, code):
+            return FAULT
+        revoke_segments(cpu, new_level)
+        stack_fill(cpu, stack_selector, stack, new_level)
+        at = new_rsp + cpu.op[1]
+    elif descriptor_mark(cpu, selector, code):
+        return FAULT
+    segment_fill(cpu, CS, selector, code)
+    cpu.cpl = new_level
+    cpu.gpr[RSP] = at
+    cpu.rip = target
+    mode_changed(cpu)
+    return OK
+
+
+@native
+def fx_enter(cpu: Cpu) -> int:
+    """ENTER: op[0] the operand size, op[1] bytes of locals, op[2] the nesting level (vol. 2)."""
+    size = cpu.op[0]
+    depth = cpu.op[2] & 31
+    user = cpu.cpl == 3
+    outer = cpu.gpr[RBP]
+    stack = cpu.gpr[RSP] - size
+    frame = stack
+    if stack_write(cpu, stack, size, outer, user):
+        return FAULT
+    for _ in range(1, depth):
+        outer = outer - size
+        if stack_read(cpu, outer, size, user):
+            return FAULT
+        stack = stack - size
+        if stack_write(cpu, stack, size, cpu.value, user):
+            return FAULT
+    if depth:
+        stack = stack - size
+        if stack_write(cpu, stack, size, frame, user):
+            return FAULT
+    cpu.gpr[RSP] = stack - (cpu.op[1] & 0xFFFF)
+    operand_store(cpu, RBP, size, frame)
+    cpu.rip = cpu.next_rip
+    return OK
