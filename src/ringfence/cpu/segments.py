@@ -58,7 +58,8 @@ def descriptor_address(cpu: Cpu, selector: int, size: int) -> int:
     if selector & 4:
         if (cpu.seg_selector[LDTR] & 0xFFFC) == 0 or at + size - 1 > cpu.seg_limit[LDTR]:
             return NOWHERE
-        return at + cpu.seg_base[LDTR]
+        base: int = cpu.seg_base[LDTR]
+        return base + at
     if at + size - 1 > cpu.gdtr_limit:
         return NOWHERE
     return cpu.gdtr_base + at
