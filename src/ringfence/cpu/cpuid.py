@@ -1,0 +1,274 @@
+"""CPUID: the model that guests see, and the instruction.
+
+The virtual processor is one plain AMD part of family 1Ah. Privileged features are those that this
+package models; unprivileged instruction sets are offered only when the host has them, because
+translated guest code runs them as they are. Errata and side channels that kernels work around are
+declared absent: guest code never runs with the host's privileges or shares its address space.
+
+Sources: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E.
+"""
+
+# mypy: disable-error-code="index"
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, TypeAlias
+
+from ringfence.cpu.state import CR4_OSXSAVE, OK, RAX, RBX, RCX, RDX, XSAVE_BYTES, Cpu
+from ringfence.native.dialect import load32, native
+
+Row: TypeAlias = tuple[int, int, int, int, int, int]
+Registers: TypeAlias = tuple[int, int, int, int]
+HostCpuid: TypeAlias = Callable[[int, int], Registers]
+
+ANY = 0xFFFFFFFF
+"""Subleaf of rows that answer for any ECX."""
+ROW_BYTES = 24
+LINEAR_BITS, PHYSICAL_BITS = 48, 46
+VENDOR = b"AuthenticAMD"
+BRAND = b"Ringfence virtual CPU"
+HYPERVISOR = b"KVMKVMKVM\0\0\0"
+FAMILY, MODEL, STEPPING = 0x1A, 2, 1
+SIGNATURE = (FAMILY - 0xF) << 20 | (MODEL >> 4) << 16 | 0xF00 | (MODEL & 15) << 4 | STEPPING
+MAX_BASIC, MAX_EXTENDED, MAX_HYPERVISOR = 0xD, 0x80000021, 0x40000001
+OSXSAVE = 1 << 27
+XSAVE_LEGACY = 576
+XCR0_AVX = 4
+CACHE_LINE = 64
+
+EAX, EBX, ECX, EDX = range(4)
+Bit: TypeAlias = tuple[int, int, int]
+"""Leaf (subleaf 0), register, bit number."""
+
+# What is modelled here, whatever the host is.
+MODELLED: dict[str, Bit] = {
+    "FPU": (1, EDX, 0), "DE": (1, EDX, 2), "PSE": (1, EDX, 3), "TSC": (1, EDX, 4),
+    "MSR": (1, EDX, 5), "PAE": (1, EDX, 6), "MCE": (1, EDX, 7), "CX8": (1, EDX, 8),
+    "APIC": (1, EDX, 9), "SEP": (1, EDX, 11), "MTRR": (1, EDX, 12), "PGE": (1, EDX, 13),
+    "MCA": (1, EDX, 14), "CMOV": (1, EDX, 15), "PAT": (1, EDX, 16), "PSE36": (1, EDX, 17),
+    "CLFSH": (1, EDX, 19), "MMX": (1, EDX, 23), "FXSR": (1, EDX, 24), "SSE": (1, EDX, 25),
+    "SSE2": (1, EDX, 26), "PCID": (1, ECX, 17), "X2APIC": (1, ECX, 21),
+    "TSC_DEADLINE": (1, ECX, 24), "HYPERVISOR": (1, ECX, 31),
+    "ARAT": (6, EAX, 2),
+    "FSGSBASE": (7, EBX, 0), "SMEP": (7, EBX, 7), "INVPCID": (7, EBX, 10),
+    "UMIP": (7, ECX, 2), "RDPID": (7, ECX, 22),
+    "SYSCALL": (0x80000001, EDX, 11), "NX": (0x80000001, EDX, 20),
+    "PDPE1GB": (0x80000001, EDX, 26), "RDTSCP": (0x80000001, EDX, 27),
+    "X64": (0x80000001, EDX, 29), "TOPOEXT": (0x80000001, ECX, 22),
+    "INVARIANT_TSC": (0x80000007, EDX, 8), "SSB_NO": (0x80000008, EBX, 26),
+    "LFENCE_SERIALIZING": (0x80000021, EAX, 2), "NULL_SEL_CLR_BASE": (0x80000021, EAX, 6),
+    "AUTOIBRS": (0x80000021, EAX, 8), "SRSO_NO": (0x80000021, EAX, 29),
+}  # fmt: skip
+
+# What translated code takes from the host as it is.
+FROM_HOST: dict[str, Bit] = {
+    "SSE3": (1, ECX, 0), "PCLMULQDQ": (1, ECX, 1), "SSSE3": (1, ECX, 9),
+    "CMPXCHG16B": (1, ECX, 13), "SSE4_1": (1, ECX, 19), "SSE4_2": (1, ECX, 20),
+    "MOVBE": (1, ECX, 22), "POPCNT": (1, ECX, 23), "AES": (1, ECX, 25), "RDRAND": (1, ECX, 30),
+    "BMI1": (7, EBX, 3), "BMI2": (7, EBX, 8), "ERMS": (7, EBX, 9), "RDSEED": (7, EBX, 18),
+    "ADX": (7, EBX, 19), "CLFLUSHOPT": (7, EBX, 23), "CLWB": (7, EBX, 24), "SHA": (7, EBX, 29),
+    "GFNI": (7, ECX, 8), "FSRM": (7, EDX, 4),
+    "LAHF_LM": (0x80000001, ECX, 0), "LZCNT": (0x80000001, ECX, 5),
+    "SSE4A": (0x80000001, ECX, 6), "PREFETCHW": (0x80000001, ECX, 8),
+    "CLZERO": (0x80000008, EBX, 0),
+}  # fmt: skip
+XSAVE_BIT: Bit = (1, ECX, 26)
+# The same, but only when the host's system has enabled the AVX state.
+FROM_HOST_AVX: dict[str, Bit] = {
+    "AVX": (1, ECX, 28), "FMA": (1, ECX, 12), "F16C": (1, ECX, 29), "AVX2": (7, EBX, 5),
+    "VAES": (7, ECX, 9), "VPCLMULQDQ": (7, ECX, 10),
+}  # fmt: skip
+MULTIPLE: dict[str, Bit] = {"HTT": (1, EDX, 28), "CMP_LEGACY": (0x80000001, ECX, 1)}
+
+# Bits of leaf 1 EDX that AMD repeats in leaf 8000_0001h EDX.
+REPEATED = 0x0183F3FF
+
+# Names that iced-x86 gives to instructions which every x86-64 processor has.
+BASELINE = frozenset(
+    (
+        *("INTEL8086", "INTEL186", "INTEL286", "INTEL386", "INTEL486", "FPU287", "FPU387", "X64"),
+        *("CPUID", "MULTIBYTENOP", "PAUSE", "RDPMC"),
+    )
+)
+
+
+def host_cpuid(leaf: int, subleaf: int = 0) -> Registers:
+    """What the host's CPUID says: EAX, EBX, ECX, EDX."""
+    result = (ctypes.c_uint32 * 4)()
+    routine, _ = _host_routine()
+    routine(leaf, subleaf, ctypes.addressof(result))
+    return result[0], result[1], result[2], result[3]
+
+
+# edi = leaf, esi = subleaf, rdx = where four 32-bit words go (System V calling convention).
+HOST_CPUID_CODE = bytes.fromhex(
+    "53"  # push rbx
+    "4989d0"  # mov r8, rdx
+    "89f8"  # mov eax, edi
+    "89f1"  # mov ecx, esi
+    "0fa2"  # cpuid
+    "418900"  # mov [r8], eax
+    "41895804"  # mov [r8+4], ebx
+    "41894808"  # mov [r8+8], ecx
+    "4189500c"  # mov [r8+12], edx
+    "5b"  # pop rbx
+    "c3"  # ret
+)
+
+
+@cache
+def _host_routine() -> tuple[Any, mmap.mmap]:
+    """The routine, in memory that is never writable and executable at once, and that memory."""
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    page.write(HOST_CPUID_CODE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if libc.mprotect(address, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC):
+        code = ctypes.get_errno()
+        raise OSError(code, "mprotect refused an executable page")
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
+    return kind(address), page
+
+
+def _collect_bits(host: HostCpuid, cpus: int) -> dict[tuple[int, int], int]:
+    """Feature words by (leaf, register)."""
+    words: dict[tuple[int, int], int] = {}
+
+    def offer(bits: Iterable[Bit]) -> None:
+        for leaf, register, bit in bits:
+            words[leaf, register] = words.get((leaf, register), 0) | 1 << bit
+
+    def has(where: Bit) -> bool:
+        leaf, register, bit = where
+        return leaf <= host(leaf & 0x80000000, 0)[EAX] and bool(host(leaf, 0)[register] >> bit & 1)
+
+    offer(MODELLED.values())
+    offer(bit for bit in FROM_HOST.values() if has(bit))
+    if has(XSAVE_BIT):
+        offer([XSAVE_BIT])
+        # OSXSAVE, and an area in use that is large enough for the upper halves of YMM.
+        if has((1, ECX, 27)) and host(0xD, 0)[EBX] >= XSAVE_BYTES and has(FROM_HOST_AVX["AVX"]):
+            offer(bit for bit in FROM_HOST_AVX.values() if has(bit))
+    if cpus > 1:
+        offer(MULTIPLE.values())
+    return words
+
+
+def _cache(kind: int, level: int, kib: int, ways: int, sharing: int) -> Registers:
+    """A row of leaf 8000_001Dh: EAX to EDX for one cache."""
+    sets = kib * 1024 // (ways * CACHE_LINE)
+    eax = kind | level << 5 | 1 << 8 | (sharing - 1) << 14
+    return eax, CACHE_LINE - 1 | (ways - 1) << 22, sets - 1, 2 if level == 2 else 0
+
+
+def build_cpuid(host: HostCpuid, *, cpu_index: int = 0, cpus: int = 1) -> list[Row]:
+    """The CPUID table of one virtual CPU; ``host`` answers for (leaf, subleaf)."""
+    words = _collect_bits(host, cpus)
+    words[0x80000001, EDX] |= words[1, EDX] & REPEATED
+    bits = (cpus - 1).bit_length()
+    rows: list[Row] = []
+
+    def row(leaf: int, registers: Iterable[int], subleaf: int = ANY) -> None:
+        eax, ebx, ecx, edx = registers
+        rows.append((leaf, subleaf, eax, ebx, ecx, edx))
+
+    def features(leaf: int, subleaf: int = ANY, **fixed: int) -> None:
+        names = ("eax", "ebx", "ecx", "edx")
+        row(leaf, (words.get((leaf, i), 0) | fixed.get(n, 0) for i, n in enumerate(names)), subleaf)
+
+    ebx, edx, ecx = struct.unpack("<3I", VENDOR)
+    row(0, (MAX_BASIC, ebx, ecx, edx))
+    features(1, eax=SIGNATURE, ebx=cpu_index << 24 | cpus << 16 | CACHE_LINE // 8 << 8)
+    features(6)
+    features(7, 0)
+    # Extended topology: one thread per core, then all cores in one package.
+    row(0xB, (0, 1, 1 << 8, cpu_index), 0)
+    row(0xB, (bits, cpus, 2 << 8 | 1, cpu_index), 1)
+    row(0xB, (0, 0, 2, cpu_index), 2)
+    row(0xB, (0, 0, 0, cpu_index))
+    if words[1, ECX] >> XSAVE_BIT[2] & 1:
+        avx = words[1, ECX] >> FROM_HOST_AVX["AVX"][2] & 1
+        size = XSAVE_BYTES if avx else XSAVE_LEGACY
+        row(0xD, (7 if avx else 3, size, size, 0), 0)
+        if avx:
+            row(0xD, (XSAVE_BYTES - XSAVE_LEGACY, XSAVE_LEGACY, 0, 0), 2)
+    ebx, ecx, edx = struct.unpack("<3I", HYPERVISOR)
+    row(0x40000000, (MAX_HYPERVISOR, ebx, ecx, edx))
+    row(0x80000000, (MAX_EXTENDED, *(rows[0][i] for i in (3, 4, 5))))
+    features(0x80000001, eax=SIGNATURE)
+    brand = struct.unpack("<12I", BRAND.ljust(48, b"\0"))
+    for part in range(3):
+        row(0x80000002 + part, brand[part * 4 : part * 4 + 4])
+    # First-level TLBs and caches (32 KiB, 8 ways); 1 MiB of L2 with 8 ways; 32 MiB of L3.
+    row(0x80000005, (0xFF40FF40, 0xFF40FF40, 0x20080140, 0x20080140))
+    row(0x80000006, (0, 0, 0x04006140, 0x01009140))
+    features(0x80000007)
+    features(0x80000008, eax=LINEAR_BITS << 8 | PHYSICAL_BITS, ecx=bits << 12 | cpus - 1)
+    row(0x8000001D, _cache(1, 1, 32, 8, 1), 0)
+    row(0x8000001D, _cache(2, 1, 32, 8, 1), 1)
+    row(0x8000001D, _cache(3, 2, 1024, 8, 1), 2)
+    row(0x8000001D, _cache(3, 3, 32768, 16, cpus), 3)
+    row(0x8000001E, (cpu_index, cpu_index & 0xFF, 0, 0))
+    features(0x80000021)
+    return rows
+
+
+def pack(rows: Iterable[Row]) -> bytes:
+    """Rows as ``Cpu.cpuid_table`` wants them."""
+    return b"".join(struct.pack("<6I", *row) for row in rows)
+
+
+_KNOWN: dict[str, Bit] = {
+    **MODELLED, **FROM_HOST, **FROM_HOST_AVX, **MULTIPLE, "XSAVE": XSAVE_BIT,
+}  # fmt: skip
+
+
+def offers(feature_name: str, rows: Iterable[Row]) -> bool:
+    """Whether the table offers a feature, by the name iced-x86's ``CpuidFeature`` gives it."""
+    if feature_name in BASELINE:
+        return True
+    where = _KNOWN.get(feature_name)
+    if where is None:
+        return False
+    leaf, register, bit = where
+    for row in rows:
+        if row[0] == leaf and row[1] in (0, ANY):
+            return bool(row[2 + register] >> bit & 1)
+    return False
+
+
+@native
+def find_row(cpu: Cpu, leaf: int, subleaf: int) -> int:
+    """Host address of the first row that answers for a leaf and subleaf, 0 if there's none."""
+    row = cpu.cpuid_table
+    for _ in range(cpu.cpuid_rows):
+        if load32(row) == leaf and (load32(row + 4) == ANY or load32(row + 4) == subleaf):
+            return row
+        row += ROW_BYTES
+    return 0
+
+
+@native
+def fx_cpuid(cpu: Cpu) -> int:
+    """CPUID; leaves that the table lacks, beyond the maximum too, are all zero (as on AMD)."""
+    leaf = cpu.gpr[RAX] & 0xFFFFFFFF
+    subleaf = cpu.gpr[RCX] & 0xFFFFFFFF
+    row = find_row(cpu, leaf, subleaf)
+    cpu.gpr[RAX] = load32(row + 8) if row else 0
+    cpu.gpr[RBX] = load32(row + 12) if row else 0
+    cpu.gpr[RCX] = load32(row + 16) if row else 0
+    cpu.gpr[RDX] = load32(row + 20) if row else 0
+    if leaf == 1 and cpu.cr4 & CR4_OSXSAVE:
+        cpu.gpr[RCX] = cpu.gpr[RCX] | OSXSAVE
+    if leaf == 0xB and not cpu.gpr[RCX]:
+        cpu.gpr[RCX] = subleaf & 0xFF
+    if leaf == 0xD and subleaf == 0 and row:
+        cpu.gpr[RBX] = XSAVE_BYTES if cpu.xcr0 & XCR0_AVX else XSAVE_LEGACY
+    cpu.rip = cpu.next_rip
+    return OK

@@ -1,0 +1,76 @@
+"""The state of a virtual CPU after power-up or RESET.
+
+Source: Intel SDM vol. 3, table 9-1 (processor state following power-up, reset, INIT). The FPU
+control word is the one that FNINIT gives, because an XSAVE area whose header says "initial" means
+that one.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from ringfence.cpu.cpuid import SIGNATURE
+from ringfence.cpu.state import (
+    ATTR_P,
+    ATTR_S,
+    CR0_CD,
+    CR0_ET,
+    CR0_NW,
+    CS,
+    LDTR,
+    NO_EXCEPTION,
+    RDX,
+    TR,
+    Cpu,
+)
+
+PAT_RESET = 0x0007040600070406
+DR6_RESET, DR7_RESET = 0xFFFF0FF0, 0x400
+FCW_RESET, MXCSR_RESET, MXCSR_MASK = 0x37F, 0x1F80, 0xFFFF
+FAST_STRINGS = 1
+CODE, DATA, LDT, BUSY_TSS = 0xB, 0x3, 0x2, 0xB
+
+# Fields that belong to the VMM rather than to the processor.
+_KEPT = {
+    "tsc_offset",
+    "cpuid_table",
+    "cpuid_rows",
+    "exceptions",
+    "software_interrupts",
+    "interrupts",
+}
+_CLEARED = [field for field in Cpu.fields.values() if field.name not in _KEPT]
+
+
+def reset(cpu: Any) -> None:
+    """Reset a ``Cpu`` view; its CPUID table, time-stamp offset and counters stay."""
+    for field in _CLEARED:
+        if field.is_array:
+            array = getattr(cpu, field.name)
+            for i in range(field.count):
+                array[i] = 0
+        else:
+            setattr(cpu, field.name, 0)
+    for i in range(8):
+        cpu.seg_selector[i] = 0
+        cpu.seg_base[i] = 0
+        cpu.seg_limit[i] = 0xFFFF
+        cpu.seg_attr[i] = ATTR_P | ATTR_S | DATA
+    cpu.seg_selector[CS] = 0xF000
+    cpu.seg_base[CS] = 0xFFFF0000
+    cpu.seg_attr[CS] = ATTR_P | ATTR_S | CODE
+    cpu.seg_attr[LDTR] = ATTR_P | LDT
+    cpu.seg_attr[TR] = ATTR_P | BUSY_TSS
+    cpu.gdtr_limit = cpu.idtr_limit = 0xFFFF
+    cpu.rip = cpu.next_rip = 0xFFF0
+    cpu.gpr[RDX] = SIGNATURE
+    cpu.cr0 = CR0_CD | CR0_NW | CR0_ET
+    cpu.xcr0 = 1
+    cpu.dr[6] = DR6_RESET
+    cpu.dr[7] = DR7_RESET
+    cpu.pat = PAT_RESET
+    cpu.misc_enable = FAST_STRINGS
+    cpu.exc_vector = cpu.delivering = NO_EXCEPTION
+    struct.pack_into("<H", cpu.xsave, 0, FCW_RESET)
+    struct.pack_into("<II", cpu.xsave, 24, MXCSR_RESET, MXCSR_MASK)
