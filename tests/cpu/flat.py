@@ -23,7 +23,7 @@ from ringfence.native.layout import u64
 
 
 class FlatCpu(Cpu):
-    """A CPU with a buffer as its linear memory; linear addresses below ``flat_user`` are CPL 3's."""
+    """A CPU with a buffer as its linear memory."""
 
     flat_host: Annotated[int, u64]
     flat_base: Annotated[int, u64]

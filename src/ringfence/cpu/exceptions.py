@@ -254,6 +254,13 @@ def fx_int(cpu: Cpu) -> int:
 
 
 @native
+def fx_int1(cpu: Cpu) -> int:
+    """INT1: a #DB trap whose gate's DPL is not checked (SDM vol. 2, INT n)."""
+    cpu.rip = cpu.next_rip
+    return raise_fault(cpu, DB, 0)
+
+
+@native
 def fx_ud(cpu: Cpu) -> int:
     """#UD."""
     return raise_fault(cpu, UD, 0)

@@ -3,8 +3,8 @@
 Popek and Goldberg (1974) call an instruction *privileged* if it traps in user mode and not in
 supervisor mode. It is *control-sensitive* if it changes the machine's mode or the configuration of
 its resources, *behaviour-sensitive* if its result depends on them. Trap-and-emulate needs every
-sensitive instruction to be privileged; those with ``in_user`` SILENT break that on x86: de-privileged
-they run on with another result. A translator replaces them all alike.
+sensitive instruction to be privileged; those with ``in_user`` SILENT break that on x86:
+de-privileged, they run on with another result. A translator replaces them all alike.
 
 Sources: Robin and Irvine, "Analysis of the Intel Pentium's Ability to Support a Secure Virtual
 Machine Monitor" (2000), brought to 64-bit mode; Intel SDM vol. 3, 5.9 (privileged instructions).
@@ -56,7 +56,7 @@ class Sensitive:
 def _row(
     names: str, kind: str, in_user: InUser, effects: str, note: str = ""
 ) -> tuple[Sensitive, ...]:
-    """Rows that share all but the name; ``kind`` has letters p(rivileged), c(ontrol), b(ehaviour)."""
+    """Rows that differ in name only; ``kind``: p(rivileged), c(ontrol-), b(ehaviour-sensitive)."""
     return tuple(
         Sensitive(
             name, "p" in kind, "c" in kind, "b" in kind, in_user, tuple(effects.split()), note
@@ -109,7 +109,7 @@ TABLE: tuple[Sensitive, ...] = (
     *_row("PUSHF PUSHFD PUSHFQ", "b", SILENT, "fx_pushf", "shows the real IF and IOPL"),
     *_row("POPF POPFD POPFQ", "cb", SILENT, "fx_popf", _IF),
     *_row("CLAC STAC", "pc", TRAPS, "fx_ud", "SMAP is not offered"),
-    *_row("INT INT3 INT1 INTO", "cb", WORKS, "fx_int fx_raise fx_ud", "goes through the IDT"),
+    *_row("INT INT3 INT1 INTO", "cb", WORKS, "fx_int fx_int1 fx_ud", "goes through the IDT"),
     *_row("IRET IRETD IRETQ", "cb", SILENT, "fx_iret", _IF),
     *_row("HLT", "pc", TRAPS, "fx_hlt"),
     # Transfers between levels.
