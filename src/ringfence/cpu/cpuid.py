@@ -190,7 +190,6 @@ def build_cpuid(host: HostCpuid, *, cpu_index: int = 0, cpus: int = 1) -> list[R
     # Extended topology: one thread per core, then all cores in one package.
     row(0xB, (0, 1, 1 << 8, cpu_index), 0)
     row(0xB, (bits, cpus, 2 << 8 | 1, cpu_index), 1)
-    row(0xB, (0, 0, 2, cpu_index), 2)
     row(0xB, (0, 0, 0, cpu_index))
     if words[1, ECX] >> XSAVE_BIT[2] & 1:
         avx = words[1, ECX] >> FROM_HOST_AVX["AVX"][2] & 1

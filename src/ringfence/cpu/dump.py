@@ -1,4 +1,4 @@
-"""The registers of a virtual CPU as text, in the layout that emulators' "info registers" made usual.
+"""A virtual CPU as text, in the layout that emulators' "info registers" made usual.
 
 Sources for the names: Intel SDM vol. 1, 3.4; vol. 3, 2.5 and 3.5.
 """
