@@ -21,6 +21,8 @@ from ringfence.native.dialect import (
 )
 from ringfence.native.layout import u64
 
+CLOBBERED = 0xBAD_0BAD_0BAD_0BAD
+
 
 class FlatCpu(Cpu):
     """A CPU with a buffer as its linear memory."""
@@ -83,11 +85,10 @@ def linear_read(cpu: FlatCpu, address: int, size: int, user: int) -> int:
 @native
 def linear_write(cpu: FlatCpu, address: int, size: int, value: int, user: int) -> int:
     """See ``ringfence.cpu.ports``."""
-    kept = cpu.value
     if flat_check(cpu, address, size, user, 1):
         return FAULT
     at = cpu.value
-    cpu.value = kept
+    cpu.value = CLOBBERED
     if size == 8:
         store64(at, value)
     elif size == 4:
