@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ringfence.chipset.apicbus import ApicBus, Delivery
-from ringfence.chipset.bus import GeneralProtection, MmioBus, PortBus
+from ringfence.chipset.bus import MmioBus, PortBus
 from ringfence.chipset.clock import Clock, TimerQueue
 from ringfence.chipset.i8042 import I8042
 from ringfence.chipset.ioapic import BASE as IOAPIC_BASE
@@ -39,6 +39,7 @@ from ringfence.chipset.uart import BASE as UART_BASE
 from ringfence.chipset.uart import IRQ as UART_IRQ
 from ringfence.chipset.uart import LENGTH as UART_LENGTH
 from ringfence.chipset.uart import Uart
+from ringfence.cpu.faults import GeneralProtection
 from ringfence.errors import ImageError, UsageError
 
 MAXIMUM_CPUS = 64
@@ -104,6 +105,7 @@ class Board:
         self.on_signal: Callable[[int, Delivery, int], None] = lambda cpu, mode, vector: None
 
         self.apics = ApicBus()
+        self.tsc = tsc
         self.lapics = [Lapic(cpu, self.apics, self.timers, tsc) for cpu in range(cpus)]
         self.apics.lapics = self.lapics
         self.ioapic = IoApic(self.apics)

@@ -20,10 +20,6 @@ from typing import Protocol
 from ringfence.errors import UsageError
 
 
-class GeneralProtection(Exception):
-    """The guest's access raises #GP(0): a reserved MSR, bit or transition."""
-
-
 class Device(Protocol):
     """What a bus can reach: ``offset`` counts from the base it was registered at."""
 

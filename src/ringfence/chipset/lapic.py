@@ -14,10 +14,10 @@ from enum import IntEnum, IntFlag
 from functools import partial
 
 from ringfence.chipset.apicbus import BROADCAST, BROADCAST_8, ApicBus, Delivery
-from ringfence.chipset.bus import GeneralProtection
 from ringfence.chipset.clock import TimerQueue
 from ringfence.chipset.lapic_timer import LapicTimer, TimerMode, TscSource
 from ringfence.chipset.state import Saved, State, check_version
+from ringfence.cpu.faults import GeneralProtection
 
 __all__ = ["GeneralProtection", "Lapic", "TscSource"]
 

@@ -44,6 +44,8 @@ class NativeFunction:
         self.name = function.__name__
         self.inline = inline
         self.external = external
+        # Inlined helpers are private to their module; all others link by their plain name.
+        self.symbol = f"{function.__module__}.{self.name}" if inline else self.name
         self.__doc__ = function.__doc__
 
     def __call__(self, *args: int) -> int:
@@ -165,7 +167,7 @@ class _Function:
         signature = ", ".join(f"i64 %arg.{p}" for p in parameters)
         linkage = "internal " if self.target.inline else ""
         inline = "alwaysinline " if self.target.inline else ""
-        head = f"define {linkage}i64 @{self.target.name}({signature}) {inline}#0 {{"
+        head = f"define {linkage}i64 @{self.target.symbol}({signature}) {inline}#0 {{"
         for name in sorted(names):
             self.lines.append(f"  %v.{name} = alloca i64")
             initial = f"%arg.{name}" if name in parameters else "0"
@@ -441,7 +443,7 @@ class _Function:
             if count != len(node.args):
                 raise self.error(node, f"{value.name} takes {count} arguments")
             arguments = ", ".join(f"i64 {self.expression(a)}" for a in node.args)
-            return self.value(f"call i64 @{value.name}({arguments})")
+            return self.value(f"call i64 @{value.symbol}({arguments})")
         name = target.id if isinstance(target, ast.Name) else getattr(target, "attr", "?")
         return self.intrinsic(node, name)
 
@@ -524,9 +526,9 @@ class Unit:
         """Add a function; one that is only declared waits for its definition."""
         if not isinstance(function, NativeFunction):
             raise DialectError(f"{function!r} is not a native function")
-        known = self.functions.get(function.name)
+        known = self.functions.get(function.symbol)
         if known is None or (known.external and not function.external):
-            self.functions[function.name] = function
+            self.functions[function.symbol] = function
             if not function.external:
                 self.pending.append(function)
         elif not function.external and known.function is not function.function:

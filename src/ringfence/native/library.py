@@ -31,12 +31,17 @@ def source_key(modules: Sequence[ModuleType]) -> str:
     return digest.hexdigest()
 
 
-def compile_object(roots: Sequence[Any]) -> bytes:
-    """Machine code (an ELF object) of native functions and all that they call."""
+def compile_object(roots: Sequence[Any], assembly: str = "") -> bytes:
+    """Machine code (an ELF object) of native functions and all that they call.
+
+    ``assembly`` is added to the object as it is; it may refer to the functions by name.
+    """
     unit = dialect.Unit(roots)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(unit.ir())
+    llvm.initialize_native_asmparser()
+    lines = [f'module asm "{line}"' for line in assembly.splitlines()]
+    module = llvm.parse_assembly("\n".join([*lines, unit.ir()]))
     module.verify()
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu="x86-64", features=dialect.NO_VECTOR, opt=2, reloc="pic", codemodel="small"
@@ -53,7 +58,11 @@ class Library:
     """Native functions in memory, callable by address or through ctypes."""
 
     def __init__(
-        self, roots: Sequence[Any], modules: Sequence[ModuleType], cache: Path | None = None
+        self,
+        roots: Sequence[Any],
+        modules: Sequence[ModuleType],
+        cache: Path | None = None,
+        assembly: str = "",
     ) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
@@ -62,7 +71,7 @@ class Library:
         if path:
             code = _read_checked(path)
         if code is None:
-            code = compile_object(roots)
+            code = compile_object(roots, assembly)
             if path:
                 _write_checked(path, code)
         machine = llvm.Target.from_default_triple().create_target_machine(

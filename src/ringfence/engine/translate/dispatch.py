@@ -19,7 +19,9 @@ from ringfence.cpu.state import (
     EXIT,
     FAULT,
     FLAG_TF,
+    GP,
     OK,
+    SS_FAULT,
 )
 from ringfence.engine.translate.block import (
     JUMP_ENTRIES,
@@ -68,6 +70,7 @@ EXIT_EMULATE = 71
 
 SLOW_READ = 0x10000
 SLOW_WRITE = 0x20000
+SLOW_STACK = 0x40000
 
 ROW_BYTES = 32
 # Row of the trace table: key, local entry, checked entry, indirect entry.
@@ -308,6 +311,14 @@ def attention(vcpu: Vcpu) -> int:
     return OK
 
 
+@native_inline
+def stack_fault(vcpu: Vcpu, kind: int) -> int:
+    """A non-canonical stack address is #SS(0), not #GP(0)."""
+    if kind & SLOW_STACK and vcpu.exc_vector == GP:
+        vcpu.exc_vector = SS_FAULT
+    return FAULT
+
+
 @native
 def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     """Prepare one memory operand by hand: crossing pages, in code pages, or outside RAM.
@@ -315,7 +326,7 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     The operand's bytes are gathered in ``bounce``; OK, FAULT, or EXIT_MMIO_READ for the VMM to
     fill it. Nothing is written before ``slow_commit``.
     """
-    size = kind & 0xFFFF
+    size = kind & 0xFFF
     user = 4 if vcpu.cpl == 3 else 0
     access = user | (2 if kind & SLOW_WRITE else 0)
     vcpu.slow_address = address
@@ -328,13 +339,13 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
         first = 4096 - offset
     page = host_page(vcpu, address, access)
     if page == 0 and vcpu.status_word == FAULT:
-        return FAULT
+        return stack_fault(vcpu, kind)
     pa = vcpu.last_pa
     second = 0
     if first < size:
         second = host_page(vcpu, address + first, access)
         if second == 0 and vcpu.status_word == FAULT:
-            return FAULT
+            return stack_fault(vcpu, kind)
     if page:
         rep_movsb(vcpu.slow_pointer, page + offset, first)
     elif first == size:
@@ -359,7 +370,7 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
 @native
 def slow_commit(vcpu: Vcpu) -> int:
     """Write a slow access's operand back: OK, or EXIT_MMIO_WRITE for the VMM to do it."""
-    size = vcpu.slow_kind & 0xFFFF
+    size = vcpu.slow_kind & 0xFFF
     address = vcpu.slow_address
     if vcpu.slow_is_mmio:
         vcpu.exit_reason = EXIT_MMIO_WRITE
@@ -398,13 +409,13 @@ def tlb_miss(vcpu: Vcpu, address: int, kind: int) -> int:
 
     ``kind``: size in bytes, plus SLOW_WRITE for a write (then also of a read-modify-write).
     """
-    size = kind & 0xFFFF
+    size = kind & 0xFFF
     if (address & OFFSET_MASK) + size > 4096:
         return EXIT
     access = (4 if vcpu.cpl == 3 else 0) | (2 if kind & SLOW_WRITE else 0)
     status = tlb_fill(vcpu, address, access)
     if status == FAULT:
-        return FAULT
+        return stack_fault(vcpu, kind)
     if status != OK:
         return EXIT
     if kind & SLOW_WRITE:
@@ -420,3 +431,34 @@ def deliver_and_lookup(vcpu: Vcpu) -> int:
     if deliver_exception(vcpu) != OK:
         return EXIT
     return lookup(vcpu)
+
+
+@native
+def straddle(vcpu: Vcpu, wanted: int) -> int:
+    """A trace across a page boundary found one of its two pages unknown: look both up.
+
+    ``wanted`` is the identity that the second page had when the trace was made.
+    """
+    address = (vcpu.rip & PAGE_MASK) + 4096
+    user = 4 if vcpu.cpl == 3 else 0
+    status = lookup(vcpu)
+    if status != OK or (vcpu.rip & PAGE_MASK) + 4096 != address:
+        return status
+    if walk(vcpu, address, user | 16) != OK:
+        return deliver_and_lookup(vcpu)
+    number = page_find(vcpu, address | vcpu.mode, vcpu.walk_pa & PAGE_MASK)
+    if number != wanted:
+        vcpu.exit_reason = EXIT_TRANSLATE
+        walk(vcpu, vcpu.rip, user | 16)
+        vcpu.exit_data[0] = vcpu.walk_pa
+        vcpu.exit_data[1] = vcpu.mode
+        return EXIT
+    code = (address >> 12) & (ITLB_ENTRIES - 1)
+    if user:
+        vcpu.itlb_user[code] = number
+    else:
+        vcpu.itlb_kernel[code] = number
+        if not vcpu.walk_global and vcpu.code_filled_count < 256:
+            vcpu.code_filled[vcpu.code_filled_count] = code
+            vcpu.code_filled_count += 1
+    return OK

@@ -35,6 +35,10 @@ THUNKS = (
     "host_fault",
     "resume",
     "emulate",
+    "effect_vector",
+    "straddle",
+    "find",
+    "deliver",
 )
 """Names in the order of the block's ``thunks`` array."""
 
@@ -103,12 +107,14 @@ def assembly() -> str:
         "decide": ["test eax, eax", "jnz rf_leave", *go],
         # R9: linear address, R10: PF_WRITE | PF_USER. Returns to the retry of the access.
         "miss": [
+            f"mov {_field('slow_address')}, r9",
             *_save(CALLER_SAVED),
             *_call("tlb_miss", "mov rsi, r9", "mov rdx, r10", "sub rsp, 8"),
             "add rsp, 8",
             "test eax, eax",
             "jnz 1f",
             *_load(CALLER_SAVED),
+            f"mov r9, {_field('slow_address')}",
             "ret",
             "1:",
             "add rsp, 8",
@@ -157,6 +163,27 @@ def assembly() -> str:
             "je rf_deliver",
             "jmp rf_follow",
         ],
+        # The same for an effect on the vector state, which waits in the block.
+        "effect_vector": [
+            *save_all,
+            _CLEAN_STATUS,
+            "mov eax, r10d",
+            "shr eax, 16",
+            f"add rax, {_field('rip')}",
+            f"mov {_field('next_rip')}, rax",
+            "movzx eax, r10w",
+            f"mov rdi, {_field('self_address')}",
+            f"call qword ptr [rdi + rax*8 + {gs('effects') + GS_BIAS}]",
+            f"cmp eax, {FAULT}",
+            "je rf_deliver",
+            "mov eax, 7",
+            "xor edx, edx",
+            f"mov rdi, {_field('self_address')}",
+            f"xrstor64 [rdi + {gs('xsave') + GS_BIAS}]",
+            "jmp rf_follow",
+        ],
+        # R10: the number that the page after RIP's must have.
+        "straddle": [*save_all, *_call("straddle", "mov rsi, r10"), "jmp rf_decide"],
         # Go to RIP by the jump table, without a look-up where it is known.
         "follow": [
             f"cmp {_field('dirty_code_count')}, 0",
@@ -181,7 +208,7 @@ def assembly() -> str:
         ],
         "emulate": [*save_all, "jmp rf_leave"],
         # The host raised a signal inside guest code; the handler sent the thread here.
-        "host_fault": [*_PARK, *save_all, "jmp rf_leave"],
+        "host_fault": ["pushfq", f"pop {_field('scratch', 5)}", *save_all, "jmp rf_leave"],
         # void handler(int signal, siginfo_t *, ucontext_t *): see engine.translate.signals.
         "signal_handler": [
             f"mov rcx, {_field('self_address')}",

@@ -1,0 +1,629 @@
+"""The binary-translation engine: runs one vCPU by translating its code a trace at a time.
+
+``run`` enters translated code and handles what comes out: code that has no translation yet, device
+accesses, halts, attention. Nothing else of the guest's life passes through Python. The state that
+emitted code and helpers share is one ``Vcpu`` block (see ``block``); the routines that lead in and
+out are in ``thunks``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ringfence.cpu import cpuid, reset, state
+from ringfence.cpu.dump import dump
+from ringfence.cpu.faults import GeneralProtection
+from ringfence.engine import EngineConfig, StopReason
+from ringfence.engine import exits as vocabulary
+from ringfence.engine.exits import ExitCounters, Reason
+from ringfence.engine.translate import dispatch, natives, signals
+from ringfence.engine.translate.block import GS_BIAS, MODE_SLOW, Vcpu
+from ringfence.engine.translate.thunks import THUNKS
+from ringfence.engine.translate.translator import Translator
+from ringfence.errors import GuestCrash, HostError
+
+if TYPE_CHECKING:
+    from ringfence.memory.ram import GuestMemory
+
+TRACE_ROWS = 1 << 19
+PAGE_ROWS = 1 << 17
+MASK64 = (1 << 64) - 1
+"""A halted vCPU sleeps until it is woken; the event's timeout only guards against lost hosts."""
+
+
+def _anonymous(size: int) -> tuple[mmap.mmap, int]:
+    """Zeroed pages and their address."""
+    pages = mmap.mmap(-1, size)
+    return pages, ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+
+class TranslateEngine:
+    """One vCPU under binary translation; see ``engine.Engine`` for the protocol.
+
+    Parameters
+    ----------
+    memory : GuestMemory
+        Guest RAM.
+    board : Board
+        The chipset: ports, MMIO, interrupt controllers.
+    config : EngineConfig
+        ``cache_dir`` is where native objects and translations are kept.
+    """
+
+    def __init__(self, memory: GuestMemory, board: Any, config: EngineConfig) -> None:
+        self.memory = memory
+        self.board = board
+        self.config = config
+        library = natives.load(config.cache_dir)
+        self.library = library
+        self._pages: list[mmap.mmap] = []
+        self.block = self._allocate(Vcpu.size + 4096)
+        self.view = Vcpu.at(self.block)
+        view = self.view
+        view.self_address = self.block
+        self._enter = library.function("rf_enter", 1)
+        self._set_gs = library.function("rf_set_gs", 1)
+        self._deliver_interrupt = library.function("deliver_interrupt", 2)
+        self._mode_changed = library.function("mode_changed", 1)
+        self._linear_read = library.function("linear_read", 4)
+        self._linear_write = library.function("linear_write", 5)
+        for number, name in enumerate(THUNKS):
+            view.thunks[number] = library.address(f"rf_{name}")
+        for name, number in natives.EFFECT_NUMBERS.items():
+            view.effects[number] = library.address(name)
+        self._find = library.address("rf_find")
+        self._resume = library.address("rf_resume")
+        self._deliver = library.address("rf_deliver")
+        view.ram_host = memory.host_base
+        view.ram_low = memory.regions[0].size
+        view.ram_high = memory.regions[1].size if len(memory.regions) > 1 else 0
+        view.code_lines = self._allocate((memory.size >> 12) * 8)
+        view.trace_table = self._allocate(TRACE_ROWS * dispatch.ROW_BYTES)
+        view.trace_rows = TRACE_ROWS
+        view.page_table = self._allocate(PAGE_ROWS * dispatch.ROW_BYTES)
+        view.page_rows = PAGE_ROWS
+        self._init_host_state()
+        rows = cpuid.build_cpuid(cpuid.host_cpuid, cpu_index=0, cpus=config.cpus)
+        packed = cpuid.pack(rows)
+        view.cpuid_table = self._allocate(len(packed))
+        ctypes.memmove(view.cpuid_table, packed, len(packed))
+        view.cpuid_rows = len(rows)
+        view.reserved_bits = ((1 << 52) - 1) & ~((1 << cpuid.PHYSICAL_BITS) - 1)
+        reset.reset(view)
+        self.translator = Translator(
+            memory, view, library, lambda feature: cpuid.offers(feature, rows)
+        )
+        view.code_start = self.translator.cache.base
+        view.code_end = self.translator.cache.base + self.translator.cache.size
+        view.code_alias = (self.translator.cache.alias - self.translator.cache.base) & MASK64
+        library.function("tlb_reset", 1)(self.block)
+        board.tsc.view = view
+        view.tsc_offset = -board.tsc.read() & MASK64
+        self._wake = threading.Event()
+        board.set_wake(0, self._woken)
+        self._stop = self._pause = False
+        self.counters = ExitCounters()
+        self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
+        self._guest_ns = self._vmm_ns = self._idle_ns = self._translation_ns = 0
+        self._crash = ""
+        self._paused_tsc: int | None = None
+        self._handlers: dict[int, Callable[[], StopReason | None]] = {
+            dispatch.EXIT_TRANSLATE: self._on_translate,
+            dispatch.EXIT_ATTENTION: self._on_attention,
+            dispatch.EXIT_DIRTY_CODE: self._on_dirty_code,
+            dispatch.EXIT_HOST_FAULT: self._on_host_fault,
+            dispatch.EXIT_MMIO_READ: self._on_mmio_read,
+            dispatch.EXIT_MMIO_WRITE: self._on_mmio_write,
+            dispatch.EXIT_FETCH_OUTSIDE: self._on_fetch_outside,
+            dispatch.EXIT_EMULATE: self._on_emulate,
+            state.EXIT_PORT_IN: self._on_port_in,
+            state.EXIT_PORT_OUT: self._on_port_out,
+            state.EXIT_PORT_STRING: self._on_port_string,
+            state.EXIT_HALT: self._on_halt,
+            state.EXIT_MSR_READ: self._on_msr_read,
+            state.EXIT_MSR_WRITE: self._on_msr_write,
+            state.EXIT_HYPERCALL: self._on_hypercall,
+            state.EXIT_SHUTDOWN: self._on_shutdown,
+            state.EXIT_UNSUPPORTED: self._on_unsupported,
+            state.EXIT_CR8_READ: self._on_cr8_read,
+            state.EXIT_CR8_WRITE: self._on_cr8_write,
+            EXIT_MMIO_STRING: self._on_mmio_string,
+        }
+
+    def _allocate(self, size: int) -> int:
+        pages, address = _anonymous(-(-size // 4096) * 4096)
+        self._pages.append(pages)
+        return address
+
+    def _init_host_state(self) -> None:
+        """The XSAVE area that gives the host a clean vector state after guest code."""
+        at = self.block + Vcpu.offset_of("host_init")
+        ctypes.memset(at, 0, 1024)
+        ctypes.memmove(at, (0x037F).to_bytes(2, "little"), 2)
+        ctypes.memmove(at + 24, (0x1F80).to_bytes(4, "little"), 4)
+
+    # --- the protocol ------------------------------------------------------------------------
+
+    def set_boot_state(self, boot: Any) -> None:
+        """Put the vCPU at the guest's first instruction, as the boot protocol wants it."""
+        view = self.view
+        reset.reset(view)
+        for name in ("rip", "cr0", "cr3", "cr4", "efer"):
+            setattr(view, name, getattr(boot, name))
+        view.gpr[state.RSP] = boot.rsp
+        view.gpr[state.RSI] = boot.rsi
+        view.gdtr_base, view.gdtr_limit = boot.gdt_base, boot.gdt_limit
+        flat = state.ATTR_P | state.ATTR_S | state.ATTR_G
+        for segment in range(6):
+            code = segment == state.CS
+            view.seg_selector[segment] = boot.cs if code else boot.ds
+            view.seg_base[segment] = 0
+            view.seg_limit[segment] = 0xFFFFFFFF
+            view.seg_attr[segment] = flat | (0xB | state.ATTR_L if code else 0x3 | state.ATTR_DB)
+        view.cpl = 0
+        view.flag_if = 0
+        self.library.function("tlb_flush_all", 1)(self.block)
+        self._mode_changed(self.block)
+        view.jump_target = self._find
+
+    def run(self) -> StopReason:
+        """Run until the machine ends, or the owner wants the CPU."""
+        self._set_gs(self.block + GS_BIAS)
+        signals.install(self.library.address("rf_signal_handler"))
+        if self._paused_tsc is not None:
+            elapsed = self.board.tsc.read() - self._paused_tsc
+            self.view.tsc_offset = (self.view.tsc_offset - elapsed) & MASK64
+            self._paused_tsc = None
+        enter, handlers, block, clock = self._enter, self._handlers, self.block, time.perf_counter_ns
+        left = clock()
+        try:
+            while True:
+                entered = clock()
+                self._vmm_ns += entered - left
+                code = enter(block)
+                left = clock()
+                self._guest_ns += left - entered
+                outcome = handlers[code]()
+                if outcome is not None:
+                    if outcome is StopReason.PAUSED:
+                        self._paused_tsc = self.board.tsc.read()
+                    return outcome
+        finally:
+            self._set_gs(0)
+
+    def request_stop(self) -> None:
+        """See ``Engine``."""
+        self._stop = True
+        self._call_attention()
+
+    def request_pause(self) -> None:
+        """See ``Engine``."""
+        self._pause = True
+        self._call_attention()
+
+    def _call_attention(self) -> None:
+        self.view.stop_request = 1
+        self.view.attention = 1
+        self._wake.set()
+
+    def _woken(self) -> None:
+        """The board has an interrupt for us (any thread, the board's lock held)."""
+        self.view.irq_request = 1
+        self.view.attention = 1
+        self._wake.set()
+
+    def registers(self) -> dict[str, int]:
+        """See ``Engine``."""
+        view = self.view
+        values = {name: view.gpr[n] for n, name in enumerate(state.GPR_NAMES)}
+        values["rip"] = view.rip
+        values["rflags"] = (
+            view.status & state.STATUS_FLAGS
+            | view.other_flags
+            | view.flag_if << 9
+            | view.flag_df << 10
+            | state.FLAGS_FIXED
+        )
+        for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0", "cpl"):
+            values[name] = getattr(view, name)
+        for n, name in enumerate(state.SEGMENT_NAMES):
+            values[name] = view.seg_selector[n]
+            values[f"{name}_base"] = view.seg_base[n]
+        return values
+
+    def set_registers(self, values: dict[str, int]) -> None:
+        """See ``Engine``; general registers, ``rip`` and ``rflags``."""
+        view = self.view
+        for name, value in values.items():
+            if name in state.GPR_NAMES:
+                view.gpr[state.GPR_NAMES.index(name)] = value & MASK64
+            elif name == "rip":
+                view.rip = value & MASK64
+                view.jump_target = self._find
+            elif name == "rflags":
+                view.status = value & state.STATUS_FLAGS
+                view.other_flags = value & state.OTHER_FLAGS
+                view.flag_if = value >> 9 & 1
+                view.flag_df = value >> 10 & 1
+            else:
+                raise KeyError(f"register {name} can't be set")
+
+    def read_virtual(self, address: int, length: int) -> bytes:
+        """See ``Engine``; as a supervisor would read."""
+        view = self.view
+        saved = (view.exc_vector, view.exc_error, view.exc_address)
+        found = bytearray()
+        while len(found) < length:
+            size = min(8, length - len(found))
+            if self._linear_read(self.block, (address + len(found)) & MASK64, size, 0):
+                view.exc_vector, view.exc_error, view.exc_address = saved
+                raise IndexError(f"guest-virtual {address + len(found):#x} is not mapped")
+            found += view.value.to_bytes(8, "little")[:size]
+        return bytes(found)
+
+    def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
+        """See ``Engine``."""
+        self._trace = callback
+
+    def crash_dump(self) -> str:
+        """See ``Engine``."""
+        return (self._crash + "\n" if self._crash else "") + dump(self.view)
+
+    def stats(self) -> dict[str, Any]:
+        """See ``Engine``."""
+        view = self.view
+        translator = self.translator
+        vectors = {
+            f"{n:#04x}": count for n, count in enumerate(list(view.interrupts)) if count
+        }
+        exceptions = {
+            state.EXCEPTION_NAMES.get(n, str(n)): count
+            for n, count in enumerate(list(view.exceptions))
+            if count
+        }
+        return {
+            "exits": self.counters.by_reason(),
+            "interrupts": vectors,
+            "exceptions": exceptions,
+            "translation": translator.statistics(),
+            "dispatch": {
+                "lookups": view.lookups,
+                "misses": view.lookup_misses,
+                "links": view.links,
+                "attentions": view.attentions,
+                "effects": view.effect_calls,
+                "slow_accesses": view.slow_accesses,
+            },
+            "tlb": {
+                "misses": view.tlb_misses,
+                "walks": view.walks,
+                "walk_references": view.walk_references,
+                "flushes": view.tlb_flushes,
+                "page_flushes": view.tlb_page_flushes,
+            },
+            "time": {
+                "guest": self._guest_ns,
+                "vmm": self._vmm_ns - self._idle_ns - self._translation_ns,
+                "translation": self._translation_ns,
+                "idle": self._idle_ns,
+            },
+        }
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        self.translator.close()
+        self.view = None
+
+    # --- exits -------------------------------------------------------------------------------
+
+    def _count(self, reason: Reason, began: int, event: Callable[[], Any]) -> None:
+        """Account for an exit, and show it to whoever traces."""
+        elapsed = time.perf_counter_ns() - began
+        self.counters.add(reason, elapsed)
+        if self._trace is not None:
+            self._trace(vocabulary.TraceRecord(event(), self.view.rip, elapsed))
+
+    def _continue(self) -> None:
+        """Go on behind the instruction that caused the exit."""
+        view = self.view
+        view.rip = view.next_rip
+        view.jump_target = self._find
+
+    def _raise(self, vector: int, error: int = 0) -> None:
+        """Deliver an exception at the present instruction."""
+        view = self.view
+        view.exc_vector, view.exc_error = vector, error
+        view.jump_target = self._deliver
+
+    def _on_translate(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        mode = view.exit_data[1]
+        if not self.translator.translate(view.rip, view.exit_data[0], mode):
+            view.jump_target = self._deliver
+        elif mode & MODE_SLOW:
+            view.jump_target = self.translator.last_entry
+        else:
+            view.jump_target = self._find
+        self._translation_ns += time.perf_counter_ns() - began
+        return None
+
+    def _on_dirty_code(self) -> StopReason | None:
+        view = self.view
+        for n in range(view.dirty_code_count):
+            self.translator.invalidate(view.dirty_code[n], view.dirty_code_lines[n])
+        view.dirty_code_count = 0
+        view.jump_target = self._find
+        return None
+
+    def _on_attention(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        view.jump_target = self._find
+        stopped = self._stopped()
+        if stopped is not None:
+            return stopped
+        vector = -1
+        with self.board.lock:
+            view.attention = 0
+            if self.board.interrupt_pending(0) and view.flag_if:
+                vector = self.board.acknowledge(0)
+            if self.board.interrupt_pending(0):
+                view.irq_request = view.attention = 1
+            else:
+                view.irq_request = 0
+        if view.stop_request:
+            view.attention = 1
+        if vector >= 0 and self._deliver_interrupt(self.block, vector) != state.OK:
+            return self._on_shutdown()
+        self._count(
+            Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector)
+        )
+        return None
+
+    def _stopped(self) -> StopReason | None:
+        if not self.view.stop_request:
+            return None
+        if self._stop:
+            return StopReason.STOPPED
+        if self._pause:
+            self._pause = False
+            self.view.stop_request = 0
+            return StopReason.PAUSED
+        return None
+
+    def _on_halt(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        view.jump_target = self._find
+        while True:
+            self._wake.clear()
+            if view.stop_request:
+                break
+            with self.board.lock:
+                if view.flag_if and self.board.interrupt_pending(0):
+                    break
+            self._wake.wait()
+        elapsed = time.perf_counter_ns() - began
+        self._idle_ns += elapsed
+        view.halted = 0
+        self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
+        return self._on_attention()
+
+    def _on_port_in(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        port, size = view.exit_data[0], view.exit_data[1]
+        value = self.board.port_read(port, size)
+        if size == 4:
+            view.gpr[0] = value & 0xFFFFFFFF
+        else:
+            mask = (1 << 8 * size) - 1
+            view.gpr[0] = view.gpr[0] & ~mask & MASK64 | value & mask
+        self._count(Reason.PORT_IN, began, lambda: vocabulary.PortIn(port, size))
+        self._continue()
+        return None
+
+    def _on_port_out(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        port, size, value = view.exit_data[0], view.exit_data[1], view.exit_data[2]
+        self.board.port_write(port, size, value)
+        self._count(Reason.PORT_OUT, began, lambda: vocabulary.PortOut(port, size, value))
+        self._continue()
+        return self._stopped()
+
+    def _on_port_string(self) -> StopReason | None:
+        """INS and OUTS, up to 4096 elements at a time."""
+        began = time.perf_counter_ns()
+        view = self.view
+        port, size, outward, repeat = (view.exit_data[n] for n in range(4))
+        flags = view.op[3]
+        mask = 0xFFFFFFFF if flags & 1 else MASK64
+        base = view.seg_base[(flags >> 8) - 1] if flags >> 8 else 0
+        user = int(view.cpl == 3)
+        index = state.RSI if outward else state.RDI
+        step = -size if view.flag_df else size
+        left = view.gpr[state.RCX] & mask if repeat else 1
+        for _ in range(min(left, 4096)):
+            address = view.gpr[index] & mask
+            if outward:
+                if self._linear_read(self.block, (address + base) & MASK64, size, user):
+                    view.jump_target = self._deliver
+                    return None
+                self.board.port_write(port, size, view.value & (1 << 8 * size) - 1)
+            else:
+                # Probe for write before the device gives up its data.
+                value = self.board.port_read(port, size)
+                if self._linear_write(self.block, address, size, value, user):
+                    view.jump_target = self._deliver
+                    return None
+            view.gpr[index] = (address + step) & mask
+            left -= 1
+            if repeat:
+                view.gpr[state.RCX] = left
+        reason = Reason.PORT_OUT if outward else Reason.PORT_IN
+        self._count(
+            reason,
+            began,
+            lambda: vocabulary.PortOut(port, size, 0) if outward else vocabulary.PortIn(port, size),
+        )
+        if left == 0:
+            self._continue()
+        else:
+            view.jump_target = self._find
+        return self._stopped()
+
+    def _on_mmio_read(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        address, size = view.exit_data[0], view.exit_data[1]
+        data = self._read_mmio(address, size)
+        ctypes.memmove(view.slow_pointer, data, size)
+        view.jump_target = self._resume
+        self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
+        return None
+
+    def _read_mmio(self, address: int, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            take = min(8, size - len(data))
+            value = self.board.mmio_read(address + len(data), take)
+            data += (value & (1 << 8 * take) - 1).to_bytes(take, "little")
+        return data
+
+    def _on_mmio_write(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        address, size = view.exit_data[0], view.exit_data[1]
+        data = ctypes.string_at(view.slow_pointer, size)
+        for at in range(0, size, 8):
+            part = data[at : at + 8]
+            self.board.mmio_write(address + at, len(part), int.from_bytes(part, "little"))
+        view.jump_target = self._resume
+        self._count(
+            Reason.MMIO_WRITE,
+            began,
+            lambda: vocabulary.MmioWrite(address, size, int.from_bytes(data[:8], "little")),
+        )
+        return self._stopped()
+
+    def _on_mmio_string(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        address, size, write, value = (view.exit_data[n] for n in range(4))
+        value &= (1 << 8 * size) - 1
+        if write:
+            self.board.mmio_write(address, size, value)
+            view.string_ready |= 2
+            self._count(
+                Reason.MMIO_WRITE, began, lambda: vocabulary.MmioWrite(address, size, value)
+            )
+        else:
+            view.string_value = self.board.mmio_read(address, size)
+            view.string_ready |= 1
+            self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
+        view.jump_target = self._find
+        return self._stopped()
+
+    def _on_msr_read(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        index = view.exit_data[0]
+        try:
+            value = self.board.msr_read(0, index)
+        except GeneralProtection:
+            self._raise(state.GP)
+            return None
+        view.gpr[state.RAX] = value & 0xFFFFFFFF
+        view.gpr[state.RDX] = value >> 32 & 0xFFFFFFFF
+        self._continue()
+        self._count(Reason.MSR_READ, began, lambda: vocabulary.MsrRead(index))
+        return None
+
+    def _on_msr_write(self) -> StopReason | None:
+        began = time.perf_counter_ns()
+        view = self.view
+        index, value = view.exit_data[0], view.exit_data[1]
+        try:
+            self.board.msr_write(0, index, value)
+        except GeneralProtection:
+            self._raise(state.GP)
+            return None
+        self._continue()
+        self._count(Reason.MSR_WRITE, began, lambda: vocabulary.MsrWrite(index, value))
+        return self._stopped()
+
+    def _on_cr8_read(self) -> StopReason | None:
+        self.view.gpr[self.view.exit_data[0]] = self.board.read_cr8(0)
+        self._continue()
+        return None
+
+    def _on_cr8_write(self) -> StopReason | None:
+        value = self.view.exit_data[0]
+        if value >> 4:
+            self._raise(state.GP)
+            return None
+        self.board.write_cr8(0, value)
+        self._continue()
+        return None
+
+    def _on_hypercall(self) -> StopReason | None:
+        """No hypercall is offered yet: KVM's answer to an unknown one (-ENOSYS)."""
+        began = time.perf_counter_ns()
+        number = self.view.gpr[state.RAX]
+        self.view.gpr[state.RAX] = -1000 & MASK64
+        self._continue()
+        self._count(Reason.HYPERCALL, began, lambda: vocabulary.Hypercall(number))
+        return None
+
+    def _on_fetch_outside(self) -> StopReason | None:
+        """Code outside RAM reads as all ones, which is an invalid opcode."""
+        self._raise(state.UD)
+        return None
+
+    def _on_emulate(self) -> StopReason | None:
+        return self._unsupported("an instruction that the translator lacks")
+
+    def _on_shutdown(self) -> StopReason | None:
+        vector = self.view.exit_data[0]
+        self._count(
+            Reason.SHUTDOWN, time.perf_counter_ns(), lambda: vocabulary.Shutdown(vector)
+        )
+        self._crash = "triple fault"
+        return StopReason.CRASH
+
+    def _on_unsupported(self) -> StopReason | None:
+        return self._unsupported("a CPU mode that the translator lacks (only 64-bit mode so far)")
+
+    def _unsupported(self, what: str) -> StopReason:
+        self._count(
+            Reason.UNSUPPORTED, time.perf_counter_ns(), lambda: vocabulary.Unsupported(what)
+        )
+        self._crash = f"the guest needs {what}"
+        return StopReason.CRASH
+
+    def _on_host_fault(self) -> StopReason | None:
+        """The host's CPU raised an exception in translated code: it is the guest's."""
+        view = self.view
+        found = self.translator.locate(view.fault_pc)
+        trap = view.fault_trap
+        if found is None or trap == state.PF:
+            raise HostError(
+                f"translated code faulted at {view.fault_pc:#x} (trap {trap}), which should not be"
+            )
+        view.rip, parked = found
+        if not parked:
+            view.status = view.scratch[5] & state.STATUS_FLAGS
+        if trap not in (state.DE, state.UD, state.GP, state.AC, state.MF, state.XM):
+            raise GuestCrash(f"unexpected host trap {trap}", dump(view))
+        self._raise(trap)
+        return None
+
+
+EXIT_MMIO_STRING = 32

@@ -1,0 +1,544 @@
+"""From one guest instruction to the host code that carries it out: the translator's only use of iced-x86.
+
+A ``Recipe`` depends on the instruction's bytes and on the mode, not on where it stands, and is
+remembered by those bytes: kernels and programs are made of few distinct instructions. Position
+dependent words are listed as fixes, applied when the recipe is placed in a trace.
+
+Most instructions are *copied*. What changes is named here in one place each: memory operands
+(effective address, TLB check, then the access at R9 + R10), registers that have no host register of
+their own (guest RSP is in R11; R9-R11 are in the block), control flow, and the sensitive
+instructions, which become calls of the effect library.
+
+A recipe has two parts: ``before`` may clobber the host's flags, ``op`` must not, apart from what the
+instruction itself does. Between them the trace builder brings the guest's flags back if needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from iced_x86 import (
+    CpuidFeature,
+    Decoder,
+    Encoder,
+    FlowControl,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeExt,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+    Register,
+    RegisterExt,
+    RflagsBits,
+)
+
+from ringfence.engine.translate import emit
+from ringfence.engine.translate.block import (
+    MODE_AVX,
+    MODE_CPL,
+    MODE_NO_FPU,
+    MODE_SSE,
+    gs,
+)
+from ringfence.engine.translate.emit import R9, R10, R11
+
+# Kinds of recipes, as the trace builder distinguishes them.
+PLAIN, JCC, JMP, CALL, INDIRECT, LOOP, EFFECT, STI, DROP = range(9)
+
+# Fixes: what to put at a position.
+MISS, VA32, VA64 = range(3)
+"""MISS: data = (retry position, write, kind word). VA32/VA64: data = offset from the instruction."""
+
+SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
+HOMELESS = (9, 10, 11)
+"""Guest registers that live in the block."""
+STATUS = (
+    RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
+)
+_WRITES = {
+    OpAccess.WRITE,
+    OpAccess.COND_WRITE,
+    OpAccess.READ_WRITE,
+    OpAccess.READ_COND_WRITE,
+}
+_READS = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE}
+
+MNEMONIC_NAME = {v: k for k, v in vars(Mnemonic).items() if isinstance(v, int)}
+FEATURE_NAME = {v: k for k, v in vars(CpuidFeature).items() if isinstance(v, int)}
+REGISTER_NAME = {v: k for k, v in vars(Register).items() if isinstance(v, int)}
+
+_FULL = [
+    Register.RAX, Register.RCX, Register.RDX, Register.RBX,
+    Register.RSP, Register.RBP, Register.RSI, Register.RDI,
+    Register.R8, Register.R9, Register.R10, Register.R11,
+    Register.R12, Register.R13, Register.R14, Register.R15,
+]  # fmt: skip
+_HIGH_BYTES = {Register.AH, Register.CH, Register.DH, Register.BH}
+GPR: dict[int, tuple[int, int]] = {}
+"""iced register -> (guest number, size in bytes), for general registers but AH-BH."""
+BY_SIZE: dict[tuple[int, int], int] = {}
+for _name, _value in vars(Register).items():
+    if isinstance(_value, int) and RegisterExt.is_gpr(_value) and _value not in _HIGH_BYTES:
+        _full = RegisterExt.full_register(_value)
+        GPR[_value] = (_FULL.index(_full), RegisterExt.size(_value))
+        BY_SIZE[GPR[_value]] = _value
+for _value, _number in zip(
+    (Register.AH, Register.CH, Register.DH, Register.BH), range(4), strict=True
+):
+    GPR[_value] = (_number, 1)
+    BY_SIZE.setdefault((_number, 1), _value)
+del _name, _value
+_SEGMENTS = {
+    Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5,
+}  # fmt: skip
+
+
+class Unsupported(Exception):
+    """The translator has no recipe for an instruction; the message names it."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """Host code with the fixes in it: (position, what, data)."""
+
+    code: bytes = b""
+    fixes: tuple[tuple[int, int, Any], ...] = ()
+
+    def __add__(self, other: Piece | bytes) -> Piece:
+        if isinstance(other, bytes):
+            return Piece(self.code + other, self.fixes)
+        shift = len(self.code)
+        moved = tuple(
+            (p + shift, w, (d[0] + shift, *d[1:]) if w == MISS else d) for p, w, d in other.fixes
+        )
+        return Piece(self.code + other.code, self.fixes + moved)
+
+
+@dataclass(slots=True)
+class Recipe:
+    """How to carry out one instruction; flags are masks of ``RflagsBits``."""
+
+    length: int
+    kind: int
+    reads: int = 0
+    kills: int = 0
+    writes: int = 0
+    before: Piece = field(default_factory=Piece)
+    op: Piece = field(default_factory=Piece)
+    after: Piece = field(default_factory=Piece)
+    clobbers: bool = False
+    effect: str = ""
+    target: int = 0
+    """Branch target minus the instruction's own address."""
+    condition: int = 0
+    """Second byte of the two-byte ``jcc rel32``."""
+    text: str = ""
+
+
+class Recipes:
+    """Makes and remembers recipes for one mode.
+
+    Parameters
+    ----------
+    mode : int
+        Bits of ``block.MODE_*``.
+    slow : bool
+        Whether memory accesses take the slow path.
+    wide : bool
+        Whether addresses of code need 64-bit constants (outside the top 2 GiB).
+    offers : callable
+        Whether the virtual CPU has a feature, by iced-x86's name.
+    """
+
+    def __init__(
+        self, mode: int, slow: bool, wide: bool, offers: Callable[[str], bool]
+    ) -> None:
+        self.mode = mode
+        self.cpl = mode & MODE_CPL
+        self.user = self.cpl == 3
+        self.slow = slow
+        self.wide = wide
+        self.offers = offers
+        self.known: dict[bytes, Recipe] = {}
+        self.info = InstructionInfoFactory()
+        self.encoder = Encoder(64)
+
+    def make(self, instruction: Instruction, raw: bytes) -> Recipe:
+        """The recipe of an instruction, decoded at any address, with its bytes."""
+        recipe = self.known.get(raw)
+        if recipe is None:
+            recipe = self.known[raw] = self.build(instruction, raw)
+        return recipe
+
+    # --- building blocks --------------------------------------------------------------------
+
+    def access(self, size: int, write: bool, read: bool = True, stack: bool = False) -> Piece:
+        """R9 = linear address; then R9 + R10 is where to access ``size`` bytes."""
+        kind = size | (SLOW_READ if read else 0) | (SLOW_WRITE if write else 0)
+        kind |= SLOW_STACK if stack else 0
+        if self.slow:
+            return Piece(
+                emit.mov_imm32(R10, kind)
+                + emit.gs_call(gs("thunks", _THUNK_SLOW))
+                + emit.mov_imm32(R10, 0)
+            )
+        code, position = emit.tlb_check(size, write, self.user)
+        return Piece(code, ((position, MISS, (0, write, kind)),))
+
+    def commit(self) -> bytes:
+        """After a write in a slow recipe."""
+        return emit.gs_call(gs("thunks", _THUNK_COMMIT)) if self.slow else b""
+
+    def constant(self, register: int, offset: int) -> Piece:
+        """``register`` = the instruction's address plus ``offset``."""
+        if self.wide:
+            return Piece(emit.mov_imm64(register, 0), ((2, VA64, offset),))
+        return Piece(emit.mov_simm32(register, 0), ((3, VA32, offset),))
+
+    def guest(self, number: int, scratch: int) -> tuple[bytes, int]:
+        """Code and host register that give a guest register's value."""
+        if number in HOMELESS:
+            return emit.gs_load(scratch, gs("gpr", number)), scratch
+        return b"", R11 if number == 4 else number
+
+    def set_guest(self, number: int, register: int) -> bytes:
+        """Copy a host register into a guest register."""
+        if number in HOMELESS:
+            return emit.gs_store(register, gs("gpr", number))
+        return emit.mov(R11 if number == 4 else number, register)
+
+    def address(self, i: Instruction, *, segment: bool = True) -> Piece:
+        """R9 = effective linear address of the memory operand; the flags survive."""
+        base, index = i.memory_base, i.memory_index
+        narrow = False
+        if base in (Register.RIP, Register.EIP):
+            offset = (i.memory_displacement - i.ip + (1 << 63)) % (1 << 64) - (1 << 63)
+            piece = self.constant(R9, offset)
+            narrow = base == Register.EIP
+            if narrow:
+                piece = piece + b"\x45\x89\xc9"
+        else:
+            disp = i.memory_displacement
+            disp = disp - (1 << 64) if disp >> 63 else disp
+            code = b""
+            base_host = index_host = -1
+            if base != Register.NONE:
+                number, size = GPR[base]
+                narrow = size == 4
+                load, base_host = self.guest(number, R9)
+                code += load
+            if index != Register.NONE:
+                number, size = GPR[index]
+                narrow = narrow or size == 4
+                load, index_host = self.guest(number, R10)
+                code += load
+            if base_host < 0 and index_host < 0:
+                if -(1 << 31) <= disp < 1 << 31:
+                    code += emit.mov_simm32(R9, disp)
+                else:
+                    code += emit.mov_imm64(R9, disp & (1 << 64) - 1)
+                narrow = False
+            else:
+                if narrow and disp >= 1 << 31:
+                    disp -= 1 << 32
+                if index_host < 0 and disp == 0:
+                    step = emit.mov(R9, base_host) if base_host != R9 or narrow else b""
+                else:
+                    step = emit.lea(R9, base_host, index_host, i.memory_index_scale, disp)
+                if narrow:
+                    step = bytes((step[0] & ~8,)) + step[1:]
+                code += step
+            piece = Piece(code)
+        if segment and i.memory_segment in (Register.FS, Register.GS):
+            number = _SEGMENTS[i.memory_segment]
+            piece = piece + (emit.gs_load(R10, gs("seg_base", number)) + emit.lea(R9, R9, R10))
+        return piece
+
+    @staticmethod
+    def on_stack(i: Instruction) -> bool:
+        """Whether the operand's default or explicit segment is SS."""
+        return bool(i.memory_segment == Register.SS)
+
+    def encode(self, i: Instruction) -> bytes:
+        """Bytes of an instruction that was changed."""
+        self.encoder.encode(i, 0)
+        return self.encoder.take_buffer()
+
+    # --- the generic instruction ---------------------------------------------------------------
+
+    def build(self, i: Instruction, raw: bytes) -> Recipe:
+        """Make a recipe; see the class."""
+        if i.is_invalid:
+            return self.effect(i, "fx_ud")
+        name = MNEMONIC_NAME[i.mnemonic]
+        unavailable = self.unavailable(i, name)
+        if unavailable:
+            return self.effect(i, unavailable)
+        special = _SPECIAL.get(name)
+        if special is not None:
+            recipe = special(self, i, name, raw)
+            if recipe is not None:
+                recipe.text = name
+                return recipe
+        flow = i.flow_control
+        if flow not in (FlowControl.NEXT,):
+            raise Unsupported(f"{i} ({name})")
+        return self.generic(i, name, raw)
+
+    def unavailable(self, i: Instruction, name: str) -> str:
+        """The effect to use instead where mode or CPU model rule the instruction out."""
+        features = [FEATURE_NAME[f] for f in i.cpuid_features()]
+        if features and not all(self.offers(f) for f in features):
+            return "" if name in _ALWAYS else "fx_ud"
+        vector = any(
+            f.startswith(("SSE", "SSSE", "AES", "PCLMUL", "GFNI", "SHA")) for f in features
+        )
+        avx = any(f.startswith(("AVX", "FMA", "F16C", "VAES", "VPCLMUL")) for f in features)
+        legacy = any(f.startswith(("FPU", "MMX")) for f in features)
+        if name in _NO_VECTOR_STATE:
+            return ""
+        if avx and not self.mode & MODE_AVX:
+            return "fx_ud"
+        if vector and not avx and not self.mode & MODE_SSE:
+            return "fx_ud"
+        if (avx or vector or legacy) and self.mode & MODE_NO_FPU:
+            return "fx_nm"
+        return ""
+
+    def flags(self, i: Instruction, recipe: Recipe) -> Recipe:
+        """Fill in what the instruction does to the status flags."""
+        recipe.reads = i.rflags_read & STATUS
+        recipe.writes = i.rflags_modified & STATUS
+        recipe.kills = recipe.writes
+        if MNEMONIC_NAME[i.mnemonic] in _SHIFTS and not (
+            i.op_count > 1 and i.op_kind(1) == OpKind.IMMEDIATE8 and i.immediate8 & 0x1F
+        ):
+            # A count of zero leaves the flags as they were.
+            recipe.kills = 0
+        return recipe
+
+    def generic(self, i: Instruction, name: str, raw: bytes) -> Recipe:
+        """Copy an instruction, with its memory operand and registers replaced as needed."""
+        info = self.info.info(i)
+        memory = -1
+        registers: dict[int, tuple[bool, bool]] = {}
+        high = False
+        for n in range(i.op_count):
+            kind = i.op_kind(n)
+            if kind == OpKind.MEMORY:
+                memory = n
+            elif kind == OpKind.REGISTER:
+                register = i.op_register(n)
+                if register in _HIGH_BYTES:
+                    high = True
+                    continue
+                if register in GPR:
+                    number, size = GPR[register]
+                    access = info.op_access(n)
+                    write = access in _WRITES
+                    read = access != OpAccess.WRITE or size < 4
+                    was = registers.get(number, (False, False))
+                    registers[number] = (was[0] or read, was[1] or write)
+            elif kind not in _IMMEDIATES:
+                raise Unsupported(f"{i} ({name})")
+        recipe = self.flags(i, Recipe(len(raw), PLAIN, text=name))
+        if memory >= 0 and (i.is_vsib or name in _PARTIAL_VECTOR):
+            return self.emulate(i)
+        homeless = [n for n in registers if n in HOMELESS]
+        if memory < 0:
+            if not homeless and 4 not in registers:
+                recipe.op = Piece(raw)
+                return recipe
+            self.substitute(i, recipe, info, registers, homeless, [R9, R10], b"", -1, False)
+            return recipe
+        access = info.op_access(memory)
+        if access in (OpAccess.NO_MEM_ACCESS, OpAccess.NONE):
+            return self.no_access(i, recipe, registers, name)
+        size = MemorySizeExt.size(i.memory_size)
+        if size == 0:
+            raise Unsupported(f"{i} ({name}): operand size")
+        write = access in _WRITES
+        read = access in _READS or access == OpAccess.COND_WRITE
+        recipe.before = self.address(i) + self.access(size, write, read, self.on_stack(i))
+        recipe.clobbers = True
+        self.substitute(i, recipe, info, registers, homeless, [R10], emit.COMBINE, memory, high)
+        if write:
+            recipe.after = Piece(self.commit())
+        return recipe
+
+    def substitute(
+        self,
+        i: Instruction,
+        recipe: Recipe,
+        info: Any,
+        registers: dict[int, tuple[bool, bool]],
+        homeless: list[int],
+        scratch: list[int],
+        combine: bytes,
+        memory: int,
+        high: bool,
+    ) -> None:
+        """Fill ``recipe.op``: the instruction with host registers in place of guest ones.
+
+        Scratch registers serve the homeless ones; when they run out, host registers that the
+        instruction does not use are borrowed and given back.
+        """
+        used = set(registers)
+        for entry in info.used_registers():
+            if entry.register in GPR:
+                used.add(GPR[entry.register][0])
+        borrowable = [n for n in (6, 7, 3, 5, 1, 2, 8, 12, 13, 14, 15, 0) if n not in used]
+        head = tail = b""
+        out = i.copy()
+        if homeless and memory >= 0 or high:
+            head += combine
+        mapping: dict[int, int] = {4: R11}
+        slots = iter((1, 6, 7))
+        for number in homeless:
+            if scratch:
+                host = scratch.pop(0)
+            else:
+                host = borrowable.pop(0)
+                slot = gs("scratch", next(slots))
+                head += emit.gs_store(host, slot)
+                tail = emit.gs_load(host, slot) + tail
+            mapping[number] = host
+            read, write = registers[number]
+            if read:
+                head += emit.gs_load(host, gs("gpr", number))
+            if write:
+                tail = emit.gs_store(host, gs("gpr", number)) + tail
+        for n in range(out.op_count):
+            if out.op_kind(n) == OpKind.REGISTER:
+                register = out.op_register(n)
+                if register in GPR and register not in _HIGH_BYTES:
+                    number, size = GPR[register]
+                    if number in mapping:
+                        out.set_op_register(n, BY_SIZE[(mapping[number], size)])
+        if memory >= 0:
+            out.segment_prefix = Register.NONE
+            out.memory_displacement = 0
+            out.memory_displ_size = 0
+            out.memory_index_scale = 1
+            out.memory_index = Register.NONE
+            if high:
+                # AH-BH exclude a REX prefix, so the address must be in a legacy register.
+                host = next(n for n in borrowable if n < 8)
+                slot = gs("scratch", next(slots))
+                head += emit.gs_store(host, slot) + emit.mov(host, R9)
+                tail = emit.gs_load(host, slot) + tail
+                out.memory_base = _FULL[host]
+            else:
+                out.memory_base = Register.R9
+                if not homeless:
+                    out.memory_index = Register.R10
+        recipe.op = Piece(head + self.encode(out) + tail)
+
+    def no_access(
+        self, i: Instruction, recipe: Recipe, registers: dict[int, tuple[bool, bool]], name: str
+    ) -> Recipe:
+        """LEA, and the hints that only look like accesses."""
+        if name != "LEA":
+            recipe.kind = DROP
+            return recipe
+        number, size = GPR[i.op0_register]
+        piece = self.address(i, segment=False)
+        if size == 2:
+            host = R11 if number == 4 else number
+            if number in HOMELESS:
+                load = emit.gs_load(R10, gs("gpr", number))
+                piece = piece + (load + b"\x66\x45\x89\xca" + emit.gs_store(R10, gs("gpr", number)))
+            else:
+                rex = 0x44 | host >> 3
+                piece = piece + bytes((0x66, rex, 0x89, 0xC8 | host & 7))
+        else:
+            if size == 4:
+                piece = piece + b"\x45\x89\xc9"
+            piece = self.shorten(i, number, size) or piece + self.set_guest(number, R9)
+        recipe.op = piece
+        return recipe
+
+    def shorten(self, i: Instruction, number: int, size: int) -> Piece | None:
+        """LEA straight into its host register, where all its registers have one."""
+        if number in HOMELESS or i.memory_base in (Register.RIP, Register.EIP):
+            return None
+        mapped = []
+        for register in (i.memory_base, i.memory_index):
+            if register == Register.NONE:
+                mapped.append(-1)
+                continue
+            guest, width = GPR[register]
+            if guest in HOMELESS or width != 8:
+                return None
+            mapped.append(R11 if guest == 4 else guest)
+        if mapped[0] < 0:
+            return None
+        disp = i.memory_displacement
+        disp = disp - (1 << 64) if disp >> 63 else disp
+        host = R11 if number == 4 else number
+        code = emit.lea(host, mapped[0], mapped[1], i.memory_index_scale, disp)
+        if size == 4:
+            code = bytes((code[0] & ~8,)) + code[1:]
+        return Piece(code)
+
+    def effect(self, i: Instruction, name: str, before: Piece | None = None, **op: int) -> Recipe:
+        """A call of the effect library; ``op0`` … ``op3`` are constant operands."""
+        piece = before or Piece()
+        for key, value in op.items():
+            piece = piece + emit.gs_store_imm(gs("op", int(key[2])), value)
+        return Recipe(
+            i.len, EFFECT, reads=STATUS, before=piece, clobbers=True, effect=name, text=name
+        )
+
+    def emulate(self, i: Instruction) -> Recipe:
+        """Left to the VMM, which carries the instruction out on the saved state."""
+        return Recipe(i.len, EFFECT, reads=STATUS, clobbers=True, effect="emulate", text="emulate")
+
+
+_IMMEDIATES = {
+    OpKind.IMMEDIATE8,
+    OpKind.IMMEDIATE8_2ND,
+    OpKind.IMMEDIATE16,
+    OpKind.IMMEDIATE32,
+    OpKind.IMMEDIATE64,
+    OpKind.IMMEDIATE8TO16,
+    OpKind.IMMEDIATE8TO32,
+    OpKind.IMMEDIATE8TO64,
+    OpKind.IMMEDIATE32TO64,
+}
+_SHIFTS = {"SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD"}
+_THUNK_SLOW, _THUNK_COMMIT = 6, 7
+_PARTIAL_VECTOR = {
+    "VMASKMOVPS", "VMASKMOVPD", "VPMASKMOVD", "VPMASKMOVQ", "MASKMOVQ", "MASKMOVDQU", "VMASKMOVDQU",
+}  # fmt: skip
+_ALWAYS = {
+    "NOP", "ENDBR64", "ENDBR32", "RDSSPD", "RDSSPQ", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1",
+    "PREFETCHT2", "PREFETCH", "PREFETCHW", "PREFETCHWT1", "RESERVEDNOP", "XEND", "CLDEMOTE",
+}  # fmt: skip
+_NO_VECTOR_STATE = {
+    "LDMXCSR", "STMXCSR", "FXSAVE", "FXSAVE64", "FXRSTOR", "FXRSTOR64", "LFENCE", "SFENCE", "MFENCE",
+    "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1",
+    "PREFETCHT2", "FNINIT", "FNSTSW", "FNSTCW", "FNCLEX", "EMMS",
+}  # fmt: skip
+_SPECIAL: dict[str, Callable[[Recipes, Instruction, str, bytes], Recipe | None]] = {}
+
+
+def special(*names: str) -> Any:
+    """Register the maker of recipes for some mnemonics."""
+
+    def register(function: Any) -> Any:
+        for name in names:
+            _SPECIAL[name] = function
+        return function
+
+    return register
+
+
+def decoder(data: bytes, offset: int) -> Decoder:
+    """A decoder over a code page that stands at ``offset``."""
+    made = Decoder(64, data, ip=offset)
+    made.position = offset
+    return made

@@ -1,0 +1,535 @@
+"""Building a trace: a run of guest instructions inside one page, as one piece of host code.
+
+A trace has one entry for each way of getting there, in this order in memory:
+
+* *indirect*: R9 holds the guest address wanted; the trace checks that it is its own;
+* *checked*: from another code page by a direct jump; the trace checks that its linear page still
+  leads to the code page it was made for (one comparison with ``itlb_*``);
+* *local*: from the same code page; nothing to check.
+
+All then look at ``attention``. At the indirect and the checked entry the guest's status flags are
+parked in the block (or dead); at the local entry they are in the host's flags. A trace knows whether
+its own code reads the flags it enters with, so these checks cost no flag juggling almost everywhere.
+
+Inside, flags move between host and block on demand: a TLB comparison clobbers the host's flags, so
+live ones are parked before it and brought back before an instruction that needs them.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+from iced_x86 import DecoderError, FlowControl, Instruction
+
+from ringfence.engine.translate import emit
+from ringfence.engine.translate.block import MODE_SLOW, MODE_TF, gs
+from ringfence.engine.translate.emit import R9, R10
+from ringfence.engine.translate.recipe import (
+    _SHIFTS,
+    CALL,
+    DROP,
+    EFFECT,
+    INDIRECT,
+    JCC,
+    JMP,
+    LOOP,
+    MISS,
+    MNEMONIC_NAME,
+    STATUS,
+    STI,
+    VA32,
+    Piece,
+    Recipe,
+    Recipes,
+    decoder,
+)
+from ringfence.engine.translate.thunks import THUNKS
+from ringfence.memory.mmu import ITLB_ENTRIES
+
+PAGE = 4096
+LIMIT = 48
+"""Instructions of one trace at most."""
+PEEK = 8
+"""Instructions looked at to learn whether a jump's target reads flags."""
+
+# Relocations: what a word of the trace depends on besides its content.
+RELOC_VA32, RELOC_VA64, RELOC_ITLB, RELOC_PAGE = range(4)
+
+_THUNK = {name: gs("thunks", n) for n, name in enumerate(THUNKS)}
+_RIP = gs("rip")
+_ATTENTION = gs("attention")
+HOST, PARKED = range(2)
+
+
+@dataclass(slots=True)
+class Trace:
+    """A finished trace; positions are offsets into ``code``."""
+
+    offset: int
+    end: int
+    code: bytearray
+    lines: int = 0
+    """64-byte lines of the page whose bytes the trace depends on."""
+    next_lines: int = 0
+    """The same in the following page, for an instruction across the boundary."""
+    instructions: int = 0
+    indirect: int = 0
+    checked: int = 0
+    local: int = 0
+    reenter: int = 0
+    reenter_local: int = 0
+    relocations: list[tuple[int, int, int]] = field(default_factory=list)
+    """(position, RELOC_*, addend); addends of addresses count from the page's start."""
+    marks: list[tuple[int, int, int]] = field(default_factory=list)
+    """(position, guest offset, whether flags are parked), ascending."""
+    start: int = 0
+    """Host address once it is placed."""
+
+
+def line_mask(start: int, end: int) -> int:
+    """Mask of the 64-byte lines of a page that hold bytes [start, end)."""
+    first, last = start >> 6, (end - 1) >> 6
+    return ((2 << (last - first)) - 1) << first
+
+
+class Builder:
+    """Builds traces of one mode.
+
+    Parameters
+    ----------
+    recipes : Recipes
+        The recipes of this mode, kind of addresses and speed of memory access.
+    mode : int
+        Bits of ``block.MODE_*``.
+    effects : dict
+        Effect name -> number.
+    """
+
+    def __init__(self, recipes: Recipes, mode: int, effects: dict[str, int]) -> None:
+        self.recipes = recipes
+        self.mode = mode
+        self.effects = effects
+        self.slow = bool(mode & MODE_SLOW)
+        self.step = bool(mode & MODE_TF)
+        self.high = not recipes.wide
+        self.itlb = gs("itlb_user") if recipes.user else gs("itlb_kernel")
+
+    # --- reading guest code ---------------------------------------------------------------
+
+    def decode(self, data: bytes, offset: int) -> list[tuple[int, Recipe]]:
+        """Instructions of the trace that starts at ``offset`` of the page ``data``.
+
+        ``data`` may hold the start of the next page, for an instruction across the boundary: then
+        that instruction makes a trace of its own. An empty list asks for those bytes.
+        """
+        found: list[tuple[int, Recipe]] = []
+        source = decoder(data, offset)
+        instruction = Instruction()
+        make = self.recipes.make
+        single = self.slow or self.step
+        last_one = False
+        while offset < PAGE and len(found) < LIMIT:
+            source.decode_out(instruction)
+            length = instruction.len
+            if instruction.is_invalid and source.last_error == DecoderError.NO_MORE_BYTES:
+                break
+            if offset + length > PAGE and found:
+                break
+            raw = data[offset : offset + length]
+            recipe = make(instruction, raw)
+            found.append((offset, recipe))
+            offset += length
+            kind = recipe.kind
+            if kind in _ENDS or single or last_one:
+                break
+            last_one = kind == STI
+        return found
+
+    def peek(self, data: bytes, offset: int) -> tuple[int, int]:
+        """Status flags that code at ``offset`` may read before writing, and where the look ended."""
+        if not 0 <= offset < PAGE:
+            return STATUS, 0
+        source = decoder(data, offset)
+        instruction = Instruction()
+        live = killed = 0
+        for _ in range(PEEK):
+            source.decode_out(instruction)
+            if instruction.is_invalid:
+                return live | STATUS & ~killed, min(PAGE, offset + 15)
+            offset += instruction.len
+            live |= instruction.rflags_read & STATUS & ~killed
+            if instruction.flow_control != FlowControl.NEXT:
+                break
+            modified = instruction.rflags_modified & STATUS
+            if modified and MNEMONIC_NAME[instruction.mnemonic] not in _SHIFTS:
+                killed |= modified
+                if killed == STATUS:
+                    return live, min(PAGE, offset)
+        return live | STATUS & ~killed, min(PAGE, offset)
+
+    # --- building ---------------------------------------------------------------------------
+
+    def build(self, data: bytes, offset: int, page: int, number: int, second: int = 0) -> Trace:
+        """Build the trace at ``offset``.
+
+        ``page`` is the linear page address, ``number`` the code page's identity, ``second`` that
+        of the following page for an instruction across the boundary.
+        """
+        items = self.decode(data, offset)
+        if items[-1][1].kind == STI:
+            at, recipe = items.pop()
+            items.append((at, Recipe(recipe.length, EFFECT, STATUS, clobbers=True, effect="fx_sti")))
+        end = items[-1][0] + items[-1][1].length
+        trace = Trace(offset, end, bytearray(), instructions=len(items))
+        trace.lines = line_mask(offset, min(end, PAGE))
+        if end > PAGE:
+            trace.next_lines = line_mask(0, end - PAGE)
+        work = _Work(self, trace, data, page, number, second)
+        work.run(items)
+        return trace
+
+
+_ENDS = {JMP, CALL, INDIRECT, EFFECT}
+
+
+class _Work:
+    """The state of building one trace."""
+
+    def __init__(
+        self, builder: Builder, trace: Trace, data: bytes, page: int, number: int, second: int
+    ) -> None:
+        self.b = builder
+        self.trace = trace
+        self.out = trace.code
+        self.data = data
+        self.page = page
+        self.number = number
+        self.second = second
+        self.state = HOST
+        self.misses: list[tuple[int, int, bool, int, int]] = []
+        self.links: list[tuple[int, int, bool, bool]] = []
+
+    # --- words that depend on the place ------------------------------------------------------
+
+    def word(self, position: int, kind: int, addend: int) -> None:
+        """Fill in a position-dependent word and remember it as a relocation."""
+        self.trace.relocations.append((position, kind, addend))
+        patch_word(self.out, position, kind, addend, self.page, self.number, self.b.itlb)
+
+    def set_rip(self, offset: int) -> None:
+        """``Cpu.rip`` = page + offset; uses R10 for far addresses."""
+        at = len(self.out)
+        if self.b.high:
+            self.out += emit.gs_store_imm(_RIP, 0)
+            self.word(at + 9, RELOC_VA32, offset)
+        else:
+            self.out += emit.mov_imm64(R10, 0) + emit.gs_store(R10, _RIP)
+            self.word(at + 2, RELOC_VA64, offset)
+
+    def load_address(self, register: int, offset: int) -> None:
+        """``register`` = page + offset."""
+        at = len(self.out)
+        if self.b.high:
+            self.out += emit.mov_simm32(register, 0)
+            self.word(at + 3, RELOC_VA32, offset)
+        else:
+            self.out += emit.mov_imm64(register, 0)
+            self.word(at + 2, RELOC_VA64, offset)
+
+    def place(self, piece: Piece, offset: int) -> None:
+        """Append a recipe's code for the instruction at ``offset``."""
+        if not piece.code:
+            return
+        base = len(self.out)
+        self.out += piece.code
+        for position, what, value in piece.fixes:
+            if what == MISS:
+                retry, write, kind = value
+                self.misses.append((base + position, base + retry, write, kind, offset))
+            else:
+                kind = RELOC_VA32 if what == VA32 else RELOC_VA64
+                self.word(base + position, kind, offset + value)
+
+    def park(self) -> None:
+        """Move live flags out of the host's flags."""
+        if self.state == HOST:
+            self.out += emit.PARK
+            self.state = PARKED
+
+    # --- the trace ------------------------------------------------------------------------------
+
+    def liveness(self, items: list[tuple[int, Recipe]]) -> list[int]:
+        """Flags live after each instruction, and before the first one (last element)."""
+        trace = self.trace
+        last_offset, last = items[-1]
+        live = STATUS
+        if last.kind == JMP:
+            live = self.peek(last_offset + last.target)
+        elif last.kind not in _ENDS and not self.b.slow:
+            live = self.peek(trace.end)
+        after = []
+        for offset, recipe in reversed(items):
+            after.append(live)
+            if recipe.kind in (JCC, LOOP):
+                live |= self.peek(offset + recipe.target)
+            live = live & ~recipe.kills | recipe.reads
+        after.reverse()
+        after.append(live)
+        return after
+
+    def peek(self, offset: int) -> int:
+        live, end = self.b.peek(self.data, offset)
+        if end > offset:
+            self.trace.lines |= line_mask(offset, end)
+        return live
+
+    def run(self, items: list[tuple[int, Recipe]]) -> None:
+        after = self.liveness(items)
+        start = items[0][0]
+        if self.b.slow:
+            self.state = PARKED
+            self.set_rip(start)
+        else:
+            self.head(start, bool(after[-1]))
+        out = self.out
+        live = after[-1]
+        last = len(items) - 1
+        for n, (offset, recipe) in enumerate(items):
+            live_after = after[n]
+            self.trace.marks.append((len(out), offset, PARKED))
+            kind = recipe.kind
+            if kind == DROP:
+                live = live_after
+                continue
+            live = live_after & ~recipe.kills | recipe.reads
+            if recipe.clobbers and live:
+                self.park()
+            self.place(recipe.before, offset)
+            if kind == EFFECT:
+                self.effect(offset, recipe)
+            elif kind == STI:
+                self.sti(live_after)
+            elif kind in (JMP, CALL):
+                self.place(recipe.op, offset)
+                self.jump(offset + recipe.target, bool(live_after))
+            elif kind == INDIRECT:
+                self.place(recipe.op, offset)
+                self.leave_indirect()
+            elif kind == JCC:
+                self.need_flags()
+                self.conditional(offset, recipe)
+            elif kind == LOOP:
+                if recipe.reads:
+                    self.need_flags()
+                self.counted(offset, recipe, bool(live_after))
+            else:
+                self.plain(offset, recipe, live_after)
+            if n == last and kind not in _ENDS:
+                self.jump(offset + recipe.length, bool(live_after))
+        self.stubs(start)
+
+    def plain(self, offset: int, recipe: Recipe, live_after: int) -> None:
+        """An ordinary instruction's own part."""
+        through = live_after & ~recipe.kills
+        if self.state == PARKED:
+            if recipe.reads or (recipe.writes and through):
+                self.need_flags()
+            elif recipe.writes:
+                self.state = HOST
+        self.trace.marks.append((len(self.out), offset, self.state))
+        self.place(recipe.op, offset)
+        if recipe.after.code:
+            if live_after:
+                self.park()
+            self.place(recipe.after, offset)
+
+    def need_flags(self) -> None:
+        """Bring parked flags back into the host's flags."""
+        if self.state == PARKED:
+            self.out += emit.UNPARK
+            self.state = HOST
+
+    def head(self, start: int, live: bool) -> None:
+        """The three entries; see the module's text."""
+        out, trace = self.out, self.trace
+        trace.indirect = 0
+        at = len(out)
+        if self.b.high:
+            out += b"\x49\x81\xf9\0\0\0\0"  # cmp r9, simm32
+            self.word(at + 3, RELOC_VA32, start)
+        else:
+            self.load_address(R10, start)
+            out += b"\x4d\x39\xd1"  # cmp r9, r10
+        out += b"\x0f\x85\0\0\0\0"
+        self.wrong_address = len(out) - 4
+        trace.checked = len(out)
+        self.page_checks = [self.page_check(0, self.number)]
+        if self.second:
+            self.page_checks.append(self.page_check(PAGE, self.second))
+        if live:
+            out += b"\xeb" + bytes((len(emit.PARK),))
+        trace.local = len(out)
+        if live:
+            out += emit.PARK
+            self.state = PARKED
+        out += emit.gs_compare_byte(_ATTENTION, 0) + b"\x0f\x85\0\0\0\0"
+        self.attention = len(out) - 4
+        self.body = len(out)
+
+    def page_check(self, distance: int, number: int) -> int:
+        """Compare a linear page's identity; position of the jump taken when it differs."""
+        out = self.out
+        at = len(out)
+        out += b"\x65\x81\x3c\x25\0\0\0\0\0\0\0\0\x0f\x85\0\0\0\0"
+        self.word(at + 4, RELOC_ITLB, distance)
+        if distance:
+            # The following page's number is not this page's: such traces are never relocated.
+            struct.pack_into("<I", out, at + 8, number)
+        else:
+            self.word(at + 8, RELOC_PAGE, 0)
+        return len(out) - 4
+
+    def effect(self, offset: int, recipe: Recipe) -> None:
+        """Leave the trace for the effect library."""
+        self.set_rip(offset)
+        if recipe.effect == "emulate":
+            self.out += emit.gs_store_imm(gs("exit_reason"), EXIT_EMULATE)
+            self.out += emit.gs_jump(_THUNK["emulate"])
+            return
+        number = self.b.effects[recipe.effect]
+        self.out += emit.mov_imm32(R10, number | recipe.length << 16)
+        thunk = "effect_vector" if recipe.effect in ("fx_xsave", "fx_xrstor") else "effect"
+        self.out += emit.gs_jump(_THUNK[thunk])
+
+    def sti(self, live_after: int) -> None:
+        """Set IF; the trace ends after the next instruction, at whose successor interrupts are seen."""
+        self.out += emit.gs_store_byte(gs("flag_if"), 1)
+        raise_attention = emit.gs_store_byte(_ATTENTION, 1)
+        if not live_after or self.state == PARKED:
+            self.out += emit.gs_compare_byte(gs("irq_request"), 0)
+            self.out += b"\x74" + bytes((len(raise_attention),))
+        self.out += raise_attention
+
+    def jump(self, target: int, live: bool) -> None:
+        """End of the trace: go on at a known address."""
+        if self.b.slow:
+            if live:
+                self.park()
+            self.load_address(R9, target)
+            self.out += emit.indirect_jump(self.b.recipes.user)
+            return
+        within = 0 <= target < PAGE
+        if self.state == PARKED or not within:
+            if live:
+                self.park()
+            within = False
+        self.out += b"\xe9\0\0\0\0"
+        self.links.append((len(self.out) - 4, target, within, False))
+
+    def leave_indirect(self) -> None:
+        """End of the trace: go on at the guest address in R9."""
+        self.park()
+        if self.b.step:
+            self.out += emit.gs_store(R9, _RIP) + emit.mov_imm32(R10, self.b.effects["fx_step"])
+            self.out += emit.gs_jump(_THUNK["effect"])
+        else:
+            self.out += emit.indirect_jump(self.b.recipes.user)
+
+    def conditional(self, offset: int, recipe: Recipe) -> None:
+        """A conditional jump out of the trace; not taken goes on inside."""
+        target = offset + recipe.target
+        self.out += bytes((0x0F, recipe.condition)) + b"\0\0\0\0"
+        within = 0 <= target < PAGE and not self.b.slow
+        self.links.append((len(self.out) - 4, target, within, not within))
+
+    def counted(self, offset: int, recipe: Recipe, live: bool) -> None:
+        """JRCXZ and LOOP have 8-bit displacements only: they jump over a jump."""
+        target = offset + recipe.target
+        within = 0 <= target < PAGE and self.state == HOST and not self.b.slow
+        park = b"" if within or self.state == PARKED else emit.PARK
+        self.out += recipe.op.code + b"\x02" + b"\xeb" + bytes((len(park) + 5,))
+        self.out += park + b"\xe9\0\0\0\0"
+        self.links.append((len(self.out) - 4, target, within, False))
+
+    # --- what is rarely executed -----------------------------------------------------------------
+
+    def aim(self, position: int, target: int | None = None) -> None:
+        """Point the 32-bit displacement at ``position`` to a place in the trace (default: here)."""
+        goal = len(self.out) if target is None else target
+        struct.pack_into("<i", self.out, position, goal - position - 4)
+
+    def stubs(self, start: int) -> None:
+        out, trace = self.out, self.trace
+        for position, retry, write, kind, offset in self.misses:
+            self.aim(position)
+            out += emit.tlb_recover(write, self.b.recipes.user)
+            self.set_rip(offset)
+            out += emit.mov_imm32(R10, kind) + emit.gs_call(_THUNK["miss"]) + b"\xe9\0\0\0\0"
+            self.aim(len(out) - 4, retry)
+        for position, target, within, park in self.links:
+            self.aim(position)
+            site = position
+            if park:
+                out += emit.PARK + b"\xe9\0\0\0\0"
+                site = len(out) - 4
+                self.aim(site)
+            if self.b.slow:
+                self.load_address(R9, target)
+                out += emit.indirect_jump(self.b.recipes.user)
+                continue
+            self.set_rip(target)
+            if self.b.step:
+                if within:
+                    out += emit.PARK
+                out += emit.mov_imm32(R10, self.b.effects["fx_step"])
+                out += emit.gs_jump(_THUNK["effect"])
+                continue
+            out += b"\x4c\x8d\x15\0\0\0\0"  # lea r10, [rip + site]
+            self.aim(len(out) - 4, site)
+            out += emit.gs_jump(_THUNK["link_local" if within else "link_page"])
+        if self.b.slow:
+            return
+        trace.reenter_local = len(out)
+        out += emit.PARK
+        trace.reenter = len(out)
+        for position in self.page_checks:
+            self.aim(position)
+        self.set_rip(start)
+        if self.second:
+            out += emit.mov_imm32(R10, self.second) + emit.gs_jump(_THUNK["straddle"])
+        else:
+            out += emit.gs_jump(_THUNK["lookup"])
+        self.aim(self.wrong_address)
+        out += emit.gs_jump(_THUNK["indirect_miss"])
+        self.aim(self.attention)
+        self.set_rip(start)
+        out += emit.gs_call(_THUNK["attention"]) + b"\xe9\0\0\0\0"
+        self.aim(len(out) - 4, self.body)
+
+
+EXIT_EMULATE = 71
+
+
+def patch_word(
+    code: bytearray | memoryview,
+    position: int,
+    kind: int,
+    addend: int,
+    page: int,
+    number: int,
+    itlb: int,
+) -> None:
+    """Write one relocated word; OverflowError where an address does not fit 32 bits."""
+    if kind == RELOC_VA32:
+        value = page + addend
+        if not -(1 << 31) <= value - (1 << 64) < 0:
+            raise OverflowError(f"{value:#x} is not in the top 2 GiB")
+        struct.pack_into("<i", code, position, value - (1 << 64))
+    elif kind == RELOC_VA64:
+        struct.pack_into("<Q", code, position, (page + addend) % (1 << 64))
+    elif kind == RELOC_ITLB:
+        index = ((page + addend) >> 12) % ITLB_ENTRIES
+        struct.pack_into("<i", code, position, itlb + index * 4)
+    else:
+        struct.pack_into("<I", code, position, number)

@@ -1,0 +1,267 @@
+"""The translator: from "no code for this address" to a trace in the cache, and back when code changes.
+
+A *code page* is one linear page that leads to one physical page in one CPU mode; all its traces are
+valid together and reach each other without checks. When the guest writes to translated bytes, the
+traces that depend on those lines die: their entries are overwritten with jumps to the look-up, and
+once the same address is translated again, with jumps to its new trace.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ringfence.engine.translate import special as _special
+from ringfence.engine.translate.block import MODE_CPL, MODE_SLOW, Vcpu, gs
+from ringfence.engine.translate.codecache import CodeCache
+from ringfence.engine.translate.emit import gs_jump
+from ringfence.engine.translate.natives import EFFECT_NUMBERS
+from ringfence.engine.translate.recipe import Recipes
+from ringfence.engine.translate.thunks import THUNKS
+from ringfence.engine.translate.trace import PAGE, Builder, Trace
+
+if TYPE_CHECKING:
+    from ringfence.memory.ram import GuestMemory
+    from ringfence.native.library import Library
+
+TOP_2G = 0xFFFFFFFF80000000
+PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
+assert _special.KEEP
+
+
+@dataclass(slots=True)
+class CodePage:
+    """A linear page in one mode, with its traces by offset."""
+
+    number: int
+    linear: int
+    index: int
+    """RAM page index (offset in RAM / 4096)."""
+    mode: int
+    traces: dict[int, Trace] = field(default_factory=dict)
+    dead: dict[int, list[Trace]] = field(default_factory=dict)
+
+
+class Translator:
+    """Owns the code cache, the code pages and the recipes of one vCPU."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        view: Any,
+        library: Library,
+        offers: Callable[[str], bool],
+    ) -> None:
+        self.memory = memory
+        self.view = view
+        self.block = view.self_address
+        self.offers = offers
+        self.cache = CodeCache()
+        self._page_insert = library.function("page_insert", 4)
+        self._trace_insert = library.function("trace_insert", 5)
+        self._protect = library.function("tlb_protect_page", 2)
+        self._walk = library.function("walk", 3)
+        self._jump_forget = library.function("jump_forget", 1)
+        self._flush_all = library.function("tlb_flush_all", 1)
+        self.builders: dict[tuple[int, bool], Builder] = {}
+        self.pages: dict[tuple[int, int, int], CodePage] = {}
+        self.by_index: dict[int, list[CodePage]] = defaultdict(list)
+        self.starts: list[int] = []
+        self.placed: list[tuple[CodePage, Trace]] = []
+        self.next_number = 1
+        self.last_entry = 0
+        self.instructions = self.blocks = self.bytes = self.invalidated = self.full_flushes = 0
+
+    def builder(self, mode: int, wide: bool) -> Builder:
+        """The trace builder for a mode."""
+        key = (mode, wide)
+        made = self.builders.get(key)
+        if made is None:
+            recipes = Recipes(mode, bool(mode & MODE_SLOW), wide, self.offers)
+            made = self.builders[key] = Builder(recipes, mode, EFFECT_NUMBERS)
+        return made
+
+    def page(self, linear: int, physical: int, mode: int) -> CodePage:
+        """The code page of an address, made if it is new."""
+        key = (linear, physical, mode)
+        page = self.pages.get(key)
+        if page is None:
+            index = self.memory.offset(physical, PAGE) >> 12
+            page = CodePage(self.next_number, linear, index, mode)
+            self.next_number += 1
+            self.pages[key] = page
+            self.by_index[index].append(page)
+            self._page_insert(self.block, linear | mode, physical, page.number)
+        return page
+
+    def data(self, index: int) -> bytes:
+        """The bytes of a RAM page."""
+        return bytes(self.memory.view[index << 12 : (index + 1) << 12])
+
+    def translate(self, rip: int, physical: int, mode: int) -> bool:
+        """Translate the code at ``rip`` and enter it in the tables.
+
+        False where fetching its last bytes faulted: then an exception is pending.
+        """
+        if self.next_number > 60000 or not self.cache.room(1 << 20):
+            self.flush()
+        page = self.page(rip & PAGE_MASK, physical & PAGE_MASK, mode)
+        offset = rip & (PAGE - 1)
+        wide = page.linear < TOP_2G
+        builder = self.builder(mode, wide)
+        data = self.data(page.index)
+        second = None
+        if not builder.decode(data, offset):
+            found = self.following(page, mode)
+            if found is None:
+                return False
+            second = found
+            data += self.data(second.index)
+        number = second.number if second else 0
+        try:
+            trace = builder.build(data, offset, page.linear, page.number, number)
+        except OverflowError:
+            builder = self.builder(mode, True)
+            trace = builder.build(data, offset, page.linear, page.number, number)
+        self.install(page, trace)
+        if second is not None:
+            second.traces[-1 - offset] = trace
+            self.mark_lines(second.index, trace.next_lines)
+        return True
+
+    def following(self, page: CodePage, mode: int) -> CodePage | None:
+        """The code page behind one, for an instruction across the boundary; None if it faults."""
+        address = (page.linear + PAGE) & ((1 << 64) - 1)
+        user = 4 if mode & MODE_CPL == 3 else 0
+        if self._walk(self.block, address, user | 16):
+            return None
+        return self.page(address, self.view.walk_pa & PAGE_MASK, mode)
+
+    def install(self, page: CodePage, trace: Trace) -> None:
+        """Place a trace in the cache and make it known."""
+        trace.start = self.cache.add(trace.code)
+        old = page.traces.get(trace.offset)
+        if old is not None:
+            self.kill(page, trace.offset, old)
+        page.traces[trace.offset] = trace
+        self.starts.append(trace.start)
+        self.placed.append((page, trace))
+        self.mark_lines(page.index, trace.lines)
+        start = trace.start
+        self.last_entry = start + trace.checked
+        self._trace_insert(
+            self.block,
+            page.number << 12 | trace.offset,
+            start + trace.local,
+            start + trace.checked,
+            start + trace.indirect,
+        )
+        for dead in page.dead.get(trace.offset, ()):
+            self.aim(dead.start + dead.checked, start + trace.checked)
+            self.aim(dead.start + dead.local, start + trace.local)
+        self.instructions += trace.instructions
+        self.blocks += 1
+        self.bytes += len(trace.code)
+
+    def mark_lines(self, index: int, lines: int) -> None:
+        """Note which lines of a RAM page hold translated code; the first one protects the page."""
+        at = self.view.code_lines + index * 8
+        cell = ctypes.c_uint64.from_address(at)
+        if not cell.value:
+            self._protect(self.block, self.view.ram_host + (index << 12))
+        cell.value |= lines
+
+    def aim(self, address: int, target: int) -> None:
+        """Overwrite code with a jump."""
+        self.cache.patch(address, b"\xe9" + struct.pack("<i", target - address - 5))
+
+    def kill(self, page: CodePage, offset: int, trace: Trace) -> None:
+        """Make a trace unreachable; its code stays until the cache is flushed."""
+        self.invalidated += 1
+        if not page.mode & MODE_SLOW:
+            start = trace.start
+            self.cache.patch(start + trace.indirect, _INDIRECT_MISS)
+            self.aim(start + trace.checked, start + trace.reenter)
+            self.aim(start + trace.local, start + trace.reenter_local)
+            page.dead.setdefault(offset, []).append(trace)
+        self._trace_insert(self.block, page.number << 12 | offset, 0, 0, 0)
+
+    def invalidate(self, index: int, lines: int) -> None:
+        """The guest wrote to ``lines`` of a RAM page: drop the traces that depend on them."""
+        left = 0
+        for page in self.by_index[index]:
+            for offset, trace in list(page.traces.items()):
+                across = offset < 0
+                depends = trace.next_lines if across else trace.lines
+                if not depends & lines:
+                    left |= depends
+                    continue
+                del page.traces[offset]
+                if across:
+                    owner = self.pages_before(page)
+                    for first in owner:
+                        if first.traces.get(-1 - offset) is trace:
+                            self.kill(first, -1 - offset, trace)
+                            del first.traces[-1 - offset]
+                else:
+                    self.kill(page, offset, trace)
+        ctypes.c_uint64.from_address(self.view.code_lines + index * 8).value = left
+
+    def pages_before(self, page: CodePage) -> list[CodePage]:
+        """Code pages that stand right before one, in the same mode."""
+        linear = (page.linear - PAGE) & ((1 << 64) - 1)
+        return [p for p in self.pages.values() if p.linear == linear and p.mode == page.mode]
+
+    def locate(self, host: int) -> tuple[int, bool] | None:
+        """Guest RIP, and whether flags are parked, for an address in the code cache."""
+        n = bisect_right(self.starts, host) - 1
+        if n < 0:
+            return None
+        page, trace = self.placed[n]
+        at = bisect_right(trace.marks, (host - trace.start, PAGE, 2)) - 1
+        if at < 0 or host - trace.start >= len(trace.code):
+            return None
+        _, offset, parked = trace.marks[at]
+        return (page.linear + offset) & ((1 << 64) - 1), bool(parked)
+
+    def flush(self) -> None:
+        """Drop all translations."""
+        self.full_flushes += 1
+        view = self.view
+        for index in self.by_index:
+            ctypes.c_uint64.from_address(view.code_lines + index * 8).value = 0
+        ctypes.memset(view.trace_table, 0, view.trace_rows * 32)
+        ctypes.memset(view.page_table, 0, view.page_rows * 32)
+        self.pages.clear()
+        self.by_index.clear()
+        self.starts.clear()
+        self.placed.clear()
+        self.next_number = 1
+        self.cache.reset()
+        self._jump_forget(self.block)
+        self._flush_all(self.block)
+
+    def statistics(self) -> dict[str, int]:
+        """Plain data for ``Engine.stats``."""
+        return {
+            "instructions": self.instructions,
+            "blocks": self.blocks,
+            "host_bytes": self.bytes,
+            "invalidated": self.invalidated,
+            "full_flushes": self.full_flushes,
+            "code_pages": len(self.pages),
+            "recipes": sum(len(b.recipes.known) for b in self.builders.values()),
+        }
+
+    def close(self) -> None:
+        """Free the cache."""
+        self.cache.close()
+
+
+_INDIRECT_MISS = gs_jump(gs("thunks", THUNKS.index("indirect_miss")))
+assert Vcpu.size > 0
