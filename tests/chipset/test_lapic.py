@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.chipset.bus import GeneralProtection
+from ringfence.cpu.faults import GeneralProtection
 
 TPR, PPR, EOI, LDR, SVR, ESR = 0x80, 0xA0, 0xB0, 0xD0, 0xF0, 0x280
 ICR, ICR_HIGH, LVT_TIMER, LINT0, LVT_ERROR = 0x300, 0x310, 0x320, 0x350, 0x370

@@ -280,7 +280,7 @@ class _Work:
 
     def peek(self, offset: int) -> int:
         live, end = self.b.peek(self.data, offset)
-        if end > offset:
+        if end:
             self.trace.lines |= line_mask(offset, end)
         return live
 
@@ -293,17 +293,12 @@ class _Work:
         else:
             self.head(start, bool(after[-1]))
         out = self.out
-        live = after[-1]
         last = len(items) - 1
         for n, (offset, recipe) in enumerate(items):
             live_after = after[n]
             self.trace.marks.append((len(out), offset, PARKED))
             kind = recipe.kind
-            if kind == DROP:
-                live = live_after
-                continue
-            live = live_after & ~recipe.kills | recipe.reads
-            if recipe.clobbers and live:
+            if recipe.clobbers and live_after & ~recipe.kills | recipe.reads:
                 self.park()
             self.place(recipe.before, offset)
             if kind == EFFECT:
@@ -323,7 +318,7 @@ class _Work:
                 if recipe.reads:
                     self.need_flags()
                 self.counted(offset, recipe, bool(live_after))
-            else:
+            elif kind != DROP:
                 self.plain(offset, recipe, live_after)
             if n == last and kind not in _ENDS:
                 self.jump(offset + recipe.length, bool(live_after))
