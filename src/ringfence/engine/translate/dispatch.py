@@ -52,6 +52,7 @@ from ringfence.native.dialect import (
     native,
     native_inline,
     rep_movsb,
+    sext,
     store8,
     store32,
     store64,
@@ -462,3 +463,30 @@ def straddle(vcpu: Vcpu, wanted: int) -> int:
             vcpu.code_filled[vcpu.code_filled_count] = code
             vcpu.code_filled_count += 1
     return OK
+
+
+@native
+def relocate(code: int, words: int, count: int, page: int, number: int, itlb: int) -> int:
+    """Fill in the words of placed code that depend on its place (see ``trace.RELOC_*``).
+
+    ``code`` is the writable host address, ``words`` an array of ``count`` pairs of 32-bit words.
+    Returns 1 where an address does not fit the 32 bits that it has.
+    """
+    bad = 0
+    for i in range(count):
+        pair = load64(words + i * 8)
+        position = code + ((pair & 0xFFFFFFFF) >> 2)
+        addend = sext(pair >> 32, 32)
+        kind = pair & 3
+        value = page + addend
+        if kind == 0:
+            if sext(value, 32) != value or not value >> 63:
+                bad = 1
+            store32(position, value)
+        elif kind == 1:
+            store64(position, value)
+        elif kind == 2:
+            store32(position, itlb + ((value >> 12) & (ITLB_ENTRIES - 1)) * 4)
+        else:
+            store32(position, number)
+    return bad

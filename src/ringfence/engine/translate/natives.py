@@ -45,6 +45,7 @@ _ROOTS = (
     dispatch.page_insert,
     dispatch.trace_insert,
     dispatch.jump_forget,
+    dispatch.relocate,
     dispatch.mode_changed,
     dispatch.interrupts_enabled,
     mmu.tlb_flush_all,

@@ -50,7 +50,8 @@ PLAIN, JCC, JMP, CALL, INDIRECT, LOOP, EFFECT, STI, DROP = range(9)
 
 # Fixes: what to put at a position.
 MISS, VA32, VA64 = range(3)
-"""MISS: data = (retry position, write, kind word). VA32/VA64: data = offset from the instruction."""
+"""MISS: data = (retry position, write, kind word). VA32/VA64: data = offset from the instruction,
+or None for the offset that differs between instructions of the same recipe."""
 
 SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
 HOMELESS = (9, 10, 11)
@@ -119,7 +120,10 @@ class Piece:
 
 @dataclass(slots=True)
 class Recipe:
-    """How to carry out one instruction; flags are masks of ``RflagsBits``."""
+    """How to carry out one instruction; flags are masks of ``RflagsBits``.
+
+    Instructions that differ in a branch target or a RIP-relative displacement only share one.
+    """
 
     length: int
     kind: int
@@ -131,8 +135,6 @@ class Recipe:
     after: Piece = field(default_factory=Piece)
     clobbers: bool = False
     effect: str = ""
-    target: int = 0
-    """Branch target minus the instruction's own address."""
     condition: int = 0
     """Second byte of the two-byte ``jcc rel32``."""
     text: str = ""
@@ -162,16 +164,35 @@ class Recipes:
         self.slow = slow
         self.wide = wide
         self.offers = offers
-        self.known: dict[bytes, Recipe] = {}
+        self.known: dict[bytes, tuple[Recipe, int]] = {}
+        self.shared: dict[tuple[int, bytes], Recipe] = {}
+        self.ruled_out: dict[int, str] = {}
         self.info = InstructionInfoFactory()
         self.encoder = Encoder(64)
 
-    def make(self, instruction: Instruction, raw: bytes) -> Recipe:
-        """The recipe of an instruction, decoded at any address, with its bytes."""
-        recipe = self.known.get(raw)
+    def make(self, i: Instruction, raw: bytes, source: Decoder) -> tuple[Recipe, int]:
+        """The recipe of an instruction just decoded by ``source``, and its relative address.
+
+        The address is that of a branch target or a RIP-relative operand, minus the instruction's.
+        """
+        value = 0
+        key = raw
+        flow = i.flow_control
+        if flow != FlowControl.NEXT:
+            if i.op_count == 1 and i.op0_kind == OpKind.NEAR_BRANCH64:
+                value = signed(i.near_branch_target - i.ip)
+                at = source.get_constant_offsets(i).immediate_offset
+                key = raw[:at]
+        if i.is_ip_rel_memory_operand:
+            value = signed(i.memory_displacement - i.ip)
+            at = source.get_constant_offsets(i).displacement_offset
+            key = raw[:at] + raw[at + 4 :]
+        recipe = self.shared.get((len(raw), key))
         if recipe is None:
-            recipe = self.known[raw] = self.build(instruction, raw)
-        return recipe
+            recipe = self.build(i, raw)
+            self.shared[(len(raw), key)] = recipe
+        self.known[raw] = recipe, value
+        return recipe, value
 
     # --- building blocks --------------------------------------------------------------------
 
@@ -192,8 +213,8 @@ class Recipes:
         """After a write in a slow recipe."""
         return emit.gs_call(gs("thunks", _THUNK_COMMIT)) if self.slow else b""
 
-    def constant(self, register: int, offset: int) -> Piece:
-        """``register`` = the instruction's address plus ``offset``."""
+    def constant(self, register: int, offset: int | None) -> Piece:
+        """``register`` = the instruction's address plus ``offset`` (None: see the fixes)."""
         if self.wide:
             return Piece(emit.mov_imm64(register, 0), ((2, VA64, offset),))
         return Piece(emit.mov_simm32(register, 0), ((3, VA32, offset),))
@@ -215,8 +236,7 @@ class Recipes:
         base, index = i.memory_base, i.memory_index
         narrow = False
         if base in (Register.RIP, Register.EIP):
-            offset = (i.memory_displacement - i.ip + (1 << 63)) % (1 << 64) - (1 << 63)
-            piece = self.constant(R9, offset)
+            piece = self.constant(R9, None)
             narrow = base == Register.EIP
             if narrow:
                 piece = piece + b"\x45\x89\xc9"
@@ -290,6 +310,13 @@ class Recipes:
 
     def unavailable(self, i: Instruction, name: str) -> str:
         """The effect to use instead where mode or CPU model rule the instruction out."""
+        known = self.ruled_out.get(i.code)
+        if known is None:
+            known = self.ruled_out[i.code] = self.rule(i, name)
+        return known
+
+    def rule(self, i: Instruction, name: str) -> str:
+        """``unavailable`` for an opcode seen the first time."""
         features = [FEATURE_NAME[f] for f in i.cpuid_features()]
         if features and not all(self.offers(f) for f in features):
             return "" if name in _ALWAYS else "fx_ud"
@@ -496,6 +523,11 @@ class Recipes:
     def emulate(self, i: Instruction) -> Recipe:
         """Left to the VMM, which carries the instruction out on the saved state."""
         return Recipe(i.len, EFFECT, reads=STATUS, clobbers=True, effect="emulate", text="emulate")
+
+
+def signed(value: int) -> int:
+    """A difference of two addresses as a signed number."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 _IMMEDIATES = {

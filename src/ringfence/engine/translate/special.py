@@ -169,15 +169,11 @@ def _ret(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
     return Recipe(i.len, INDIRECT, before=before, op=Piece(code), clobbers=True)
 
 
-def _relative(i: Instruction) -> int:
-    return int((i.near_branch_target - i.ip + (1 << 63)) % (1 << 64) - (1 << 63))
-
-
 @special("CALL", "JMP")
 def _branch(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
     call = name == "CALL"
     if i.op0_kind == OpKind.NEAR_BRANCH64:
-        recipe = Recipe(i.len, CALL if call else JMP, target=_relative(i))
+        recipe = Recipe(i.len, CALL if call else JMP)
         if call:
             recipe.before = _push(r)
             recipe.op = Piece(emit.COMBINE) + r.constant(R10, i.len) + _STORE_R10 + _pushed(r)
@@ -209,16 +205,12 @@ def _branch(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
          "JLE", "JG")  # fmt: skip
 def _jcc(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
     condition = 0x80 | i.op_code().op_code & 0xF
-    return Recipe(
-        i.len, JCC, reads=i.rflags_read & STATUS, target=_relative(i), condition=condition
-    )
+    return Recipe(i.len, JCC, reads=i.rflags_read & STATUS, condition=condition)
 
 
 @special("JRCXZ", "JECXZ", "LOOP", "LOOPE", "LOOPNE")
 def _counted(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
-    return Recipe(
-        i.len, LOOP, reads=i.rflags_read & STATUS, target=_relative(i), op=Piece(raw[:-1])
-    )
+    return Recipe(i.len, LOOP, reads=i.rflags_read & STATUS, op=Piece(raw[:-1]))
 
 
 @special("XLATB")

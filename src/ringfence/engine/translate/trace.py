@@ -18,6 +18,7 @@ live ones are parked before it and brought back before an instruction that needs
 from __future__ import annotations
 
 import struct
+from array import array
 from dataclasses import dataclass, field
 
 from iced_x86 import DecoderError, FlowControl, Instruction
@@ -36,16 +37,15 @@ from ringfence.engine.translate.recipe import (
     LOOP,
     MISS,
     MNEMONIC_NAME,
+    PLAIN,
     STATUS,
     STI,
-    VA32,
     Piece,
     Recipe,
     Recipes,
     decoder,
 )
 from ringfence.engine.translate.thunks import THUNKS
-from ringfence.memory.mmu import ITLB_ENTRIES
 
 PAGE = 4096
 LIMIT = 48
@@ -79,8 +79,8 @@ class Trace:
     local: int = 0
     reenter: int = 0
     reenter_local: int = 0
-    relocations: list[tuple[int, int, int]] = field(default_factory=list)
-    """(position, RELOC_*, addend); addends of addresses count from the page's start."""
+    relocations: array[int] = field(default_factory=lambda: array("i"))
+    """Pairs: position << 2 | RELOC_*, addend; addends of addresses count from the page's start."""
     marks: list[tuple[int, int, int]] = field(default_factory=list)
     """(position, guest offset, whether flags are parked), ascending."""
     start: int = 0
@@ -113,37 +113,45 @@ class Builder:
         self.slow = bool(mode & MODE_SLOW)
         self.step = bool(mode & MODE_TF)
         self.high = not recipes.wide
-        self.itlb = gs("itlb_user") if recipes.user else gs("itlb_kernel")
+        self.miss_stubs: dict[tuple[bool, int], tuple[bytes, int]] = {}
+        self.address = RELOC_VA32 if self.high else RELOC_VA64
 
     # --- reading guest code ---------------------------------------------------------------
 
-    def decode(self, data: bytes, offset: int) -> list[tuple[int, Recipe]]:
+    def decode(self, data: bytes, offset: int) -> list[Item]:
         """Instructions of the trace that starts at ``offset`` of the page ``data``.
 
         ``data`` may hold the start of the next page, for an instruction across the boundary: then
         that instruction makes a trace of its own. An empty list asks for those bytes.
         """
-        found: list[tuple[int, Recipe]] = []
+        found: list[Item] = []
         source = decoder(data, offset)
+        decode = source.decode_out
         instruction = Instruction()
-        make = self.recipes.make
-        single = self.slow or self.step
-        last_one = False
-        while offset < PAGE and len(found) < LIMIT:
-            source.decode_out(instruction)
+        recipes = self.recipes
+        known = recipes.known
+        left = 1 if self.slow or self.step else LIMIT
+        while offset < PAGE and left:
+            left -= 1
+            decode(instruction)
             length = instruction.len
-            if instruction.is_invalid and source.last_error == DecoderError.NO_MORE_BYTES:
+            end = offset + length
+            if end > PAGE and found:
                 break
-            if offset + length > PAGE and found:
-                break
-            raw = data[offset : offset + length]
-            recipe = make(instruction, raw)
-            found.append((offset, recipe))
-            offset += length
+            raw = data[offset:end]
+            pair = known.get(raw)
+            if pair is None:
+                if instruction.is_invalid and source.last_error == DecoderError.NO_MORE_BYTES:
+                    break
+                pair = recipes.make(instruction, raw, source)
+            recipe, value = pair
+            found.append((offset, recipe, value))
+            offset = end
             kind = recipe.kind
-            if kind in _ENDS or single or last_one:
+            if kind in _ENDS:
                 break
-            last_one = kind == STI
+            if kind == STI:
+                left = min(left, 1)
         return found
 
     def peek(self, data: bytes, offset: int) -> tuple[int, int]:
@@ -170,41 +178,55 @@ class Builder:
 
     # --- building ---------------------------------------------------------------------------
 
-    def build(self, data: bytes, offset: int, page: int, number: int, second: int = 0) -> Trace:
-        """Build the trace at ``offset``.
+    def build(self, items: list[Item], data: bytes, second: int = 0) -> Trace:
+        """Build the trace of ``items``, decoded from the page ``data``.
 
-        ``page`` is the linear page address, ``number`` the code page's identity, ``second`` that
-        of the following page for an instruction across the boundary.
+        ``second`` is the identity of the following code page, for an instruction across the
+        boundary.
         """
-        items = self.decode(data, offset)
         if items[-1][1].kind == STI:
-            at, recipe = items.pop()
-            items.append((at, Recipe(recipe.length, EFFECT, STATUS, clobbers=True, effect="fx_sti")))
+            at, recipe, _ = items.pop()
+            last = Recipe(recipe.length, EFFECT, STATUS, clobbers=True, effect="fx_sti")
+            items.append((at, last, 0))
+        offset = items[0][0]
         end = items[-1][0] + items[-1][1].length
         trace = Trace(offset, end, bytearray(), instructions=len(items))
         trace.lines = line_mask(offset, min(end, PAGE))
         if end > PAGE:
             trace.next_lines = line_mask(0, end - PAGE)
-        work = _Work(self, trace, data, page, number, second)
-        work.run(items)
+        _Work(self, trace, data, second).run(items)
         return trace
 
+    def miss_stub(self, write: bool, kind: int) -> tuple[bytes, int]:
+        """A stub for a missed TLB look-up: code up to its jump back, position of RIP's word."""
+        key = (write, kind)
+        made = self.miss_stubs.get(key)
+        if made is None:
+            head = emit.tlb_recover(write, self.recipes.user)
+            rip = emit.gs_store_imm(_RIP, 0) if self.high else emit.mov_imm64(R10, 0)
+            tail = b"" if self.high else emit.gs_store(R10, _RIP)
+            tail += emit.mov_imm32(R10, kind) + emit.gs_call(_THUNK["miss"]) + b"\xe9\0\0\0\0"
+            made = self.miss_stubs[key] = (
+                head + rip + tail,
+                len(head) + (9 if self.high else 2),
+            )
+        return made
 
+
+Item = tuple[int, Recipe, int]
+"""Offset in the page, recipe, relative address (see ``Recipes.make``)."""
 _ENDS = {JMP, CALL, INDIRECT, EFFECT}
 
 
 class _Work:
     """The state of building one trace."""
 
-    def __init__(
-        self, builder: Builder, trace: Trace, data: bytes, page: int, number: int, second: int
-    ) -> None:
+    def __init__(self, builder: Builder, trace: Trace, data: bytes, second: int) -> None:
         self.b = builder
         self.trace = trace
         self.out = trace.code
+        self.relocations = trace.relocations
         self.data = data
-        self.page = page
-        self.number = number
         self.second = second
         self.state = HOST
         self.misses: list[tuple[int, int, bool, int, int]] = []
@@ -213,9 +235,9 @@ class _Work:
     # --- words that depend on the place ------------------------------------------------------
 
     def word(self, position: int, kind: int, addend: int) -> None:
-        """Fill in a position-dependent word and remember it as a relocation."""
-        self.trace.relocations.append((position, kind, addend))
-        patch_word(self.out, position, kind, addend, self.page, self.number, self.b.itlb)
+        """Remember a word to be filled in when the trace is placed."""
+        self.relocations.append(position << 2 | kind)
+        self.relocations.append(addend)
 
     def set_rip(self, offset: int) -> None:
         """``Cpu.rip`` = page + offset; uses R10 for far addresses."""
@@ -237,19 +259,17 @@ class _Work:
             self.out += emit.mov_imm64(register, 0)
             self.word(at + 2, RELOC_VA64, offset)
 
-    def place(self, piece: Piece, offset: int) -> None:
+    def place(self, piece: Piece, offset: int, value: int) -> None:
         """Append a recipe's code for the instruction at ``offset``."""
-        if not piece.code:
-            return
         base = len(self.out)
         self.out += piece.code
-        for position, what, value in piece.fixes:
+        for position, what, data in piece.fixes:
             if what == MISS:
-                retry, write, kind = value
+                retry, write, kind = data
                 self.misses.append((base + position, base + retry, write, kind, offset))
             else:
-                kind = RELOC_VA32 if what == VA32 else RELOC_VA64
-                self.word(base + position, kind, offset + value)
+                addend = offset + (value if data is None else data)
+                self.word(base + position, self.b.address, addend)
 
     def park(self) -> None:
         """Move live flags out of the host's flags."""
@@ -259,20 +279,20 @@ class _Work:
 
     # --- the trace ------------------------------------------------------------------------------
 
-    def liveness(self, items: list[tuple[int, Recipe]]) -> list[int]:
+    def liveness(self, items: list[Item]) -> list[int]:
         """Flags live after each instruction, and before the first one (last element)."""
         trace = self.trace
-        last_offset, last = items[-1]
+        last_offset, last, value = items[-1]
         live = STATUS
         if last.kind == JMP:
-            live = self.peek(last_offset + last.target)
+            live = self.peek(last_offset + value)
         elif last.kind not in _ENDS and not self.b.slow:
             live = self.peek(trace.end)
         after = []
-        for offset, recipe in reversed(items):
+        for offset, recipe, value in reversed(items):
             after.append(live)
-            if recipe.kind in (JCC, LOOP):
-                live |= self.peek(offset + recipe.target)
+            if recipe.kind in (JCC, LOOP) and live != STATUS:
+                live |= self.peek(offset + value)
             live = live & ~recipe.kills | recipe.reads
         after.reverse()
         after.append(live)
@@ -284,7 +304,8 @@ class _Work:
             self.trace.lines |= line_mask(offset, end)
         return live
 
-    def run(self, items: list[tuple[int, Recipe]]) -> None:
+    def run(self, items: list[Item]) -> None:
+        """Emit the whole trace."""
         after = self.liveness(items)
         start = items[0][0]
         if self.b.slow:
@@ -293,51 +314,51 @@ class _Work:
         else:
             self.head(start, bool(after[-1]))
         out = self.out
-        last = len(items) - 1
-        for n, (offset, recipe) in enumerate(items):
-            live_after = after[n]
-            self.trace.marks.append((len(out), offset, PARKED))
+        place = self.place
+        marks = self.trace.marks
+        for (offset, recipe, value), live_after in zip(items, after, strict=False):
             kind = recipe.kind
+            marks.append((len(out), offset, PARKED))
             if recipe.clobbers and live_after & ~recipe.kills | recipe.reads:
                 self.park()
-            self.place(recipe.before, offset)
-            if kind == EFFECT:
+            if recipe.before.code:
+                place(recipe.before, offset, value)
+            if kind == PLAIN:
+                self.plain(offset, recipe, value, live_after)
+            elif kind == JCC:
+                self.need_flags()
+                self.conditional(offset + value, recipe)
+            elif kind in (JMP, CALL):
+                place(recipe.op, offset, value)
+                self.jump(offset + value, bool(live_after))
+            elif kind == INDIRECT:
+                place(recipe.op, offset, value)
+                self.leave_indirect()
+            elif kind == EFFECT:
                 self.effect(offset, recipe)
             elif kind == STI:
                 self.sti(live_after)
-            elif kind in (JMP, CALL):
-                self.place(recipe.op, offset)
-                self.jump(offset + recipe.target, bool(live_after))
-            elif kind == INDIRECT:
-                self.place(recipe.op, offset)
-                self.leave_indirect()
-            elif kind == JCC:
-                self.need_flags()
-                self.conditional(offset, recipe)
             elif kind == LOOP:
                 if recipe.reads:
                     self.need_flags()
-                self.counted(offset, recipe, bool(live_after))
-            elif kind != DROP:
-                self.plain(offset, recipe, live_after)
-            if n == last and kind not in _ENDS:
-                self.jump(offset + recipe.length, bool(live_after))
+                self.counted(offset + value, recipe)
+        if kind not in _ENDS:
+            self.jump(offset + recipe.length, bool(live_after))
         self.stubs(start)
 
-    def plain(self, offset: int, recipe: Recipe, live_after: int) -> None:
+    def plain(self, offset: int, recipe: Recipe, value: int, live_after: int) -> None:
         """An ordinary instruction's own part."""
-        through = live_after & ~recipe.kills
         if self.state == PARKED:
-            if recipe.reads or (recipe.writes and through):
+            if recipe.reads or (recipe.writes and live_after & ~recipe.kills):
                 self.need_flags()
             elif recipe.writes:
                 self.state = HOST
         self.trace.marks.append((len(self.out), offset, self.state))
-        self.place(recipe.op, offset)
+        self.place(recipe.op, offset, value)
         if recipe.after.code:
             if live_after:
                 self.park()
-            self.place(recipe.after, offset)
+            self.place(recipe.after, offset, value)
 
     def need_flags(self) -> None:
         """Bring parked flags back into the host's flags."""
@@ -359,7 +380,7 @@ class _Work:
         out += b"\x0f\x85\0\0\0\0"
         self.wrong_address = len(out) - 4
         trace.checked = len(out)
-        self.page_checks = [self.page_check(0, self.number)]
+        self.page_checks = [self.page_check(0, 0)]
         if self.second:
             self.page_checks.append(self.page_check(PAGE, self.second))
         if live:
@@ -379,7 +400,7 @@ class _Work:
         out += b"\x65\x81\x3c\x25\0\0\0\0\0\0\0\0\x0f\x85\0\0\0\0"
         self.word(at + 4, RELOC_ITLB, distance)
         if distance:
-            # The following page's number is not this page's: such traces are never relocated.
+            # The following page's number is not this page's: such traces are never stored.
             struct.pack_into("<I", out, at + 8, number)
         else:
             self.word(at + 8, RELOC_PAGE, 0)
@@ -431,16 +452,14 @@ class _Work:
         else:
             self.out += emit.indirect_jump(self.b.recipes.user)
 
-    def conditional(self, offset: int, recipe: Recipe) -> None:
+    def conditional(self, target: int, recipe: Recipe) -> None:
         """A conditional jump out of the trace; not taken goes on inside."""
-        target = offset + recipe.target
         self.out += bytes((0x0F, recipe.condition)) + b"\0\0\0\0"
         within = 0 <= target < PAGE and not self.b.slow
         self.links.append((len(self.out) - 4, target, within, not within))
 
-    def counted(self, offset: int, recipe: Recipe, live: bool) -> None:
+    def counted(self, target: int, recipe: Recipe) -> None:
         """JRCXZ and LOOP have 8-bit displacements only: they jump over a jump."""
-        target = offset + recipe.target
         within = 0 <= target < PAGE and self.state == HOST and not self.b.slow
         park = b"" if within or self.state == PARKED else emit.PARK
         self.out += recipe.op.code + b"\x02" + b"\xeb" + bytes((len(park) + 5,))
@@ -456,12 +475,17 @@ class _Work:
 
     def stubs(self, start: int) -> None:
         out, trace = self.out, self.trace
+        pack = struct.pack_into
+        relocate = self.relocations.extend
+        address = self.b.address
         for position, retry, write, kind, offset in self.misses:
-            self.aim(position)
-            out += emit.tlb_recover(write, self.b.recipes.user)
-            self.set_rip(offset)
-            out += emit.mov_imm32(R10, kind) + emit.gs_call(_THUNK["miss"]) + b"\xe9\0\0\0\0"
-            self.aim(len(out) - 4, retry)
+            at = len(out)
+            pack("<i", out, position, at - position - 4)
+            code, rip = self.b.miss_stub(write, kind)
+            out += code
+            relocate(((at + rip) << 2 | address, offset))
+            end = len(out)
+            pack("<i", out, end - 4, retry - end)
         for position, target, within, park in self.links:
             self.aim(position)
             site = position
@@ -504,27 +528,3 @@ class _Work:
 
 
 EXIT_EMULATE = 71
-
-
-def patch_word(
-    code: bytearray | memoryview,
-    position: int,
-    kind: int,
-    addend: int,
-    page: int,
-    number: int,
-    itlb: int,
-) -> None:
-    """Write one relocated word; OverflowError where an address does not fit 32 bits."""
-    if kind == RELOC_VA32:
-        value = page + addend
-        if not -(1 << 31) <= value - (1 << 64) < 0:
-            raise OverflowError(f"{value:#x} is not in the top 2 GiB")
-        struct.pack_into("<i", code, position, value - (1 << 64))
-    elif kind == RELOC_VA64:
-        struct.pack_into("<Q", code, position, (page + addend) % (1 << 64))
-    elif kind == RELOC_ITLB:
-        index = ((page + addend) >> 12) % ITLB_ENTRIES
-        struct.pack_into("<i", code, position, itlb + index * 4)
-    else:
-        struct.pack_into("<I", code, position, number)

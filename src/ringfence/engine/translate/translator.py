@@ -65,6 +65,7 @@ class Translator:
         self._page_insert = library.function("page_insert", 4)
         self._trace_insert = library.function("trace_insert", 5)
         self._protect = library.function("tlb_protect_page", 2)
+        self._relocate = library.function("relocate", 6)
         self._walk = library.function("walk", 3)
         self._jump_forget = library.function("jump_forget", 1)
         self._flush_all = library.function("tlb_flush_all", 1)
@@ -73,6 +74,7 @@ class Translator:
         self.by_index: dict[int, list[CodePage]] = defaultdict(list)
         self.starts: list[int] = []
         self.placed: list[tuple[CodePage, Trace]] = []
+        self.store = None
         self.next_number = 1
         self.last_entry = 0
         self.instructions = self.blocks = self.bytes = self.invalidated = self.full_flushes = 0
@@ -115,20 +117,24 @@ class Translator:
         wide = page.linear < TOP_2G
         builder = self.builder(mode, wide)
         data = self.data(page.index)
+        if self.store is not None and self.recall(page, data, wide, offset):
+            return True
+        items = builder.decode(data, offset)
         second = None
-        if not builder.decode(data, offset):
-            found = self.following(page, mode)
-            if found is None:
+        if not items:
+            second = self.following(page, mode)
+            if second is None:
                 return False
-            second = found
             data += self.data(second.index)
-        number = second.number if second else 0
-        try:
-            trace = builder.build(data, offset, page.linear, page.number, number)
-        except OverflowError:
+            items = builder.decode(data, offset)
+        trace = builder.build(items, data, second.number if second else 0)
+        if not self.install(page, trace):
+            # A far displacement leaves the top 2 GiB: again, with 64-bit constants.
             builder = self.builder(mode, True)
-            trace = builder.build(data, offset, page.linear, page.number, number)
-        self.install(page, trace)
+            trace = builder.build(builder.decode(data, offset), data, second.number if second else 0)
+            self.install(page, trace)
+        elif second is None and self.store is not None:
+            self.store.remember(page.key, trace)
         if second is not None:
             second.traces[-1 - offset] = trace
             self.mark_lines(second.index, trace.next_lines)
@@ -142,31 +148,38 @@ class Translator:
             return None
         return self.page(address, self.view.walk_pa & PAGE_MASK, mode)
 
-    def install(self, page: CodePage, trace: Trace) -> None:
-        """Place a trace in the cache and make it known."""
-        trace.start = self.cache.add(trace.code)
-        old = page.traces.get(trace.offset)
+    def install(self, page: CodePage, trace: Trace) -> bool:
+        """Place a trace in the cache and make it known; False where an address did not fit."""
+        start = trace.start = self.cache.add(trace.code)
+        words, count = trace.relocations.buffer_info()
+        itlb = _ITLB_USER if page.mode & MODE_CPL == 3 else _ITLB_KERNEL
+        alias = start + self.cache.alias - self.cache.base
+        if self._relocate(alias, words, count // 2, page.linear, page.number, itlb):
+            return False
+        offset = trace.offset
+        old = page.traces.get(offset)
         if old is not None:
-            self.kill(page, trace.offset, old)
-        page.traces[trace.offset] = trace
-        self.starts.append(trace.start)
+            self.kill(page, offset, old)
+        page.traces[offset] = trace
+        self.starts.append(start)
         self.placed.append((page, trace))
         self.mark_lines(page.index, trace.lines)
-        start = trace.start
         self.last_entry = start + trace.checked
         self._trace_insert(
             self.block,
-            page.number << 12 | trace.offset,
+            page.number << 12 | offset,
             start + trace.local,
             start + trace.checked,
             start + trace.indirect,
         )
-        for dead in page.dead.get(trace.offset, ()):
-            self.aim(dead.start + dead.checked, start + trace.checked)
-            self.aim(dead.start + dead.local, start + trace.local)
+        if page.dead:
+            for dead in page.dead.get(offset, ()):
+                self.aim(dead.start + dead.checked, start + trace.checked)
+                self.aim(dead.start + dead.local, start + trace.local)
         self.instructions += trace.instructions
         self.blocks += 1
         self.bytes += len(trace.code)
+        return True
 
     def mark_lines(self, index: int, lines: int) -> None:
         """Note which lines of a RAM page hold translated code; the first one protects the page."""
@@ -263,5 +276,6 @@ class Translator:
         self.cache.close()
 
 
+_ITLB_USER, _ITLB_KERNEL = gs("itlb_user") & (1 << 64) - 1, gs("itlb_kernel") & (1 << 64) - 1
 _INDIRECT_MISS = gs_jump(gs("thunks", THUNKS.index("indirect_miss")))
 assert Vcpu.size > 0
