@@ -48,6 +48,7 @@ from ringfence.memory.walk import walk
 from ringfence.memory.walk_state import ram_pointer
 from ringfence.native.dialect import (
     address_of,
+    load32,
     load64,
     native,
     native_inline,
@@ -490,3 +491,39 @@ def relocate(code: int, words: int, count: int, page: int, number: int, itlb: in
         else:
             store32(position, number)
     return bad
+
+
+@native
+def install_stored(
+    vcpu: Vcpu,
+    number: int,
+    page: int,
+    itlb: int,
+    code: int,
+    rows: int,
+    count: int,
+    words: int,
+    wanted: int,
+) -> int:
+    """Relocate and enter the traces of a page that came from the disk.
+
+    ``rows`` are ``store.StoredTrace``s, ``words`` their relocation pairs, ``code`` the executable
+    address of their code. Traces that are there already stay. Returns the checked entry of the
+    trace at offset ``wanted``, 0 if it is not among them.
+    """
+    found = 0
+    for i in range(count):
+        row = rows + i * 64
+        offset = load32(row + 8)
+        start = code + load32(row + 20)
+        pairs = words + load32(row + 48) * 8
+        bad = relocate(start + vcpu.code_alias, pairs, load32(row + 52), page, number, itlb)
+        entry = trace_row(vcpu, (number << 12) | offset)
+        if load64(entry + 16) == 0 and not bad:
+            store64(entry, (number << 12) | offset)
+            store64(entry + 8, start + load32(row + 36))
+            store64(entry + 16, start + load32(row + 32))
+            store64(entry + 24, start + load32(row + 28))
+        if offset == wanted:
+            found = load64(entry + 16)
+    return found

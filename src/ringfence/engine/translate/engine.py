@@ -9,6 +9,7 @@ out are in ``thunks``.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import threading
 import time
@@ -23,6 +24,7 @@ from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import dispatch, natives, signals
 from ringfence.engine.translate.block import GS_BIAS, MODE_SLOW, Vcpu
+from ringfence.engine.translate.store import TranslationStore
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import Translator
 from ringfence.errors import GuestCrash, HostError
@@ -95,8 +97,11 @@ class TranslateEngine:
         view.cpuid_rows = len(rows)
         view.reserved_bits = ((1 << 52) - 1) & ~((1 << cpuid.PHYSICAL_BITS) - 1)
         reset.reset(view)
+        store = None
+        if config.cache_dir is not None:
+            store = TranslationStore(config.cache_dir, natives.version(packed))
         self.translator = Translator(
-            memory, view, library, lambda feature: cpuid.offers(feature, rows)
+            memory, view, library, lambda feature: cpuid.offers(feature, rows), store
         )
         view.code_start = self.translator.cache.base
         view.code_end = self.translator.cache.base + self.translator.cache.size
@@ -180,6 +185,9 @@ class TranslateEngine:
             self.view.tsc_offset = (self.view.tsc_offset - elapsed) & MASK64
             self._paused_tsc = None
         enter, handlers, block, clock = self._enter, self._handlers, self.block, time.perf_counter_ns
+        # Translating keeps what it makes, so frequent collections only cost time.
+        thresholds = gc.get_threshold()
+        gc.set_threshold(200_000, 20, 100)
         left = clock()
         try:
             while True:
@@ -194,6 +202,7 @@ class TranslateEngine:
                         self._paused_tsc = self.board.tsc.read()
                     return outcome
         finally:
+            gc.set_threshold(*thresholds)
             self._set_gs(0)
 
     def request_stop(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
+
+import iced_x86
 
 from ringfence.cpu import library as cpu_library
 from ringfence.cpu.exceptions import deliver_exception, deliver_interrupt, deliver_nmi
 from ringfence.engine.translate import block, dispatch, thunks
 from ringfence.memory import mmu, strings, walk, walk_state, xstate
-from ringfence.native.library import Library
+from ringfence.native.library import Library, source_key
 
 EFFECTS: dict[str, Any] = {
     **cpu_library.EFFECTS,
@@ -46,6 +50,7 @@ _ROOTS = (
     dispatch.trace_insert,
     dispatch.jump_forget,
     dispatch.relocate,
+    dispatch.install_stored,
     dispatch.mode_changed,
     dispatch.interrupts_enabled,
     mmu.tlb_flush_all,
@@ -60,6 +65,16 @@ _ROOTS = (
     deliver_interrupt,
     deliver_nmi,
 )
+
+
+def version(model: bytes) -> str:
+    """What stored translations depend on besides the guest's bytes; ``model`` is the CPUID table."""
+    from ringfence.engine.translate import emit, recipe, special, store, trace
+
+    sources = source_key((*_MODULES, emit, recipe, special, store, trace))
+    decoder = os.stat(Path(iced_x86.__file__).with_name("_iced_x86_py.abi3.so"))
+    parts = (sources, decoder.st_size, decoder.st_mtime_ns, EFFECT_NUMBERS)
+    return hashlib.blake2b(repr(parts).encode() + model, digest_size=16).hexdigest()
 
 
 def load(cache: Path | None) -> Library:

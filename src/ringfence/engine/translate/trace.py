@@ -29,7 +29,6 @@ from ringfence.engine.translate.emit import R9, R10
 from ringfence.engine.translate.recipe import (
     _SHIFTS,
     CALL,
-    DROP,
     EFFECT,
     INDIRECT,
     JCC,

@@ -22,6 +22,7 @@ from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.emit import gs_jump
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
 from ringfence.engine.translate.recipe import Recipes
+from ringfence.engine.translate.store import Stored, TranslationStore
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.trace import PAGE, Builder, Trace
 
@@ -45,6 +46,11 @@ class CodePage:
     mode: int
     traces: dict[int, Trace] = field(default_factory=dict)
     dead: dict[int, list[Trace]] = field(default_factory=dict)
+    data: bytes = b""
+    """The page's content when the store was last asked about it, and its key there."""
+    key: bytes = b""
+    pending: list[tuple[Stored, int]] = field(default_factory=list)
+    """Placed traces from the store that have no objects yet, with the address of their code."""
 
 
 class Translator:
@@ -56,6 +62,7 @@ class Translator:
         view: Any,
         library: Library,
         offers: Callable[[str], bool],
+        store: TranslationStore | None,
     ) -> None:
         self.memory = memory
         self.view = view
@@ -66,6 +73,7 @@ class Translator:
         self._trace_insert = library.function("trace_insert", 5)
         self._protect = library.function("tlb_protect_page", 2)
         self._relocate = library.function("relocate", 6)
+        self._install_stored = library.function("install_stored", 9)
         self._walk = library.function("walk", 3)
         self._jump_forget = library.function("jump_forget", 1)
         self._flush_all = library.function("tlb_flush_all", 1)
@@ -73,11 +81,12 @@ class Translator:
         self.pages: dict[tuple[int, int, int], CodePage] = {}
         self.by_index: dict[int, list[CodePage]] = defaultdict(list)
         self.starts: list[int] = []
-        self.placed: list[tuple[CodePage, Trace]] = []
-        self.store = None
+        self.placed: list[tuple[CodePage, Trace | None]] = []
+        self.store = store
         self.next_number = 1
         self.last_entry = 0
-        self.instructions = self.blocks = self.bytes = self.invalidated = self.full_flushes = 0
+        self.instructions = self.blocks = self.bytes = 0
+        self.recalled = self.invalidated = self.full_flushes = 0
 
     def builder(self, mode: int, wide: bool) -> Builder:
         """The trace builder for a mode."""
@@ -140,6 +149,62 @@ class Translator:
             self.mark_lines(second.index, trace.next_lines)
         return True
 
+    def recall(self, page: CodePage, data: bytes, wide: bool, offset: int) -> bool:
+        """Place what the store knows about a page; whether that includes ``offset``."""
+        if page.data == data:
+            return False
+        assert self.store is not None
+        page.data = data
+        page.key = self.store.key(data, page.mode, wide)
+        stored = self.store.load(page.key)
+        if stored is None:
+            return False
+        start = self.cache.add(stored.code)
+        itlb = _ITLB_USER if page.mode & MODE_CPL == 3 else _ITLB_KERNEL
+        entry = self._install_stored(
+            self.block,
+            page.number,
+            page.linear,
+            itlb,
+            start,
+            _address(stored.rows),
+            stored.count,
+            _address(stored.relocations),
+            offset,
+        )
+        page.pending.append((stored, start))
+        self.starts.append(start)
+        self.placed.append((page, None))
+        self.mark_lines(page.index, stored.lines)
+        if page.dead:
+            self.materialize(page)
+            for at, trace in page.traces.items():
+                self.redirect(page, at, trace)
+        self.recalled += stored.count
+        self.last_entry = entry
+        return bool(entry)
+
+    def materialize(self, page: CodePage) -> None:
+        """Make objects of a page's traces that came from the store."""
+        for stored, start in page.pending:
+            for trace in stored.traces():
+                trace.start += start
+                if trace.offset not in page.traces:
+                    page.traces[trace.offset] = trace
+                    self.starts.append(trace.start)
+                    self.placed.append((page, trace))
+        if page.pending:
+            page.pending.clear()
+            order = sorted(range(len(self.starts)), key=self.starts.__getitem__)
+            self.starts = [self.starts[n] for n in order]
+            self.placed = [self.placed[n] for n in order]
+
+    def redirect(self, page: CodePage, offset: int, trace: Trace) -> None:
+        """Lead the dead traces of an address to its new one."""
+        for dead in page.dead.get(offset, ()):
+            self.aim(dead.start + dead.checked, trace.start + trace.checked)
+            self.aim(dead.start + dead.local, trace.start + trace.local)
+
     def following(self, page: CodePage, mode: int) -> CodePage | None:
         """The code page behind one, for an instruction across the boundary; None if it faults."""
         address = (page.linear + PAGE) & ((1 << 64) - 1)
@@ -173,9 +238,7 @@ class Translator:
             start + trace.indirect,
         )
         if page.dead:
-            for dead in page.dead.get(offset, ()):
-                self.aim(dead.start + dead.checked, start + trace.checked)
-                self.aim(dead.start + dead.local, start + trace.local)
+            self.redirect(page, offset, trace)
         self.instructions += trace.instructions
         self.blocks += 1
         self.bytes += len(trace.code)
@@ -208,6 +271,7 @@ class Translator:
         """The guest wrote to ``lines`` of a RAM page: drop the traces that depend on them."""
         left = 0
         for page in self.by_index[index]:
+            self.materialize(page)
             for offset, trace in list(page.traces.items()):
                 across = offset < 0
                 depends = trace.next_lines if across else trace.lines
@@ -236,6 +300,11 @@ class Translator:
         if n < 0:
             return None
         page, trace = self.placed[n]
+        if trace is None:
+            if not page.pending:
+                return None
+            self.materialize(page)
+            return self.locate(host)
         at = bisect_right(trace.marks, (host - trace.start, PAGE, 2)) - 1
         if at < 0 or host - trace.start >= len(trace.code):
             return None
@@ -264,6 +333,7 @@ class Translator:
         return {
             "instructions": self.instructions,
             "blocks": self.blocks,
+            "recalled": self.recalled,
             "host_bytes": self.bytes,
             "invalidated": self.invalidated,
             "full_flushes": self.full_flushes,
@@ -272,8 +342,15 @@ class Translator:
         }
 
     def close(self) -> None:
-        """Free the cache."""
+        """Keep what is new, and free the cache."""
+        if self.store is not None:
+            self.store.close()
         self.cache.close()
+
+
+def _address(data: bytes) -> int:
+    """Host address of a bytes object's content."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
 _ITLB_USER, _ITLB_KERNEL = gs("itlb_user") & (1 << 64) - 1, gs("itlb_kernel") & (1 << 64) - 1

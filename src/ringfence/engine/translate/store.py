@@ -1,0 +1,282 @@
+"""Translations kept on disk: by content of the guest page, not by address.
+
+One row of an SQLite database holds all known traces of one page content in one mode. The content's
+hash is the key, so a kernel or a program is found again wherever it is mapped and whoever runs it;
+position-dependent words are relocated when a row is placed. SQLite gives atomic writes, several
+processes at once, and detection of torn files.
+
+Rows are code that will be executed. So the file must belong to the user and be writable by nobody
+else, every row carries a digest of its content, and everything depends on a version: a hash of the
+translator's sources, of the CPU model and of iced-x86. What does not check out is dropped and made
+again. Any trouble with the file costs time, never correctness: the run goes on without it.
+
+Layout of a row's blob (little-endian): ``_HEAD`` (counts), the rows of ``StoredTrace``, relocation
+pairs, marks, code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import struct
+from array import array
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from ringfence.engine.translate.trace import Trace
+from ringfence.native.layout import Struct, u32, u64
+
+FILE_NAME = "translations.rft"
+MAXIMUM_BYTES = 1 << 30
+"""A file that grew beyond this is emptied rather than added to."""
+_DIGEST = 16
+_HEAD = struct.Struct("<4sIIII")
+_MAGIC = b"RFT1"
+_BUSY_SECONDS = 5.0
+
+
+class StoredTrace(Struct):
+    """One trace's row; positions count from the trace's own code."""
+
+    lines: Annotated[int, u64]
+    offset: Annotated[int, u32]
+    end: Annotated[int, u32]
+    instructions: Annotated[int, u32]
+    code: Annotated[int, u32]
+    """Where its code starts in the blob's code."""
+    length: Annotated[int, u32]
+    indirect: Annotated[int, u32]
+    checked: Annotated[int, u32]
+    local: Annotated[int, u32]
+    reenter: Annotated[int, u32]
+    reenter_local: Annotated[int, u32]
+    relocation: Annotated[int, u32]
+    """Index of its first relocation pair."""
+    relocations: Annotated[int, u32]
+    mark: Annotated[int, u32]
+    marks: Annotated[int, u32]
+
+
+ROW_BYTES = StoredTrace.size
+_ROW = struct.Struct("<Q14I")
+assert _ROW.size == ROW_BYTES
+
+
+@dataclass(slots=True)
+class Stored:
+    """All traces of one page content, as they come from the disk."""
+
+    count: int
+    rows: bytes
+    relocations: bytes
+    marks: bytes
+    code: bytes
+
+    @property
+    def lines(self) -> int:
+        """Lines of the page that any of the traces depends on."""
+        union = 0
+        for (mask,) in struct.iter_unpack("<Q56x", self.rows):
+            union |= mask
+        return union
+
+    def traces(self) -> list[Trace]:
+        """The traces as objects, for what happens rarely."""
+        made = []
+        for row in _ROW.iter_unpack(self.rows):
+            (lines, offset, end, instructions, code, length, indirect, checked, local, reenter,
+             reenter_local, relocation, relocations, mark, marks) = row  # fmt: skip
+            pairs = array("i", self.relocations[relocation * 8 : (relocation + relocations) * 8])
+            trace = Trace(
+                offset,
+                end,
+                bytearray(self.code[code : code + length]),
+                lines=lines,
+                instructions=instructions,
+                indirect=indirect,
+                checked=checked,
+                local=local,
+                reenter=reenter,
+                reenter_local=reenter_local,
+                relocations=pairs,
+                start=code,
+            )
+            for position, where in struct.iter_unpack(
+                "<HH", self.marks[mark * 4 : (mark + marks) * 4]
+            ):
+                trace.marks.append((position, where & 0x1FFF, where >> 15))
+            made.append(trace)
+        return made
+
+
+def pack(traces: list[Trace]) -> bytes:
+    """The blob of some traces."""
+    rows, relocations, marks, code = bytearray(), bytearray(), bytearray(), bytearray()
+    for trace in traces:
+        rows += _ROW.pack(
+            trace.lines,
+            trace.offset,
+            trace.end,
+            trace.instructions,
+            len(code),
+            len(trace.code),
+            trace.indirect,
+            trace.checked,
+            trace.local,
+            trace.reenter,
+            trace.reenter_local,
+            len(relocations) // 8,
+            len(trace.relocations) // 2,
+            len(marks) // 4,
+            len(trace.marks),
+        )
+        relocations += trace.relocations.tobytes()
+        flat = array("H")
+        for position, where, parked in trace.marks:
+            flat.append(position)
+            flat.append(where | parked << 15)
+        marks += flat.tobytes()
+        code += trace.code
+        code += bytes(-len(code) % 16)
+    head = _HEAD.pack(_MAGIC, len(traces), len(relocations), len(marks), len(code))
+    return bytes(head + rows + relocations + marks + code)
+
+
+def unpack(blob: bytes) -> Stored:
+    """The inverse of ``pack``; ValueError for a blob that is not one."""
+    if len(blob) < _HEAD.size:
+        raise ValueError("truncated")
+    magic, count, relocations, marks, code = _HEAD.unpack_from(blob)
+    at = _HEAD.size
+    ends = [at + count * ROW_BYTES]
+    for size in (relocations, marks, code):
+        ends.append(ends[-1] + size)
+    if magic != _MAGIC or ends[-1] != len(blob):
+        raise ValueError("wrong layout")
+    return Stored(
+        count,
+        blob[at : ends[0]],
+        blob[ends[0] : ends[1]],
+        blob[ends[1] : ends[2]],
+        blob[ends[2] :],
+    )
+
+
+class TranslationStore:
+    """The translations of ``folder``, for one ``version`` of the translator."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        self.path = folder / FILE_NAME
+        self.version = version
+        self.fresh: defaultdict[bytes, list[Trace]] = defaultdict(list)
+        self.recalled = 0
+        self._database = self._open()
+
+    def _open(self) -> sqlite3.Connection | None:
+        """The database, made anew where it is missing, damaged, foreign or of another version."""
+        for fresh in (False, True):
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if fresh or not self._is_ours():
+                    self.path.unlink(missing_ok=True)
+                    Path(f"{self.path}-journal").unlink(missing_ok=True)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+                database = sqlite3.connect(
+                    self.path,
+                    timeout=_BUSY_SECONDS,
+                    isolation_level=None,
+                    check_same_thread=False,
+                )
+                self._prepare(database)
+                return database
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    return None
+            except (OSError, sqlite3.DatabaseError):
+                continue
+        return None
+
+    def _is_ours(self) -> bool:
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            return True
+        regular = (status.st_mode & 0o170000) == 0o100000
+        return regular and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+    def _prepare(self, database: sqlite3.Connection) -> None:
+        database.execute("PRAGMA synchronous = NORMAL")
+        found = database.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
+        ).fetchall()
+        if [name for (name,) in found] == ["pages", "version"]:
+            row = database.execute("SELECT version FROM version").fetchone()
+            if row == (self.version,):
+                return
+        database.execute("BEGIN IMMEDIATE")
+        for (name,) in found:
+            database.execute(f'DROP TABLE "{name}"')
+        database.execute("CREATE TABLE version (version TEXT NOT NULL)")
+        database.execute("INSERT INTO version VALUES (?)", (self.version,))
+        database.execute("CREATE TABLE pages (key BLOB PRIMARY KEY, blob BLOB NOT NULL)")
+        database.execute("COMMIT")
+
+    @staticmethod
+    def key(data: bytes, mode: int, wide: bool) -> bytes:
+        """The key of a page's content in a mode."""
+        salt = struct.pack("<II", mode, wide)
+        return hashlib.blake2b(data, digest_size=_DIGEST, salt=salt).digest()
+
+    def load(self, key: bytes) -> Stored | None:
+        """What is known about a page content."""
+        if self._database is None:
+            return None
+        try:
+            row = self._database.execute("SELECT blob FROM pages WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                return None
+            digest, blob = row[0][:_DIGEST], row[0][_DIGEST:]
+            if hashlib.blake2b(blob, digest_size=_DIGEST, key=key).digest() != digest:
+                return None
+            return unpack(blob)
+        except (sqlite3.Error, ValueError, TypeError):
+            return None
+
+    def remember(self, key: bytes, trace: Trace) -> None:
+        """Keep a new trace for ``save``."""
+        self.fresh[key].append(trace)
+
+    def save(self) -> None:
+        """Write what is new; a full disk or a busy file only costs the next run time."""
+        database = self._database
+        if database is None or not self.fresh:
+            return
+        try:
+            if self.path.stat().st_size > MAXIMUM_BYTES:
+                database.execute("DELETE FROM pages")
+                database.execute("VACUUM")
+            database.execute("BEGIN IMMEDIATE")
+            for key, traces in self.fresh.items():
+                known = self.load(key)
+                merged = {t.offset: t for t in (known.traces() if known else ())}
+                merged.update((t.offset, t) for t in traces)
+                blob = pack(list(merged.values()))
+                digest = hashlib.blake2b(blob, digest_size=_DIGEST, key=key).digest()
+                database.execute("INSERT OR REPLACE INTO pages VALUES (?, ?)", (key, digest + blob))
+            database.execute("COMMIT")
+        except (sqlite3.Error, OSError):
+            try:
+                database.execute("ROLLBACK")
+            except sqlite3.Error:
+                return
+        self.fresh.clear()
+
+    def close(self) -> None:
+        """Save and close."""
+        self.save()
+        if self._database is not None:
+            self._database.close()
+            self._database = None
