@@ -36,6 +36,17 @@ assert _special.KEEP
 
 
 @dataclass(slots=True)
+class Placed:
+    """A stretch of the code cache: traces of one code page, ascending by address."""
+
+    page: CodePage
+    traces: list[Trace]
+    stored: Stored | None = None
+    start: int = 0
+    """Address of the code of ``stored``."""
+
+
+@dataclass(slots=True)
 class CodePage:
     """A linear page in one mode, with its traces by offset."""
 
@@ -49,8 +60,8 @@ class CodePage:
     data: bytes = b""
     """The page's content when the store was last asked about it, and its key there."""
     key: bytes = b""
-    pending: list[tuple[Stored, int]] = field(default_factory=list)
-    """Placed traces from the store that have no objects yet, with the address of their code."""
+    pending: list[Placed] = field(default_factory=list)
+    """What came from the store and has no objects yet."""
 
 
 class Translator:
@@ -81,7 +92,7 @@ class Translator:
         self.pages: dict[tuple[int, int, int], CodePage] = {}
         self.by_index: dict[int, list[CodePage]] = defaultdict(list)
         self.starts: list[int] = []
-        self.placed: list[tuple[CodePage, Trace | None]] = []
+        self.placed: list[Placed] = []
         self.store = store
         self.next_number = 1
         self.last_entry = 0
@@ -172,9 +183,10 @@ class Translator:
             _address(stored.relocations),
             offset,
         )
-        page.pending.append((stored, start))
+        placed = Placed(page, [], stored, start)
+        page.pending.append(placed)
         self.starts.append(start)
-        self.placed.append((page, None))
+        self.placed.append(placed)
         self.mark_lines(page.index, stored.lines)
         if page.dead:
             self.materialize(page)
@@ -186,18 +198,14 @@ class Translator:
 
     def materialize(self, page: CodePage) -> None:
         """Make objects of a page's traces that came from the store."""
-        for stored, start in page.pending:
-            for trace in stored.traces():
-                trace.start += start
-                if trace.offset not in page.traces:
-                    page.traces[trace.offset] = trace
-                    self.starts.append(trace.start)
-                    self.placed.append((page, trace))
-        if page.pending:
-            page.pending.clear()
-            order = sorted(range(len(self.starts)), key=self.starts.__getitem__)
-            self.starts = [self.starts[n] for n in order]
-            self.placed = [self.placed[n] for n in order]
+        for placed in page.pending:
+            assert placed.stored is not None
+            placed.traces = placed.stored.traces()
+            placed.stored = None
+            for trace in placed.traces:
+                trace.start += placed.start
+                page.traces.setdefault(trace.offset, trace)
+        page.pending.clear()
 
     def redirect(self, page: CodePage, offset: int, trace: Trace) -> None:
         """Lead the dead traces of an address to its new one."""
@@ -227,7 +235,7 @@ class Translator:
             self.kill(page, offset, old)
         page.traces[offset] = trace
         self.starts.append(start)
-        self.placed.append((page, trace))
+        self.placed.append(Placed(page, [trace]))
         self.mark_lines(page.index, trace.lines)
         self.last_entry = start + trace.checked
         self._trace_insert(
@@ -299,17 +307,17 @@ class Translator:
         n = bisect_right(self.starts, host) - 1
         if n < 0:
             return None
-        page, trace = self.placed[n]
-        if trace is None:
-            if not page.pending:
-                return None
-            self.materialize(page)
-            return self.locate(host)
-        at = bisect_right(trace.marks, (host - trace.start, PAGE, 2)) - 1
-        if at < 0 or host - trace.start >= len(trace.code):
+        placed = self.placed[n]
+        if placed.stored is not None:
+            self.materialize(placed.page)
+        at = bisect_right(placed.traces, host, key=lambda trace: trace.start) - 1
+        trace = placed.traces[at]
+        position = host - trace.start
+        at = bisect_right(trace.marks, (position, PAGE, 2)) - 1
+        if at < 0 or position >= len(trace.code):
             return None
         _, offset, parked = trace.marks[at]
-        return (page.linear + offset) & ((1 << 64) - 1), bool(parked)
+        return (placed.page.linear + offset) & ((1 << 64) - 1), bool(parked)
 
     def flush(self) -> None:
         """Drop all translations."""
