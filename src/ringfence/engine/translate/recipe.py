@@ -49,8 +49,8 @@ from ringfence.engine.translate.emit import R9, R10, R11
 PLAIN, JCC, JMP, CALL, INDIRECT, LOOP, EFFECT, STI, DROP = range(9)
 
 # Fixes: what to put at a position.
-MISS, VA32, VA64 = range(3)
-"""MISS: data = (retry position, write, kind word). VA32/VA64: data = offset from the instruction,
+MISS, VA32, VA64, ESCAPE = range(4)
+"""ESCAPE: a jump to a stub that leaves the whole instruction to the recipe's effect. MISS: data = (retry position, write, kind word). VA32/VA64: data = offset from the instruction,
 or None for the offset that differs between instructions of the same recipe."""
 
 SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
@@ -135,6 +135,8 @@ class Recipe:
     after: Piece = field(default_factory=Piece)
     clobbers: bool = False
     effect: str = ""
+    operands: bytes = b""
+    """Code that stores the effect's operands, for recipes that escape to it."""
     condition: int = 0
     """Second byte of the two-byte ``jcc rel32``."""
     text: str = ""

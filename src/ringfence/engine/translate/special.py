@@ -17,6 +17,7 @@ from ringfence.engine.translate.emit import R9, R10, R11
 from ringfence.engine.translate.recipe import (
     CALL,
     DROP,
+    ESCAPE,
     GPR,
     HOMELESS,
     INDIRECT,
@@ -433,9 +434,83 @@ def _string(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
     if not i.is_string_instruction:
         return None  # MOVSD and CMPSD are vector instructions too
     size = {"B": 1, "W": 2, "D": 4, "Q": 8}[name[-1]]
-    return r.effect(
-        i, "fx_string", op0=size, op1=_STRING[name[:-1]], op2=_repeat(i), op3=_string_flags(i)
+    flags = _string_flags(i)
+    recipe = r.effect(
+        i, "fx_string", op0=size, op1=_STRING[name[:-1]], op2=_repeat(i), op3=flags
     )
+    if name[:4] in ("MOVS", "STOS") and _repeat(i) and not flags and not r.slow:
+        return _block(r, recipe, name[:4] == "MOVS", size)
+    return recipe
+
+
+def _block(r: Recipes, whole: Recipe, move: bool, size: int) -> Recipe:
+    """REP MOVS and REP STOS that stay in one page a side: the host's own, on host addresses.
+
+    Everything else (DF set, page crossed, TLB miss, nothing to do) escapes to the effect. A
+    side is looked up by its last byte; that the first is in the same page follows from the
+    offset found, which must be at least the length.
+    """
+    shift = size.bit_length() - 1
+    first, final = gs("scratch", 2), gs("scratch", 3)
+    code = Piece(emit.gs_compare_byte(gs("flag_df"), 0) + b"\x0f\x85") + _escape()
+    code = code + Piece(b"\x48\x85\xc9\x0f\x84") + _escape()  # test rcx, rcx; jz
+    # A count of more than a page would wrap the sums below.
+    code = code + Piece(b"\x48\x81\xf9" + struct.pack("<i", 4096 >> shift) + b"\x0f\x87") + _escape()
+    sides = ((7, True), (6, False)) if move else ((7, True),)
+    for register, write in sides:
+        code = code + emit.lea(R9, register, 1, size, -1)
+        check, position = emit.tlb_check(1, write, r.user)
+        code = code + Piece(check, ((position, ESCAPE, None),))
+        code = code + (
+            b"\x4d\x01\xca"  # add r10, r9: host address of the last byte
+            b"\x49\xff\xc1"  # inc r9
+            + (b"\x49\xc1\xe9" + bytes((shift,)) if shift else b"")  # shr r9, shift
+            + b"\x49\x39\xc9\x0f\x82"  # cmp r9, rcx; jb
+        )
+        code = code + _escape()
+        code = code + (
+            emit.mov(R9, 1)
+            + (b"\x49\xc1\xe1" + bytes((shift,)) if shift else b"")  # shl r9, shift
+            + b"\x4d\x29\xca"  # sub r10, r9
+            + b"\x49\xff\xc2"  # inc r10: host address of the first byte
+        )
+        if write and move:
+            code = code + emit.gs_store(R10, first)
+    prefix = {1: b"", 2: b"\x66", 4: b"", 8: b""}[size] + b"\xf3" + (b"\x48" if size == 8 else b"")
+    if move:
+        op = (
+            emit.lea(R9, 6, 1, size)
+            + emit.gs_store(R9, final)
+            + emit.lea(R9, 7, 1, size)
+            + emit.mov(6, R10)
+            + emit.gs_load(7, first)
+            + prefix
+            + (b"\xa4" if size == 1 else b"\xa5")
+            + emit.mov(7, R9)
+            + emit.gs_load(6, final)
+        )
+    else:
+        op = (
+            emit.lea(R9, 7, 1, size)
+            + emit.mov(7, R10)
+            + prefix
+            + (b"\xaa" if size == 1 else b"\xab")
+            + emit.mov(7, R9)
+        )
+    return Recipe(
+        whole.length,
+        PLAIN,
+        before=code,
+        op=Piece(op),
+        clobbers=True,
+        effect=whole.effect,
+        operands=whole.before.code,
+    )
+
+
+def _escape() -> Piece:
+    """The 32-bit displacement of a conditional jump to the effect."""
+    return Piece(b"\0\0\0\0", ((0, ESCAPE, None),))
 
 
 @special("INSB", "INSW", "INSD", "OUTSB", "OUTSW", "OUTSD")

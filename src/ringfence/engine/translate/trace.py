@@ -30,6 +30,7 @@ from ringfence.engine.translate.recipe import (
     _SHIFTS,
     CALL,
     EFFECT,
+    ESCAPE,
     INDIRECT,
     JCC,
     JMP,
@@ -230,6 +231,7 @@ class _Work:
         self.state = HOST
         self.misses: list[tuple[int, int, bool, int, int]] = []
         self.links: list[tuple[int, int, bool, bool]] = []
+        self.escapes: list[tuple[int, int, Recipe]] = []
 
     # --- words that depend on the place ------------------------------------------------------
 
@@ -258,7 +260,7 @@ class _Work:
             self.out += emit.mov_imm64(register, 0)
             self.word(at + 2, RELOC_VA64, offset)
 
-    def place(self, piece: Piece, offset: int, value: int) -> None:
+    def place(self, piece: Piece, offset: int, value: int, recipe: Recipe | None = None) -> None:
         """Append a recipe's code for the instruction at ``offset``."""
         base = len(self.out)
         self.out += piece.code
@@ -266,6 +268,9 @@ class _Work:
             if what == MISS:
                 retry, write, kind = data
                 self.misses.append((base + position, base + retry, write, kind, offset))
+            elif what == ESCAPE:
+                assert recipe is not None
+                self.escapes.append((base + position, offset, recipe))
             else:
                 addend = offset + (value if data is None else data)
                 self.word(base + position, self.b.address, addend)
@@ -321,7 +326,7 @@ class _Work:
             if recipe.clobbers and live_after & ~recipe.kills | recipe.reads:
                 self.park()
             if recipe.before.code:
-                place(recipe.before, offset, value)
+                place(recipe.before, offset, value, recipe)
             if kind == PLAIN:
                 self.plain(offset, recipe, value, live_after)
             elif kind == JCC:
@@ -485,6 +490,13 @@ class _Work:
             relocate(((at + rip) << 2 | address, offset))
             end = len(out)
             pack("<i", out, end - 4, retry - end)
+        last = -1
+        for position, offset, recipe in self.escapes:
+            if offset != last:
+                last, stub = offset, len(out)
+                out += recipe.operands
+                self.effect(offset, recipe)
+            self.aim(position, stub)
         for position, target, within, park in self.links:
             self.aim(position)
             site = position
