@@ -38,6 +38,9 @@ class Vcpu(Mmu):
     """An external interrupt is deliverable by the interrupt controllers. Set by any thread."""
     stop_request: Annotated[int, u8]
     """The owner wants ``run`` to return. Set by any thread."""
+    parked: Annotated[int, u16]
+    """Status flags on their way between pieces of guest code: OF in bit 0, the others as LAHF has
+    them in bits 8-15. ``Cpu.status`` holds them once control leaves for an effect or the VMM."""
     jump_target: Annotated[int, u64]
     """Host address to continue at."""
     found_local: Annotated[int, u64]

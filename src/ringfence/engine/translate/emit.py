@@ -114,17 +114,31 @@ def lea(target: int, base: int, index: int = -1, scale: int = 1, disp: int = 0) 
     return bytes((rex, 0x8D, mode | reg | 4, sib)) + tail
 
 
-STATUS = gs("status")
-PARK = b"\x9c" + b"\x65\x8f\x04\x25" + _i32(STATUS)
-"""``pushfq; pop gs:[status]``: the flags' value moves from the host's flags into the block."""
+PARKED = gs("parked")
+
+
+def park(spare: int = R9) -> bytes:
+    """Move the status flags' values from the host's flags into the block; clobbers ``spare``.
+
+    LAHF and SETcc, as PUSHF costs tens of cycles.
+    """
+    return (
+        mov(spare, 0)
+        + b"\x9f\x0f\x90\xc0"  # lahf; seto al
+        + b"\x65\x66\x89\x04\x25" + _i32(PARKED)  # mov gs:[parked], ax
+        + mov(0, spare)
+    )  # fmt: skip
+
+
+PARK = park()
 UNPARK = (
     gs_store(0, gs("scratch", 0))
-    + b"\x65\x8a\x24\x25" + _i32(STATUS)  # mov ah, status: SF ZF AF PF CF
-    + b"\x65\x8a\x04\x25" + _i32(STATUS + 1)  # mov al, status + 1: OF is bit 3
-    + b"\x24\x08\x04\x78"  # and al, 8; add al, 0x78: overflows exactly if OF was set
+    + b"\x65\x0f\xb7\x04\x25" + _i32(PARKED)  # movzx eax, word gs:[parked]
+    + b"\x04\x7f"  # add al, 0x7f: overflows exactly if OF was set
     + b"\x9e"  # sahf
     + gs_load(0, gs("scratch", 0))
 )  # fmt: skip
+"""Bring the parked flags back into the host's flags; all registers survive."""
 
 TLB_MASK = 1023 << 5
 

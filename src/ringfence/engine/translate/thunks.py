@@ -3,7 +3,7 @@
 Registers while guest code runs: RAX RCX RDX RBX RBP RSI RDI R8 R12-R15 hold the guest registers of
 the same name, R11 holds the guest's RSP, R9 and R10 are scratch (the guest's R9-R11, the least used
 ones, live in the block), RSP is the host's, GS points into the block. Status flags are in the host's
-flags or, at every transfer between code pages, *parked* in ``Cpu.status``.
+flags or, at every transfer between code pages, *parked* in the block (``Vcpu.parked``).
 
 Every routine is reached by ``jmp`` or ``call`` through the block's ``thunks`` array, so emitted code
 holds no absolute address. None but ``enter`` and ``leave`` touches vector or x87 state.
@@ -61,13 +61,29 @@ def _call(symbol: str, *setup: str) -> list[str]:
     return [*setup, f"mov rdi, {_field('self_address')}", f"call {symbol}"]
 
 
-_CLEAN_STATUS = f"and dword ptr gs:[{gs('status')}], {STATUS_FLAGS}"
-_PARK = ["pushfq", f"pop {_field('status')}"]
+# Between the block's ``parked`` word and ``Cpu.status``; RAX and RCX are free.
+_TO_STATUS = [
+    f"movzx eax, byte ptr gs:[{gs('parked') + 1}]",
+    f"and eax, {STATUS_FLAGS & 0xFF}",
+    f"movzx ecx, byte ptr gs:[{gs('parked')}]",
+    "shl ecx, 11",
+    "or eax, ecx",
+    f"mov {_field('status')}, rax",
+]
+_FROM_STATUS = [
+    f"mov rax, {_field('status')}",
+    f"mov byte ptr gs:[{gs('parked') + 1}], al",
+    "shr eax, 11",
+    "and eax, 1",
+    f"mov byte ptr gs:[{gs('parked')}], al",
+]
+_PARK = ["mov r9, rax", "lahf", "seto al", f"mov word ptr gs:[{gs('parked')}], ax", "mov rax, r9"]
 
 
 def assembly() -> str:
     """Source of all routines, in Intel syntax."""
-    save_all, load_all = _save(HOST_OF_GUEST), _load(HOST_OF_GUEST)
+    save_all = [*_save(HOST_OF_GUEST), *_TO_STATUS]
+    load_all = _load(HOST_OF_GUEST)
     go = [*load_all, f"jmp {_field('jump_target')}"]
     routines: dict[str, list[str]] = {
         # int enter(Vcpu *vcpu): run guest code at jump_target until something needs the VMM.
@@ -79,12 +95,12 @@ def assembly() -> str:
             "xor edx, edx",
             f"mov rdi, {_field('self_address')}",
             f"xrstor64 [rdi + {gs('xsave') + GS_BIAS}]",
+            *_FROM_STATUS,
             *go,
         ],
         # Guest registers are saved; return to the VMM.
         "leave": [
             f"mov rsp, {_field('host_rsp')}",
-            _CLEAN_STATUS,
             "mov eax, 7",
             "xor edx, edx",
             f"mov rdi, {_field('self_address')}",
@@ -119,12 +135,20 @@ def assembly() -> str:
             "1:",
             "add rsp, 8",
             *_save(tuple(r for r in HOST_OF_GUEST if r not in CALLER_SAVED)),
-            f"cmp eax, {FAULT}",
+            "mov edx, eax",
+            *_TO_STATUS,
+            f"cmp edx, {FAULT}",
             "je rf_deliver",
             *_call("lookup_slow"),
             "jmp rf_decide",
         ],
-        "deliver": [*_call("deliver_and_lookup"), "jmp rf_decide"],
+        "deliver": [
+            *_call("deliver_and_lookup"),
+            "mov edx, eax",
+            *_FROM_STATUS,
+            "mov eax, edx",
+            "jmp rf_decide",
+        ],
         # R9: linear address, R10: size and kind. Comes back with R9 = host address of the operand.
         "slow": [
             f"pop {_field('resume_pc')}",
@@ -148,7 +172,6 @@ def assembly() -> str:
         # R10: number of the effect, plus the instruction's length << 16; RIP is the instruction's.
         "effect": [
             *save_all,
-            _CLEAN_STATUS,
             "mov eax, r10d",
             "shr eax, 16",
             f"add rax, {_field('rip')}",
@@ -166,7 +189,6 @@ def assembly() -> str:
         # The same for an effect on the vector state, which waits in the block.
         "effect_vector": [
             *save_all,
-            _CLEAN_STATUS,
             "mov eax, r10d",
             "shr eax, 16",
             f"add rax, {_field('rip')}",
@@ -186,6 +208,7 @@ def assembly() -> str:
         "straddle": [*save_all, *_call("straddle", "mov rsi, r10"), "jmp rf_decide"],
         # Go to RIP by the jump table, without a look-up where it is known.
         "follow": [
+            *_FROM_STATUS,
             f"cmp {_field('dirty_code_count')}, 0",
             "jne rf_find",
             f"mov r9, {_field('rip')}",

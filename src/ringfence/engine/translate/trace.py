@@ -449,7 +449,9 @@ class _Work:
 
     def leave_indirect(self) -> None:
         """End of the trace: go on at the guest address in R9."""
-        self.park()
+        if self.state == HOST:
+            self.out += emit.park(R10)
+            self.state = PARKED
         if self.b.step:
             self.out += emit.gs_store(R9, _RIP) + emit.mov_imm32(R10, self.b.effects["fx_step"])
             self.out += emit.gs_jump(_THUNK["effect"])
