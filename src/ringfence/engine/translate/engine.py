@@ -23,7 +23,8 @@ from ringfence.engine import EngineConfig, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import dispatch, natives, signals
-from ringfence.engine.translate.block import GS_BIAS, MODE_SLOW, Vcpu
+from ringfence.engine.translate.block import GS_BIAS, MODE_ENTERED, Vcpu
+from ringfence.engine.translate.emulate import emulate
 from ringfence.engine.translate.store import TranslationStore
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import Translator
@@ -74,6 +75,7 @@ class TranslateEngine:
         self._mode_changed = library.function("mode_changed", 1)
         self._linear_read = library.function("linear_read", 4)
         self._linear_write = library.function("linear_write", 5)
+        self._walk = library.function("walk", 3)
         for number, name in enumerate(THUNKS):
             view.thunks[number] = library.address(f"rf_{name}")
         for name, number in natives.EFFECT_NUMBERS.items():
@@ -355,7 +357,7 @@ class TranslateEngine:
         mode = view.exit_data[1]
         if not self.translator.translate(view.rip, view.exit_data[0], mode):
             view.jump_target = self._deliver
-        elif mode & MODE_SLOW:
+        elif mode & MODE_ENTERED:
             view.jump_target = self.translator.last_entry
         else:
             view.jump_target = self._find
@@ -597,7 +599,24 @@ class TranslateEngine:
         return None
 
     def _on_emulate(self) -> StopReason | None:
-        return self._unsupported("an instruction that the translator lacks")
+        """An instruction that is carried out here, element by element (see ``emulate``)."""
+        view, block = self.view, self.block
+        user = int(view.cpl == 3)
+        status = emulate(
+            view,
+            lambda address, size: int(self._linear_read(block, address, size, user)),
+            lambda address, size, value: int(
+                self._linear_write(block, address, size, value, user)
+            ),
+            lambda address: int(self._walk(block, address, user << 2 | state.PF_WRITE)),
+        )
+        if status == state.EXIT:
+            return self._unsupported("an instruction that the translator lacks")
+        if status == state.OK:
+            self._continue()
+        else:
+            view.jump_target = self._deliver
+        return None
 
     def _on_shutdown(self) -> StopReason | None:
         vector = self.view.exit_data[0]

@@ -119,6 +119,28 @@ class Piece:
 
 
 @dataclass(slots=True)
+class Shared:
+    """A memory operand at a constant distance from a register: its look-up can be shared.
+
+    With R9 = the operand's address (``address`` computes it, leaving the flags alone) and R10 =
+    host minus linear address of its page, the recipe's ``op`` works as after its own look-up.
+    """
+
+    base: int
+    """Guest register number, or ABSOLUTE for an address that the instruction itself gives."""
+    displacement: int | None
+    """From the base; None for the relative address of ``Recipes.make``."""
+    size: int
+    write: bool
+    kind: int
+    """As the miss thunk wants it."""
+    address: Piece
+
+
+ABSOLUTE = 16
+
+
+@dataclass(slots=True)
 class Recipe:
     """How to carry out one instruction; flags are masks of ``RflagsBits``.
 
@@ -137,6 +159,12 @@ class Recipe:
     effect: str = ""
     operands: bytes = b""
     """Code that stores the effect's operands, for recipes that escape to it."""
+    shared: Shared | None = None
+    written: int = 0
+    """Mask of the guest registers written."""
+    adjusted: int = -1
+    """The one register of them that only moves by a constant, ``adjustment``; -1 for none."""
+    adjustment: int = 0
     condition: int = 0
     """Second byte of the two-byte ``jcc rel32``."""
     text: str = ""
@@ -192,6 +220,7 @@ class Recipes:
         recipe = self.shared.get((len(raw), key))
         if recipe is None:
             recipe = self.build(i, raw)
+            self.registers(i, recipe)
             self.shared[(len(raw), key)] = recipe
         self.known[raw] = recipe, value
         return recipe, value
@@ -274,10 +303,15 @@ class Recipes:
                     step = bytes((step[0] & ~8,)) + step[1:]
                 code += step
             piece = Piece(code)
-        if segment and i.memory_segment in (Register.FS, Register.GS):
-            number = _SEGMENTS[i.memory_segment]
-            piece = piece + (emit.gs_load(R10, gs("seg_base", number)) + emit.lea(R9, R9, R10))
-        return piece
+        return piece + self.segment_base(i.memory_segment) if segment else piece
+
+    @staticmethod
+    def segment_base(register: int) -> bytes:
+        """R9 += the base of a segment register, where it counts."""
+        if register not in (Register.FS, Register.GS):
+            return b""
+        number = _SEGMENTS[register]
+        return emit.gs_load(R10, gs("seg_base", number)) + emit.lea(R9, R9, R10)
 
     @staticmethod
     def on_stack(i: Instruction) -> bool:
@@ -305,10 +339,41 @@ class Recipes:
             if recipe is not None:
                 recipe.text = name
                 return recipe
-        flow = i.flow_control
-        if flow not in (FlowControl.NEXT,):
-            raise Unsupported(f"{i} ({name})")
+        if i.flow_control != FlowControl.NEXT:
+            return self.emulate(i)
         return self.generic(i, name, raw)
+
+    def registers(self, i: Instruction, recipe: Recipe) -> None:
+        """Fill in which registers the instruction writes, and which it moves by a constant."""
+        for entry in self.info.info(i).used_registers():
+            number = GPR.get(entry.register)
+            if number is not None and entry.access in _WRITES:
+                recipe.written |= 1 << number[0]
+        step = i.stack_pointer_increment
+        if step:
+            pops_rsp = i.op_count and i.op0_kind == OpKind.REGISTER and i.op0_register == Register.RSP
+            if not pops_rsp and i.mnemonic not in (Mnemonic.LEAVE, Mnemonic.ENTER):
+                recipe.adjusted, recipe.adjustment = 4, step
+            return
+        if i.op_count and i.op0_kind == OpKind.REGISTER:
+            number = GPR.get(i.op0_register)
+            if number is None or number[1] != 8:
+                return
+            mnemonic = i.mnemonic
+            if mnemonic in (Mnemonic.ADD, Mnemonic.SUB) and i.op_kind(1) in _IMMEDIATES:
+                value = signed(i.immediate(1))
+                recipe.adjustment = value if mnemonic == Mnemonic.ADD else -value
+                recipe.adjusted = number[0]
+            elif mnemonic in (Mnemonic.INC, Mnemonic.DEC):
+                recipe.adjustment = 1 if mnemonic == Mnemonic.INC else -1
+                recipe.adjusted = number[0]
+            elif (
+                mnemonic == Mnemonic.LEA
+                and i.memory_base == i.op0_register
+                and i.memory_index == Register.NONE
+            ):
+                recipe.adjustment = signed(i.memory_displacement)
+                recipe.adjusted = number[0]
 
     def unavailable(self, i: Instruction, name: str) -> str:
         """The effect to use instead where mode or CPU model rule the instruction out."""
@@ -352,6 +417,8 @@ class Recipes:
     def generic(self, i: Instruction, name: str, raw: bytes) -> Recipe:
         """Copy an instruction, with its memory operand and registers replaced as needed."""
         info = self.info.info(i)
+        if i.is_vsib or name in _PARTIAL_VECTOR:
+            return self.emulate(i)
         memory = -1
         registers: dict[int, tuple[bool, bool]] = {}
         high = False
@@ -372,15 +439,17 @@ class Recipes:
                     was = registers.get(number, (False, False))
                     registers[number] = (was[0] or read, was[1] or write)
             elif kind not in _IMMEDIATES:
-                raise Unsupported(f"{i} ({name})")
+                return self.emulate(i)
+        if len(info.used_memory()) > (memory >= 0):
+            return self.emulate(i)  # memory that no operand shows must not be taken for the host's
         recipe = self.flags(i, Recipe(len(raw), PLAIN, text=name))
-        if memory >= 0 and (i.is_vsib or name in _PARTIAL_VECTOR):
-            return self.emulate(i)
         homeless = [n for n in registers if n in HOMELESS]
         if memory < 0:
             if not homeless and 4 not in registers:
                 recipe.op = Piece(raw)
                 return recipe
+            if high:
+                return self.high_byte_and_stack(i, recipe, registers)
             self.substitute(i, recipe, info, registers, homeless, [R9, R10], b"", -1, False)
             return recipe
         access = info.op_access(memory)
@@ -388,15 +457,32 @@ class Recipes:
             return self.no_access(i, recipe, registers, name)
         size = MemorySizeExt.size(i.memory_size)
         if size == 0:
-            raise Unsupported(f"{i} ({name}): operand size")
+            return self.emulate(i)
         write = access in _WRITES
         read = access in _READS or access == OpAccess.COND_WRITE
         recipe.before = self.address(i) + self.access(size, write, read, self.on_stack(i))
         recipe.clobbers = True
+        recipe.shared = self.shareable(i, size, write, read)
         self.substitute(i, recipe, info, registers, homeless, [R10], emit.COMBINE, memory, high)
         if write:
             recipe.after = Piece(self.commit())
         return recipe
+
+    def shareable(self, i: Instruction, size: int, write: bool, read: bool) -> Shared | None:
+        """The operand as one whose look-up can be shared, if it is."""
+        base = i.memory_base
+        if i.memory_index != Register.NONE or i.memory_segment in (Register.FS, Register.GS):
+            return None
+        displacement: int | None = signed(i.memory_displacement)
+        if base == Register.RIP:
+            number, displacement = ABSOLUTE, None
+        elif base == Register.NONE or RegisterExt.size(base) != 8:
+            return None
+        else:
+            number = GPR[base][0]
+        kind = size | (SLOW_READ if read else 0) | (SLOW_WRITE if write else 0)
+        kind |= SLOW_STACK if self.on_stack(i) else 0
+        return Shared(number, displacement, size, write, kind, self.address(i))
 
     def substitute(
         self,
@@ -422,7 +508,7 @@ class Recipes:
         borrowable = [n for n in (6, 7, 3, 5, 1, 2, 8, 12, 13, 14, 15, 0) if n not in used]
         head = tail = b""
         out = i.copy()
-        if homeless and memory >= 0 or high:
+        if (homeless and memory >= 0) or high:
             head += combine
         mapping: dict[int, int] = {4: R11}
         slots = iter((1, 6, 7))
@@ -465,6 +551,22 @@ class Recipes:
                 if not homeless:
                     out.memory_index = Register.R10
         recipe.op = Piece(head + self.encode(out) + tail)
+
+    def high_byte_and_stack(
+        self, i: Instruction, recipe: Recipe, registers: dict[int, tuple[bool, bool]]
+    ) -> Recipe:
+        """AH-BH together with RSP: what stands for RSP must do without a REX prefix, too."""
+        host = next(n for n in (6, 7, 5) if n not in registers)
+        out = i.copy()
+        for n in range(out.op_count):
+            number, size = GPR.get(out.op_register(n), (-1, 0))
+            if number == 4:
+                out.set_op_register(n, BY_SIZE[(host, size)])
+        slot = gs("scratch", 1)
+        head = emit.gs_store(host, slot) + emit.mov(host, R11)
+        tail = emit.mov(R11, host) + emit.gs_load(host, slot)
+        recipe.op = Piece(head + self.encode(out) + tail)
+        return recipe
 
     def no_access(
         self, i: Instruction, recipe: Recipe, registers: dict[int, tuple[bool, bool]], name: str
@@ -551,6 +653,7 @@ _PARTIAL_VECTOR = {
 _ALWAYS = {
     "NOP", "ENDBR64", "ENDBR32", "RDSSPD", "RDSSPQ", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1",
     "PREFETCHT2", "PREFETCH", "PREFETCHW", "PREFETCHWT1", "RESERVEDNOP", "XEND", "CLDEMOTE",
+    "PREFETCHIT0", "PREFETCHIT1",
 }  # fmt: skip
 _NO_VECTOR_STATE = {
     "LDMXCSR", "STMXCSR", "FXSAVE", "FXSAVE64", "FXRSTOR", "FXRSTOR64", "LFENCE", "SFENCE", "MFENCE",

@@ -25,17 +25,22 @@ from ringfence.engine.translate.recipe import (
     JMP,
     LOOP,
     PLAIN,
+    SLOW_READ,
+    SLOW_STACK,
+    SLOW_WRITE,
     STATUS,
     STI,
     Piece,
     Recipe,
     Recipes,
+    Shared,
     Unsupported,
     special,
 )
 
 KEEP = gs("scratch", 2)
 """Where a value waits while a second memory operand is prepared."""
+_TRUNCATE = b"\x45\x89\xc9"  # mov r9d, r9d
 _STORE_R10 = b"\x4d\x89\x11"  # mov [r9], r10
 _SEGMENT = {
     Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5,
@@ -48,6 +53,16 @@ def _operand_size(i: Instruction, raw: bytes) -> int:
     if any(0x48 <= b <= 0x4F for b in prefixes[-2:]):
         return 8
     return 2 if 0x66 in prefixes else 4
+
+
+def _on_stack(distance: int, size: int, write: bool, address: bytes, base: int = 4) -> Shared:
+    """A stack slot at a constant distance from RSP (or RBP)."""
+    kind = size | SLOW_STACK | (SLOW_WRITE if write else SLOW_READ)
+    return Shared(base, distance, size, write, kind, Piece(address))
+
+
+def _pushed_slot(size: int = 8) -> Shared:
+    return _on_stack(-size, size, True, emit.lea(R9, R11, disp=-size))
 
 
 def _push(r: Recipes, size: int = 8) -> Piece:
@@ -81,6 +96,7 @@ def _push_any(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | Non
             return r.effect(i, "fx_push_sreg", op0=_SEGMENT[i.op0_register], op1=size)
         number = GPR[i.op0_register][0]
         recipe.before = _push(r, size)
+        recipe.shared = _pushed_slot(size)
         if number in HOMELESS:
             code = emit.COMBINE + emit.gs_load(R10, gs("gpr", number))
             code += _STORE_R10 if size == 8 else b"\x66\x45\x89\x11"
@@ -100,6 +116,7 @@ def _push_any(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | Non
     else:
         value = i.immediate(0) & (1 << 64) - 1
         recipe.before = _push(r, size)
+        recipe.shared = _pushed_slot(size)
         if size == 8:
             store = b"\x4b\xc7\x04\x11" + struct.pack("<I", value & 0xFFFFFFFF)
         else:
@@ -118,10 +135,15 @@ def _pop_any(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None
             return r.effect(i, "fx_pop_sreg", op0=_SEGMENT[i.op0_register], op1=size)
         number = GPR[i.op0_register][0]
         recipe.before = load
+        recipe.shared = _on_stack(0, size, False, emit.mov(R9, R11))
         up = emit.lea(R11, R11, disp=size)
-        if size == 2:
-            if number in HOMELESS or number == 4:
-                raise Unsupported(f"{i}: 16-bit pop")
+        if size == 2 and number in HOMELESS:
+            at = gs("gpr", number)
+            code = emit.gs_load(R10, at) + b"\x66\x45\x89\xca" + emit.gs_store(R10, at)
+            recipe.op = Piece(_load_r9(2) + code + up)  # mov r10w, r9w
+        elif size == 2 and number == 4:
+            recipe.op = Piece(_load_r9(2) + up + b"\x66\x45\x89\xcb")  # mov r11w, r9w
+        elif size == 2:
             rex = 0x43 | (number >> 3) << 2
             recipe.op = Piece(bytes((0x66, rex, 0x8B, 0x04 | (number & 7) << 3, 0x11)) + up)
         elif number in HOMELESS:
@@ -151,9 +173,14 @@ def _pop_any(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None
 
 @special("LEAVE")
 def _leave(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
+    if raw[0] == 0x66:
+        before = Piece(emit.mov(R9, 5)) + r.access(2, False, stack=True)
+        code = _load_r9(2) + emit.lea(R11, 5, disp=2) + b"\x66\x44\x89\xcd"  # mov bp, r9w
+        return Recipe(i.len, PLAIN, before=before, op=Piece(code), clobbers=True)
     before = Piece(emit.mov(R9, 5)) + r.access(8, False, stack=True)
     code = emit.LOAD_R9 + emit.lea(R11, 5, disp=8) + emit.mov(5, R9)
-    return Recipe(i.len, PLAIN, before=before, op=Piece(code), clobbers=True)
+    slot = _on_stack(0, 8, False, emit.mov(R9, 5), base=5)
+    return Recipe(i.len, PLAIN, before=before, op=Piece(code), clobbers=True, shared=slot)
 
 
 @special("ENTER")
@@ -167,7 +194,8 @@ def _ret(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
     up = 8 + (i.immediate16 if i.op_count else 0)
     before = Piece(emit.mov(R9, R11)) + r.access(8, False, stack=True)
     code = emit.LOAD_R9 + emit.lea(R11, R11, disp=up)
-    return Recipe(i.len, INDIRECT, before=before, op=Piece(code), clobbers=True)
+    slot = _on_stack(0, 8, False, emit.mov(R9, R11))
+    return Recipe(i.len, INDIRECT, before=before, op=Piece(code), clobbers=True, shared=slot)
 
 
 @special("CALL", "JMP")
@@ -179,6 +207,7 @@ def _branch(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
             recipe.before = _push(r)
             recipe.op = Piece(emit.COMBINE) + r.constant(R10, i.len) + _STORE_R10 + _pushed(r)
             recipe.clobbers = True
+            recipe.shared = _pushed_slot()
         return recipe
     if i.op0_kind == OpKind.MEMORY and MemorySizeExt.size(i.memory_size) != 8:
         size = MemorySizeExt.size(i.memory_size) - 2
@@ -217,11 +246,22 @@ def _counted(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None
 @special("XLATB")
 def _xlat(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
     code = b"\x44\x0f\xb6\xc8" + emit.lea(R9, 3, R9)  # movzx r9d, al; lea r9, [rbx + r9]
-    if i.memory_segment in (Register.FS, Register.GS):
-        code += emit.gs_load(R10, gs("seg_base", _SEGMENT[i.memory_segment]))
-        code += emit.lea(R9, R9, R10)
+    if i.memory_base == Register.EBX:
+        code += _TRUNCATE
+    code += r.segment_base(i.memory_segment)
     before = Piece(code) + r.access(1, False)
     return Recipe(i.len, PLAIN, before=before, op=Piece(b"\x43\x8a\x04\x11"), clobbers=True)
+
+
+@special("CLZERO")
+def _clzero(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
+    """Zeroes the cache line that RAX points at (AMD APM vol. 3)."""
+    move = emit.mov(R9, 0) + (_TRUNCATE if i.code == Code.CLZEROD else b"")
+    base = r.segment_base(i.segment_prefix)
+    before = Piece(move + base + b"\x49\x83\xe1\xc0") + r.access(64, True, read=False)
+    code = emit.gs_store(0, KEEP) + emit.lea(0, R9, R10) + b"\x0f\x01\xfc"
+    code += emit.gs_load(0, KEEP) + r.commit()
+    return Recipe(i.len, PLAIN, before=before, op=Piece(code), clobbers=True)
 
 
 @special("BT", "BTS", "BTR", "BTC")
@@ -238,9 +278,11 @@ def _bit(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
         2: bytes((0x4D if host > 7 else 0x4C, 0x0F, 0xBF, 0xD0 | host & 7)),
     }[size]
     adjust = load + move + b"\x49\xc1\xfa" + bytes((shift,))  # sar r10, shift
-    before = r.address(i) + (
-        adjust + (emit.lea(R9, R9, R10, 8) if size == 8 else emit.lea(R9, R9, R10, size))
-    )
+    before = r.address(i, segment=False) + (adjust + emit.lea(R9, R9, R10, size))
+    parts = [n for n in (i.memory_base, i.memory_index) if n in GPR]
+    if any(GPR[n][1] == 4 for n in parts) or i.memory_base == Register.EIP:
+        before = before + _TRUNCATE
+    before = before + r.segment_base(i.memory_segment)
     write = name != "BT"
     mask = load + (emit.mov(R10, host) if host != R10 else b"")
     mask += b"\x41\x83\xe2" + bytes((size * 8 - 1,))  # and r10d, mask

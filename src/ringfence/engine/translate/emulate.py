@@ -1,0 +1,231 @@
+"""Instructions that touch memory element by element, carried out in Python on the saved state.
+
+Gathers, masked moves and byte-mask stores access only the elements that a mask selects, each with
+its own page and its own fault; they are rare enough that leaving guest code for each is no loss.
+Sources: Intel SDM vol. 2, VPGATHERDD, VPGATHERQD, VGATHERDPS, VMASKMOV, VPMASKMOV, MASKMOVDQU.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, Register, RegisterExt
+
+from ringfence.cpu.state import EXIT, FAULT, FS, GP, GS, OK, SS_FAULT
+
+_X87, _XMM, _HEADER, _YMM = 32, 160, 512, 576
+_TOP = 0x3800
+_GATHERS = {
+    Mnemonic.VPGATHERDD: (4, 4), Mnemonic.VPGATHERDQ: (4, 8),
+    Mnemonic.VPGATHERQD: (8, 4), Mnemonic.VPGATHERQQ: (8, 8),
+    Mnemonic.VGATHERDPS: (4, 4), Mnemonic.VGATHERDPD: (4, 8),
+    Mnemonic.VGATHERQPS: (8, 4), Mnemonic.VGATHERQPD: (8, 8),
+}  # fmt: skip
+"""Bytes of an index and of an element."""
+_MASKED = {
+    Mnemonic.VMASKMOVPS: 4, Mnemonic.VMASKMOVPD: 8, Mnemonic.VPMASKMOVD: 4, Mnemonic.VPMASKMOVQ: 8,
+}  # fmt: skip
+_BYTES = {Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU}
+_M64 = (1 << 64) - 1
+
+Read = Callable[[int, int], int]
+Write = Callable[[int, int, int], int]
+Probe = Callable[[int], int]
+
+
+class _Fault(Exception):
+    """An access failed; the exception is pending in the CPU's state."""
+
+
+class _Emulation:
+    """One instruction on its way; see ``emulate``."""
+
+    def __init__(self, view: Any, i: Instruction, read: Read, write: Write, probe: Probe) -> None:
+        self.view = view
+        self.i = i
+        self.area = memoryview(view.xsave).cast("B")
+        self._read, self._write, self._probe = read, write, probe
+
+    def read(self, address: int, size: int) -> bytes:
+        """Guest memory."""
+        if self._read(address, size) != OK:
+            raise _Fault
+        return (int(self.view.value) & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+    def vector(self, register: int) -> bytes:
+        """Content of an XMM or YMM register, or of an MMX register."""
+        n, area = RegisterExt.number(register), self.area
+        if RegisterExt.is_mm(register):
+            at = _X87 + 16 * (n - self.top() & 7)
+            return bytes(area[at : at + 8])
+        value = bytes(area[_XMM + 16 * n : _XMM + 16 * n + 16])
+        if RegisterExt.is_ymm(register):
+            value += bytes(area[_YMM + 16 * n : _YMM + 16 * n + 16])
+        return value
+
+    def set_vector(
+        self, register: int, value: bytes | bytearray, *, whole: bool = True
+    ) -> None:
+        """Set an XMM or YMM register; ``whole``: the rest to zero, as VEX instructions do."""
+        n, area = RegisterExt.number(register), self.area
+        value = bytes(value)
+        if whole:
+            value = value.ljust(32, b"\0")
+        area[_XMM + 16 * n : _XMM + 16 * n + 16] = value[:16]
+        if len(value) > 16:
+            area[_YMM + 16 * n : _YMM + 16 * n + 16] = value[16:]
+        area[_HEADER] |= 6
+
+    def top(self) -> int:
+        """The x87 stack's top."""
+        return (int(struct.unpack_from("<H", self.area, 2)[0]) & _TOP) >> 11
+
+    def general(self, register: int) -> int:
+        """A general register's full content; 0 for none."""
+        if register == Register.NONE:
+            return 0
+        return int(self.view.gpr[RegisterExt.number(RegisterExt.full_register(register))])
+
+    def linear(self, offset: int, narrow: bool, segment: int) -> int:
+        """Linear address of an effective address."""
+        offset &= 0xFFFFFFFF if narrow else _M64
+        number = {Register.FS: FS, Register.GS: GS}.get(segment)
+        base = int(self.view.seg_base[number]) if number is not None else 0
+        return (offset + base) & _M64
+
+    def address(self, index: int = 0) -> int:
+        """Linear address of the memory operand, with ``index`` in place of a vector register."""
+        i = self.i
+        base, register = i.memory_base, i.memory_index
+        if base in (Register.RIP, Register.EIP):
+            return self.linear(i.memory_displacement, base == Register.EIP, i.memory_segment)
+        narrow = RegisterExt.is_gpr32(base) or RegisterExt.is_gpr32(register)
+        if not RegisterExt.is_vector_register(register):
+            index = self.general(register)
+        offset = self.general(base) + index * i.memory_index_scale + i.memory_displacement
+        return self.linear(offset, narrow, i.memory_segment)
+
+    # --- the instructions ----------------------------------------------------------------------
+
+    def gather(self, index_size: int, size: int) -> None:
+        """Elements in order; what is done when one faults stays done."""
+        i = self.i
+        target, mask_register = i.op0_register, i.op2_register
+        indices = self.vector(i.memory_index)
+        count = min(len(indices) // index_size, RegisterExt.size(target) // size)
+        value = bytearray(self.vector(target))
+        mask = bytearray(self.vector(mask_register))
+        for n in range(count):
+            at = n * size
+            if mask[at + size - 1] & 0x80:
+                raw = indices[n * index_size : (n + 1) * index_size]
+                address = self.address(int.from_bytes(raw, "little", signed=True))
+                try:
+                    value[at : at + size] = self.read(address, size)
+                except _Fault:
+                    if n:
+                        self.set_vector(target, value, whole=False)
+                        self.set_vector(mask_register, mask, whole=False)
+                    raise
+            mask[at : at + size] = bytes(size)
+        self.set_vector(target, value[: count * size])
+        self.set_vector(mask_register, b"")
+
+    def masked_load(self, size: int) -> None:
+        """Elements that the mask does not select are zero and not accessed."""
+        i = self.i
+        mask = self.vector(i.op1_register)
+        address = self.address()
+        value = bytearray(len(mask))
+        for at in range(0, len(mask), size):
+            if mask[at + size - 1] & 0x80:
+                value[at : at + size] = self.read((address + at) & _M64, size)
+        self.set_vector(i.op0_register, value)
+
+    def masked_store(self, address: int, mask: bytes, value: bytes, size: int) -> None:
+        """All selected elements or, where one of their pages faults, none."""
+        chosen = [at for at in range(0, len(mask), size) if mask[at + size - 1] & 0x80]
+        pages = set()
+        for at in chosen:
+            for part in (address + at, address + at + size - 1):
+                if part >> 12 not in pages:
+                    pages.add(part >> 12)
+                    first = max(address + at, part & ~0xFFF)
+                    if self._probe(first & _M64) != OK:
+                        raise _Fault
+        for at in chosen:
+            element = int.from_bytes(value[at : at + size], "little")
+            if self._write((address + at) & _M64, size, element) != OK:
+                raise _Fault
+
+    def byte_mask(self) -> None:
+        """MASKMOVQ and MASKMOVDQU: to where RDI points."""
+        i = self.i
+        narrow = i.op0_kind == OpKind.MEMORY_SEG_EDI
+        address = self.linear(int(self.view.gpr[7]), narrow, i.memory_segment)
+        self.masked_store(address, self.vector(i.op2_register), self.vector(i.op1_register), 1)
+        if i.mnemonic == Mnemonic.MASKMOVQ:
+            self.enter_mmx()
+
+    def enter_mmx(self) -> None:
+        """What every MMX instruction does to the x87 state: all valid, the top at 0."""
+        area, top = self.area, self.top()
+        old = [bytes(area[_X87 + 16 * n : _X87 + 16 * n + 16]) for n in range(8)]
+        for n in range(8):
+            area[_X87 + 16 * n : _X87 + 16 * n + 16] = old[n - top & 7]
+        struct.pack_into("<H", area, 2, struct.unpack_from("<H", area, 2)[0] & ~_TOP)
+        area[4] = 0xFF
+        area[_HEADER] |= 1
+
+    def run(self) -> bool:
+        """Carry the instruction out; False if it is none of ours."""
+        i = self.i
+        if i.mnemonic in _GATHERS:
+            self.gather(*_GATHERS[i.mnemonic])
+        elif i.mnemonic in _MASKED:
+            size = _MASKED[i.mnemonic]
+            if i.op0_kind == OpKind.MEMORY:
+                mask, value = self.vector(i.op1_register), self.vector(i.op2_register)
+                self.masked_store(self.address(), mask, value, size)
+            else:
+                self.masked_load(size)
+        elif i.mnemonic in _BYTES:
+            self.byte_mask()
+        else:
+            return False
+        return True
+
+
+def emulate(view: Any, read: Read, write: Write, probe: Probe) -> int:
+    """Carry out the instruction at ``rip`` on the saved state.
+
+    Parameters
+    ----------
+    view : Cpu
+        The state, vector registers in ``xsave``; ``next_rip`` is set.
+    read, write : callable
+        ``read(address, size)`` leaves up to 8 bytes in ``view.value``, ``write(address, size,
+        value)`` stores them; both return ``OK``, or ``FAULT`` with the exception pending.
+    probe : callable
+        ``probe(address)`` tells in the same way whether a write would be allowed.
+
+    Returns
+    -------
+    int
+        OK, FAULT with the exception pending, or EXIT for an instruction that is not known here.
+    """
+    code = b""
+    while len(code) < 15:
+        if read((view.rip + len(code)) & _M64, 1) != OK:
+            break
+        code += bytes((view.value & 0xFF,))
+    i = Decoder(64, code, ip=view.rip).decode()
+    view.next_rip = i.next_ip
+    try:
+        return OK if _Emulation(view, i, read, write, probe).run() else EXIT
+    except _Fault:
+        if i.memory_segment == Register.SS and view.exc_vector == GP:
+            view.exc_vector = SS_FAULT
+        return FAULT
