@@ -23,6 +23,10 @@ MODE_SSE = 0x10
 MODE_AVX = 0x20
 MODE_TF = 0x40
 MODE_TSD = 0x80
+MODE_CAREFUL = 0x200
+"""Not a CPU mode either: marks traces in which every access looks itself up."""
+MODE_ENTERED = 0x300
+"""Such traces are entered at their start by a look-up only: they have no checks."""
 MODE_SLOW = 0x100
 """Not a CPU mode: marks one-instruction traces whose memory accesses take the slow path."""
 
@@ -54,6 +58,8 @@ class Vcpu(Mmu):
     slow_address: Annotated[int, u64]
     slow_pa: Annotated[int, u64]
     slow_is_mmio: Annotated[int, u8]
+    shared: Annotated[int, u64, 16]
+    """Host minus linear address of pages that several accesses of a trace share."""
     scratch: Annotated[int, u64, 8]
     """Save slots of emitted code: 0 RAX, 1 borrowed register, 2-5 values between two accesses."""
     host_rsp: Annotated[int, u64]

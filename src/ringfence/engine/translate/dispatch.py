@@ -29,6 +29,8 @@ from ringfence.engine.translate.block import (
     MODE_CPL,
     MODE_LONG,
     MODE_NO_FPU,
+    MODE_CAREFUL,
+    MODE_ENTERED,
     MODE_SLOW,
     MODE_SSE,
     MODE_TF,
@@ -219,7 +221,7 @@ def find_code(vcpu: Vcpu, mode: int) -> int:
         vcpu.exit_data[0] = physical
         return EXIT
     number = page_find(vcpu, (address & PAGE_MASK) | mode, physical & PAGE_MASK)
-    if number and not mode & MODE_SLOW:
+    if number and not mode & MODE_ENTERED:
         code = (address >> 12) & (ITLB_ENTRIES - 1)
         if user:
             vcpu.itlb_user[code] = number
@@ -233,7 +235,7 @@ def find_code(vcpu: Vcpu, mode: int) -> int:
         if load64(row + 16):
             vcpu.jump_target = load64(row + 16)
             vcpu.found_local = load64(row + 8)
-            if not mode & MODE_SLOW:
+            if not mode & MODE_ENTERED:
                 store64(vcpu.jump_current + (address & 0xFFFF) * 8, load64(row + 24))
             return OK
     vcpu.lookup_misses += 1
@@ -268,6 +270,23 @@ def lookup_slow(vcpu: Vcpu) -> int:
             return EXIT
         vcpu.slow_accesses += 1
         status = find_code(vcpu, vcpu.mode | MODE_SLOW)
+        if status != FAULT:
+            return status
+        if deliver_exception(vcpu) != OK:
+            return EXIT
+        if vcpu.dirty_code_count == 0:
+            return lookup(vcpu)
+    return OK
+
+
+@native
+def lookup_careful(vcpu: Vcpu) -> int:
+    """The same for code at ``rip`` in which no look-up is shared."""
+    while 1:
+        if vcpu.dirty_code_count:
+            vcpu.exit_reason = EXIT_DIRTY_CODE
+            return EXIT
+        status = find_code(vcpu, vcpu.mode | MODE_CAREFUL)
         if status != FAULT:
             return status
         if deliver_exception(vcpu) != OK:

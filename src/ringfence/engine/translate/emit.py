@@ -171,6 +171,18 @@ def tlb_check(size: int, write: bool, user: bool) -> tuple[bytes, int]:
     return head + b"\0\0\0\0" + tail, len(head)
 
 
+def tlb_delta(write: bool, user: bool, slot: int) -> bytes:
+    """Behind a look-up's comparison: R10 = host minus linear address, kept in ``gs:[slot]``."""
+    base = gs("tlb_user") if user else gs("tlb_kernel")
+    tag = base + (8 if write else 0)
+    return (
+        b"\x65\x4d\x8b\x8a" + _i32(base + 16)  # mov r9, gs:[r10 + host]
+        + b"\x65\x4d\x2b\x8a" + _i32(tag)  # sub r9, gs:[r10 + tag]
+        + gs_store(R9, slot)
+        + mov(R10, R9)
+    )  # fmt: skip
+
+
 def tlb_recover(write: bool, user: bool) -> bytes:
     """In a miss stub: turn R9 back into the linear address."""
     tag = (gs("tlb_user") if user else gs("tlb_kernel")) + (8 if write else 0)

@@ -38,6 +38,7 @@ _MODULES = (
 _ROOTS = (
     dispatch.lookup,
     dispatch.lookup_slow,
+    dispatch.lookup_careful,
     dispatch.link,
     dispatch.attention,
     dispatch.slow_access,

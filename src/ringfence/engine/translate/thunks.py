@@ -39,6 +39,7 @@ THUNKS = (
     "straddle",
     "find",
     "deliver",
+    "careful",
 )
 """Names in the order of the block's ``thunks`` array."""
 
@@ -115,6 +116,8 @@ def assembly() -> str:
         # R9: guest address of an indirect jump's target that the jump table does not know.
         "indirect_miss": [f"mov {_field('rip')}, r9", "jmp rf_lookup"],
         "lookup": [*save_all, *_call("lookup"), "jmp rf_decide"],
+        # RIP set: go on in code that shares no look-ups.
+        "careful": [*save_all, *_call("lookup_careful"), "jmp rf_decide"],
         # R10: host address of the displacement to patch. Flags are in the host's flags.
         "link_local": [*_PARK, *save_all, "mov edx, 1", "jmp rf_link"],
         "link_page": [*save_all, "xor edx, edx", "jmp rf_link"],

@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from iced_x86 import DecoderError, FlowControl, Instruction
 
 from ringfence.engine.translate import emit
-from ringfence.engine.translate.block import MODE_SLOW, MODE_TF, gs
+from ringfence.engine.translate.block import MODE_ENTERED, MODE_SLOW, MODE_TF, gs
 from ringfence.engine.translate.emit import R9, R10
 from ringfence.engine.translate.recipe import (
     _SHIFTS,
+    ABSOLUTE,
     CALL,
     EFFECT,
     ESCAPE,
@@ -50,6 +51,9 @@ from ringfence.engine.translate.thunks import THUNKS
 PAGE = 4096
 LIMIT = 48
 """Instructions of one trace at most."""
+SPAN = 512
+"""Bytes that a group of accesses may cover; the more, the likelier is a page boundary in it."""
+SLOTS = 16
 PEEK = 8
 """Instructions looked at to learn whether a jump's target reads flags."""
 
@@ -111,6 +115,7 @@ class Builder:
         self.mode = mode
         self.effects = effects
         self.slow = bool(mode & MODE_SLOW)
+        self.entered = bool(mode & MODE_ENTERED)
         self.step = bool(mode & MODE_TF)
         self.high = not recipes.wide
         self.miss_stubs: dict[tuple[bool, int], tuple[bytes, int]] = {}
@@ -215,6 +220,21 @@ class Builder:
 
 Item = tuple[int, Recipe, int]
 """Offset in the page, recipe, relative address (see ``Recipes.make``)."""
+@dataclass(slots=True)
+class _Group:
+    """Accesses that share a look-up; distances count from the base's value at the first one."""
+
+    base: int
+    first: int
+    low: int
+    high: int
+    members: list[int] = field(default_factory=list)
+    write: bool = False
+    moved: int = 0
+    """How far the base has moved since the first access."""
+    slot: int = 0
+
+
 _ENDS = {JMP, CALL, INDIRECT, EFFECT}
 
 
@@ -232,6 +252,8 @@ class _Work:
         self.misses: list[tuple[int, int, bool, int, int]] = []
         self.links: list[tuple[int, int, bool, bool]] = []
         self.escapes: list[tuple[int, int, Recipe]] = []
+        self.groups: dict[int, _Group] = {}
+        self.group_misses: list[tuple[int, int, _Group, int, Recipe, int]] = []
 
     # --- words that depend on the place ------------------------------------------------------
 
@@ -312,21 +334,32 @@ class _Work:
         """Emit the whole trace."""
         after = self.liveness(items)
         start = items[0][0]
-        if self.b.slow:
+        if self.b.entered:
             self.state = PARKED
-            self.set_rip(start)
+            if self.b.slow:
+                self.set_rip(start)
         else:
             self.head(start, bool(after[-1]))
+            self.share(items)
+        groups = self.groups
         out = self.out
         place = self.place
         marks = self.trace.marks
-        for (offset, recipe, value), live_after in zip(items, after, strict=False):
+        for n, ((offset, recipe, value), live_after) in enumerate(zip(items, after, strict=False)):
             kind = recipe.kind
             marks.append((len(out), offset, PARKED))
-            if recipe.clobbers and live_after & ~recipe.kills | recipe.reads:
-                self.park()
-            if recipe.before.code:
-                place(recipe.before, offset, value, recipe)
+            group = groups.get(n)
+            if group is not None and group.first != n:
+                assert recipe.shared is not None
+                place(recipe.shared.address, offset, value)
+                out += emit.gs_load(R10, group.slot)
+            else:
+                if recipe.clobbers and live_after & ~recipe.kills | recipe.reads:
+                    self.park()
+                if group is not None:
+                    self.open_group(group, offset, recipe, value)
+                elif recipe.before.code:
+                    place(recipe.before, offset, value, recipe)
             if kind == PLAIN:
                 self.plain(offset, recipe, value, live_after)
             elif kind == JCC:
@@ -349,6 +382,95 @@ class _Work:
         if kind not in _ENDS:
             self.jump(offset + recipe.length, bool(live_after))
         self.stubs(start)
+
+    # --- shared look-ups ------------------------------------------------------------------------
+
+    def share(self, items: list[Item]) -> None:
+        """Find accesses near each other off one base register: they share one TLB look-up.
+
+        The first of a group checks for all of it, also for what lies behind a side exit. Should
+        the whole not lie in one page with the rights that the group needs, the rest of the trace
+        is left for a *careful* trace, in which every access looks itself up.
+        """
+        opened: dict[int, _Group] = {}
+        found: list[_Group] = []
+        for n, (offset, recipe, value) in enumerate(items):
+            shared = recipe.shared
+            if shared is not None:
+                base = shared.base
+                at = offset + value if shared.displacement is None else shared.displacement
+                group = opened.get(base)
+                if group is not None:
+                    at += group.moved
+                    low, high = min(group.low, at), max(group.high, at + shared.size)
+                    if high - low > SPAN:
+                        group = None
+                        at -= opened[base].moved
+                if group is None:
+                    group = opened[base] = _Group(base, n, at, at + shared.size)
+                    found.append(group)
+                else:
+                    group.low, group.high = low, high
+                group.members.append(n)
+                group.write = group.write or shared.write
+            written = recipe.written
+            if recipe.adjusted >= 0:
+                written &= ~(1 << recipe.adjusted)
+                group = opened.get(recipe.adjusted)
+                if group is not None:
+                    group.moved += recipe.adjustment
+            if written:
+                for base in list(opened):
+                    if written >> base & 1:
+                        del opened[base]
+        used = 0
+        for group in found:
+            if len(group.members) > 1 and used < SLOTS:
+                group.slot = gs("shared", used)
+                used += 1
+                for n in group.members:
+                    self.groups[n] = group
+
+    def group_address(self, group: _Group) -> None:
+        """R9 = lowest address of a group, as seen from its first member."""
+        if group.base == ABSOLUTE:
+            self.load_address(R9, group.low)
+            return
+        load, host = self.b.recipes.guest(group.base, R9)
+        self.out += load + emit.lea(R9, host, disp=group.low)
+
+    def open_group(self, group: _Group, offset: int, recipe: Recipe, value: int) -> None:
+        """The first access of a group: look all of it up."""
+        user = self.b.recipes.user
+        self.group_address(group)
+        check, position = emit.tlb_check(group.high - group.low, group.write, user)
+        base = len(self.out)
+        # The look-up's last instruction, the load of the host page, makes room for the delta.
+        self.out += check[: position + 4]
+        back = len(self.out)
+        self.out += emit.tlb_delta(group.write, user, group.slot)
+        assert recipe.shared is not None
+        self.place(recipe.shared.address, offset, value)
+        self.group_misses.append((base + position, back, group, offset, recipe, value))
+
+    def group_stubs(self) -> None:
+        """A group's look-up missed: enter the page of its first access, try once more."""
+        out = self.out
+        for position, back, group, offset, recipe, value in self.group_misses:
+            self.aim(position)
+            shared = recipe.shared
+            assert shared is not None
+            self.set_rip(offset)
+            self.place(shared.address, offset, value)
+            kind = shared.kind
+            out += emit.mov_imm32(R10, kind) + emit.gs_call(_THUNK["miss"])
+            self.group_address(group)
+            check, jump = emit.tlb_check(group.high - group.low, group.write, self.b.recipes.user)
+            at = len(out)
+            out += check[: jump + 4] + b"\xe9\0\0\0\0"
+            self.aim(len(out) - 4, back)
+            self.aim(at + jump)
+            out += emit.gs_jump(_THUNK["careful"])
 
     def plain(self, offset: int, recipe: Recipe, value: int, live_after: int) -> None:
         """An ordinary instruction's own part."""
@@ -492,6 +614,7 @@ class _Work:
             relocate(((at + rip) << 2 | address, offset))
             end = len(out)
             pack("<i", out, end - 4, retry - end)
+        self.group_stubs()
         last = -1
         for position, offset, recipe in self.escapes:
             if offset != last:
@@ -520,7 +643,7 @@ class _Work:
             out += b"\x4c\x8d\x15\0\0\0\0"  # lea r10, [rip + site]
             self.aim(len(out) - 4, site)
             out += emit.gs_jump(_THUNK["link_local" if within else "link_page"])
-        if self.b.slow:
+        if self.b.entered:
             return
         trace.reenter_local = len(out)
         out += emit.PARK

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ringfence.engine.translate import special as _special
-from ringfence.engine.translate.block import MODE_CPL, MODE_SLOW, Vcpu, gs
+from ringfence.engine.translate.block import MODE_CAREFUL, MODE_CPL, MODE_ENTERED, MODE_SLOW, Vcpu, gs
 from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.emit import gs_jump
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
@@ -104,7 +104,12 @@ class Translator:
         key = (mode, wide)
         made = self.builders.get(key)
         if made is None:
-            recipes = Recipes(mode, bool(mode & MODE_SLOW), wide, self.offers)
+            normal = self.builders.get((mode & ~MODE_CAREFUL, wide))
+            if mode & MODE_CAREFUL and normal is not None:
+                recipes = normal.recipes
+            else:
+                plain = mode & ~MODE_CAREFUL
+                recipes = Recipes(plain, bool(mode & MODE_SLOW), wide, self.offers)
             made = self.builders[key] = Builder(recipes, mode, EFFECT_NUMBERS)
         return made
 
@@ -267,7 +272,7 @@ class Translator:
     def kill(self, page: CodePage, offset: int, trace: Trace) -> None:
         """Make a trace unreachable; its code stays until the cache is flushed."""
         self.invalidated += 1
-        if not page.mode & MODE_SLOW:
+        if not page.mode & MODE_ENTERED:
             start = trace.start
             self.cache.patch(start + trace.indirect, _INDIRECT_MISS)
             self.aim(start + trace.checked, start + trace.reenter)
