@@ -184,7 +184,7 @@ class Maker:
                 if memory and kind != "MEM_OFFS":
                     i.set_op_kind(n, OpKind.MEMORY)
                     has_memory = True
-        if "VSIB" in kind:
+                    if "VSIB" in kind:
                         size = "Y" if kind[-1] == "Y" else "X"
                         i.memory_index = REGISTER[f"{size}MM{vectors.pop()}"]
                     continue
