@@ -1,13 +1,14 @@
 """The virtual CPU's memory management unit: state, software TLB and access by linear address.
 
-A TLB entry is four 64-bit words: read tag, write tag, host address of the page, page size. A tag is
+A TLB entry is four 64-bit words: read tag, write tag, host address of the page, page kind. A tag is
 the linear page address; ``address ^ tag`` is then the offset in the page on a hit and something
 larger on a miss, so one comparison checks presence, permission and page crossing together. An entry
 that must not match holds a tag whose index bits differ from the entry's own index: no address that
 selects the entry can match it, canonical or not.
 
 Two TLBs exist, for supervisor and for user accesses; emitted code knows at translation time which
-one it uses. Pages that hold translated code are never entered as writable, pages outside RAM are
+one it uses. Their entries alternate in one array, so that both are within reach of the 8-bit
+displacements of emitted code. Pages that hold translated code are never entered as writable, pages outside RAM are
 never entered at all: both take the slow path on every access.
 
 Sources: Intel SDM vol. 3, 4.5 (4-level paging), 4.10 (caching translation information).
@@ -41,9 +42,10 @@ from ringfence.native.dialect import (
 from ringfence.native.layout import u8, u16, u32, u64
 
 TLB_ENTRIES = 1024
-ENTRY_BYTES = 32
-TLB_WORDS = TLB_ENTRIES * 4
+ENTRY_BYTES = 64
 READ_TAG, WRITE_TAG, HOST_PAGE, PAGE_KIND = 0, 8, 16, 24
+"""Byte offsets of a supervisor entry's words; a user entry's are USER_ENTRY further."""
+USER_ENTRY = 32
 KIND_GLOBAL = 1 << 8
 """Set in an entry's fourth word for global pages; the low byte is log2 of the page size."""
 OFFSET_MASK = 0xFFF
@@ -56,8 +58,7 @@ DIRTY_CODE_MAX = 64
 class Mmu(Walker):
     """A virtual CPU with its TLBs (see the module's text for the entries)."""
 
-    tlb_kernel: Annotated[int, u64, 4096, 64]
-    tlb_user: Annotated[int, u64, 4096, 64]
+    tlb: Annotated[int, u64, 8192, 64]
     itlb_kernel: Annotated[int, u32, 1024, 64]
     """Code page identity by linear page number, for CPL 0-2; 0 is none."""
     itlb_user: Annotated[int, u32, 1024, 64]
@@ -89,29 +90,18 @@ class Mmu(Walker):
     """Bit 0: ``string_value`` is there; bit 1: the VMM has written the element."""
 
 
-@native_inline
-def clear_entry(table: int, index: int) -> int:
-    """Make one TLB entry match nothing."""
-    entry = table + index * ENTRY_BYTES
-    never = (index ^ 1) << 12
-    store64(entry + READ_TAG, never)
-    store64(entry + WRITE_TAG, never)
-    store64(entry + PAGE_KIND, 0)
-    return 0
-
-
 @native
 def tlb_flush_all(mmu: Mmu) -> int:
     """Drop everything from both TLBs and the code page identities."""
     mmu.tlb_flushes += 1
     for i in range(TLB_ENTRIES):
         never = (i ^ 1) << 12
-        mmu.tlb_kernel[i * 4] = never
-        mmu.tlb_kernel[i * 4 + 1] = never
-        mmu.tlb_kernel[i * 4 + 3] = 0
-        mmu.tlb_user[i * 4] = never
-        mmu.tlb_user[i * 4 + 1] = never
-        mmu.tlb_user[i * 4 + 3] = 0
+        mmu.tlb[i * 8] = never
+        mmu.tlb[i * 8 + 1] = never
+        mmu.tlb[i * 8 + 3] = 0
+        mmu.tlb[i * 8 + 4] = never
+        mmu.tlb[i * 8 + 5] = never
+        mmu.tlb[i * 8 + 7] = 0
     for i in range(ITLB_ENTRIES):
         mmu.itlb_kernel[i] = 0
         mmu.itlb_user[i] = 0
@@ -130,16 +120,16 @@ def tlb_flush_nonglobal(mmu: Mmu) -> int:
         return flush_nonglobal_scan(mmu)
     for i in range(mmu.filled_user_count):
         index = mmu.filled_user[i]
-        if not mmu.tlb_user[index * 4 + 3] & KIND_GLOBAL:
+        if not mmu.tlb[index * 8 + 7] & KIND_GLOBAL:
             never = (index ^ 1) << 12
-            mmu.tlb_user[index * 4] = never
-            mmu.tlb_user[index * 4 + 1] = never
+            mmu.tlb[index * 8 + 4] = never
+            mmu.tlb[index * 8 + 5] = never
     for i in range(mmu.filled_kernel_count):
         index = mmu.filled_kernel[i]
-        if not mmu.tlb_kernel[index * 4 + 3] & KIND_GLOBAL:
+        if not mmu.tlb[index * 8 + 3] & KIND_GLOBAL:
             never = (index ^ 1) << 12
-            mmu.tlb_kernel[index * 4] = never
-            mmu.tlb_kernel[index * 4 + 1] = never
+            mmu.tlb[index * 8] = never
+            mmu.tlb[index * 8 + 1] = never
     mmu.filled_user_count = 0
     mmu.filled_kernel_count = 0
     mmu.large_user = 0
@@ -152,12 +142,12 @@ def flush_nonglobal_scan(mmu: Mmu) -> int:
     """The same by looking at every entry, for when the lists of filled entries ran over."""
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
-        if not mmu.tlb_user[index * 4 + 3] & KIND_GLOBAL:
-            mmu.tlb_user[index * 4] = never
-            mmu.tlb_user[index * 4 + 1] = never
-        if not mmu.tlb_kernel[index * 4 + 3] & KIND_GLOBAL:
-            mmu.tlb_kernel[index * 4] = never
-            mmu.tlb_kernel[index * 4 + 1] = never
+        if not mmu.tlb[index * 8 + 7] & KIND_GLOBAL:
+            mmu.tlb[index * 8 + 4] = never
+            mmu.tlb[index * 8 + 5] = never
+        if not mmu.tlb[index * 8 + 3] & KIND_GLOBAL:
+            mmu.tlb[index * 8] = never
+            mmu.tlb[index * 8 + 1] = never
     mmu.filled_user_count = 0
     mmu.filled_kernel_count = 0
     mmu.large_user = 0
@@ -185,12 +175,12 @@ def tlb_flush_page(mmu: Mmu, address: int) -> int:
     index = (address >> 12) & (TLB_ENTRIES - 1)
     page = address & PAGE_MASK
     never = (index ^ 1) << 12
-    if mmu.tlb_kernel[index * 4] == page or mmu.tlb_kernel[index * 4 + 1] == page:
-        mmu.tlb_kernel[index * 4] = never
-        mmu.tlb_kernel[index * 4 + 1] = never
-    if mmu.tlb_user[index * 4] == page or mmu.tlb_user[index * 4 + 1] == page:
-        mmu.tlb_user[index * 4] = never
-        mmu.tlb_user[index * 4 + 1] = never
+    if mmu.tlb[index * 8] == page or mmu.tlb[index * 8 + 1] == page:
+        mmu.tlb[index * 8] = never
+        mmu.tlb[index * 8 + 1] = never
+    if mmu.tlb[index * 8 + 4] == page or mmu.tlb[index * 8 + 5] == page:
+        mmu.tlb[index * 8 + 4] = never
+        mmu.tlb[index * 8 + 5] = never
     code = (address >> 12) & (ITLB_ENTRIES - 1)
     mmu.itlb_kernel[code] = 0
     mmu.itlb_user[code] = 0
@@ -205,14 +195,14 @@ def flush_large(mmu: Mmu, address: int) -> int:
     """Drop all entries that share a large page with ``address``."""
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
-        shift = mmu.tlb_kernel[index * 4 + 3] & 0xFF
-        if shift > 12 and (mmu.tlb_kernel[index * 4] ^ address) >> shift == 0:
-            mmu.tlb_kernel[index * 4] = never
-            mmu.tlb_kernel[index * 4 + 1] = never
-        shift = mmu.tlb_user[index * 4 + 3] & 0xFF
-        if shift > 12 and (mmu.tlb_user[index * 4] ^ address) >> shift == 0:
-            mmu.tlb_user[index * 4] = never
-            mmu.tlb_user[index * 4 + 1] = never
+        shift = mmu.tlb[index * 8 + 3] & 0xFF
+        if shift > 12 and (mmu.tlb[index * 8] ^ address) >> shift == 0:
+            mmu.tlb[index * 8] = never
+            mmu.tlb[index * 8 + 1] = never
+        shift = mmu.tlb[index * 8 + 7] & 0xFF
+        if shift > 12 and (mmu.tlb[index * 8 + 4] ^ address) >> shift == 0:
+            mmu.tlb[index * 8 + 4] = never
+            mmu.tlb[index * 8 + 5] = never
     for index in range(ITLB_ENTRIES):
         mmu.itlb_kernel[index] = 0
         mmu.itlb_user[index] = 0
@@ -224,10 +214,10 @@ def tlb_protect_page(mmu: Mmu, host_page: int) -> int:
     """A RAM page came to hold translated code: no entry may write to it any more."""
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
-        if mmu.tlb_kernel[index * 4 + 2] == host_page:
-            mmu.tlb_kernel[index * 4 + 1] = never
-        if mmu.tlb_user[index * 4 + 2] == host_page:
-            mmu.tlb_user[index * 4 + 1] = never
+        if mmu.tlb[index * 8 + 2] == host_page:
+            mmu.tlb[index * 8 + 1] = never
+        if mmu.tlb[index * 8 + 6] == host_page:
+            mmu.tlb[index * 8 + 5] = never
     return 0
 
 
@@ -255,19 +245,19 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
         writable = 0
     kind = mmu.walk_shift | (KIND_GLOBAL if mmu.walk_global else 0)
     if access & 4:
-        mmu.tlb_user[index * 4] = page
-        mmu.tlb_user[index * 4 + 1] = page if writable else never
-        mmu.tlb_user[index * 4 + 2] = host
-        mmu.tlb_user[index * 4 + 3] = kind
+        mmu.tlb[index * 8 + 4] = page
+        mmu.tlb[index * 8 + 5] = page if writable else never
+        mmu.tlb[index * 8 + 6] = host
+        mmu.tlb[index * 8 + 7] = kind
         if not mmu.walk_global:
             if mmu.filled_user_count < 1024:
                 mmu.filled_user[mmu.filled_user_count] = index
                 mmu.filled_user_count += 1
     else:
-        mmu.tlb_kernel[index * 4] = page
-        mmu.tlb_kernel[index * 4 + 1] = page if writable else never
-        mmu.tlb_kernel[index * 4 + 2] = host
-        mmu.tlb_kernel[index * 4 + 3] = kind
+        mmu.tlb[index * 8] = page
+        mmu.tlb[index * 8 + 1] = page if writable else never
+        mmu.tlb[index * 8 + 2] = host
+        mmu.tlb[index * 8 + 3] = kind
         if not mmu.walk_global:
             if mmu.filled_kernel_count < 1024:
                 mmu.filled_kernel[mmu.filled_kernel_count] = index
@@ -288,13 +278,9 @@ def host_page(mmu: Mmu, address: int, access: int) -> int:
     """
     index = (address >> 12) & (TLB_ENTRIES - 1)
     page = address & PAGE_MASK
-    word = index * 4 + (1 if access & 2 else 0)
-    if access & 4:
-        if mmu.tlb_user[word] == page:
-            return mmu.tlb_user[index * 4 + 2]
-    else:
-        if mmu.tlb_kernel[word] == page:
-            return mmu.tlb_kernel[index * 4 + 2]
+    entry = index * 8 + (4 if access & 4 else 0)
+    if mmu.tlb[entry + (1 if access & 2 else 0)] == page:
+        return mmu.tlb[entry + 2]
     status = tlb_fill(mmu, address, access)
     mmu.status_word = status
     if status != OK:

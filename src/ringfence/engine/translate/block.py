@@ -1,6 +1,6 @@
 """The block that GS points at while translated code runs: CPU state, TLBs, and the engine's own part.
 
-``gs(name)`` gives the displacement that emitted code uses. GS points at the supervisor TLB, so that
+``gs(name)`` gives the displacement that emitted code uses. GS points at the TLB, so that
 the most frequent accesses have an 8-bit displacement.
 """
 
@@ -93,7 +93,7 @@ class Vcpu(Mmu):
     bounce: Annotated[int, u8, 1152, 64]
 
 
-_BASE = Vcpu.offset_of("tlb_kernel")
+_BASE = Vcpu.offset_of("tlb")
 
 
 def gs(name: str, index: int = 0) -> int:

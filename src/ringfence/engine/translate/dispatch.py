@@ -500,7 +500,7 @@ def relocate(code: int, words: int, count: int, page: int, number: int, itlb: in
         kind = pair & 3
         value = page + addend
         if kind == 0:
-            if sext(value, 32) != value or not value >> 63:
+            if sext(value, 32) != value:
                 bad = 1
             store32(position, value)
         elif kind == 1:

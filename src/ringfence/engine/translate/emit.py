@@ -10,6 +10,7 @@ import struct
 
 from ringfence.cpu.state import CS
 from ringfence.engine.translate.block import gs
+from ringfence.memory.mmu import HOST_PAGE, READ_TAG, TLB_ENTRIES, USER_ENTRY, WRITE_TAG
 
 R9, R10, R11 = 9, 10, 11
 
@@ -140,7 +141,18 @@ UNPARK = (
 )  # fmt: skip
 """Bring the parked flags back into the host's flags; all registers survive."""
 
-TLB_MASK = 1023 << 5
+TLB_SHIFT = 6
+TLB_MASK = (TLB_ENTRIES - 1) << TLB_SHIFT
+
+
+def _tag(write: bool, user: bool) -> bytes:
+    """Displacement of an entry's tag (GS points at the array)."""
+    return bytes(((WRITE_TAG if write else READ_TAG) + (USER_ENTRY if user else 0),))
+
+
+def _host(user: bool) -> bytes:
+    """Displacement of an entry's host page."""
+    return bytes((HOST_PAGE + (USER_ENTRY if user else 0),))
 
 
 def tlb_check(size: int, write: bool, user: bool) -> tuple[bytes, int]:
@@ -150,34 +162,24 @@ def tlb_check(size: int, write: bool, user: bool) -> tuple[bytes, int]:
     The comparison fails for a page that is absent or not permitted and for an access that leaves
     the page.
     """
-    base = gs("tlb_user") if user else gs("tlb_kernel")
-    tag = base + (8 if write else 0)
-    host = base + 16
-
-    def modrm(register: int, displacement: int) -> bytes:
-        if -128 <= displacement <= 127:
-            return bytes((0x42 | register << 3,)) + struct.pack("<b", displacement)
-        return bytes((0x82 | register << 3,)) + _i32(displacement)
-
+    tag, host = _tag(write, user), _host(user)
     head = (
         b"\x45\x89\xca"  # mov r10d, r9d
-        b"\x41\xc1\xea\x07"  # shr r10d, 7
-        b"\x41\x81\xe2" + _i32(TLB_MASK)  # and r10d, mask
-        + b"\x65\x4d\x33" + modrm(1, tag)  # xor r9, gs:[r10 + tag]
+        b"\x41\xc1\xea" + bytes((12 - TLB_SHIFT,))  # shr r10d, 6
+        + b"\x41\x81\xe2" + _i32(TLB_MASK)  # and r10d, mask
+        + b"\x65\x4d\x33\x4a" + tag  # xor r9, gs:[r10 + tag]
         + b"\x49\x81\xf9" + _i32(0x1000 - size)  # cmp r9, 0x1000 - size
         + b"\x0f\x87"  # ja miss
     )  # fmt: skip
-    tail = b"\x65\x4d\x8b" + modrm(2, host)  # mov r10, gs:[r10 + host]
+    tail = b"\x65\x4d\x8b\x52" + host  # mov r10, gs:[r10 + host]
     return head + b"\0\0\0\0" + tail, len(head)
 
 
 def tlb_delta(write: bool, user: bool, slot: int) -> bytes:
     """Behind a look-up's comparison: R10 = host minus linear address, kept in ``gs:[slot]``."""
-    base = gs("tlb_user") if user else gs("tlb_kernel")
-    tag = base + (8 if write else 0)
     return (
-        b"\x65\x4d\x8b\x8a" + _i32(base + 16)  # mov r9, gs:[r10 + host]
-        + b"\x65\x4d\x2b\x8a" + _i32(tag)  # sub r9, gs:[r10 + tag]
+        b"\x65\x4d\x8b\x4a" + _host(user)  # mov r9, gs:[r10 + host]
+        + b"\x65\x4d\x2b\x4a" + _tag(write, user)  # sub r9, gs:[r10 + tag]
         + gs_store(R9, slot)
         + mov(R10, R9)
     )  # fmt: skip
@@ -185,8 +187,7 @@ def tlb_delta(write: bool, user: bool, slot: int) -> bytes:
 
 def tlb_recover(write: bool, user: bool) -> bytes:
     """In a miss stub: turn R9 back into the linear address."""
-    tag = (gs("tlb_user") if user else gs("tlb_kernel")) + (8 if write else 0)
-    return b"\x65\x4d\x33\x8a" + _i32(tag)
+    return b"\x65\x4d\x33\x4a" + _tag(write, user)
 
 
 COMBINE = b"\x4f\x8d\x0c\x11"

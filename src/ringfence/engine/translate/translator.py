@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
-TOP_2G = 0xFFFFFFFF80000000
+LOW_2G, TOP_2G = 0x7FFFF000, 0xFFFFFFFF80000000
+"""Outside of these, addresses of code need more than a sign-extended 32-bit word."""
 PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
 assert _special.KEEP
 
@@ -139,7 +140,7 @@ class Translator:
             self.flush()
         page = self.page(rip & PAGE_MASK, physical & PAGE_MASK, mode)
         offset = rip & (PAGE - 1)
-        wide = page.linear < TOP_2G
+        wide = LOW_2G <= page.linear < TOP_2G
         builder = self.builder(mode, wide)
         data = self.data(page.index)
         if self.store is not None and self.recall(page, data, wide, offset):
@@ -154,7 +155,7 @@ class Translator:
             items = builder.decode(data, offset)
         trace = builder.build(items, data, second.number if second else 0)
         if not self.install(page, trace):
-            # A far displacement leaves the top 2 GiB: again, with 64-bit constants.
+            # A relative address needs more than 32 bits after all: again, with 64-bit constants.
             builder = self.builder(mode, True)
             trace = builder.build(builder.decode(data, offset), data, second.number if second else 0)
             self.install(page, trace)
