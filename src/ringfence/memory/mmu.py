@@ -39,13 +39,16 @@ from ringfence.native.dialect import (
     store32,
     store64,
 )
-from ringfence.native.layout import u8, u16, u32, u64
+from ringfence.native.layout import Array, u8, u16, u32, u64
 
 TLB_ENTRIES = 1024
 ENTRY_BYTES = 64
 READ_TAG, WRITE_TAG, HOST_PAGE, PAGE_KIND = 0, 8, 16, 24
 """Byte offsets of a supervisor entry's words; a user entry's are USER_ENTRY further."""
 USER_ENTRY = 32
+NO_STACK = 1 << 63
+"""Tag of an empty ``stack_tag``. A guest address in that page is not canonical, and with a delta of
+0 the access is made at that very address: the host raises the #GP that the guest should get."""
 KIND_GLOBAL = 1 << 8
 """Set in an entry's fourth word for global pages; the low byte is log2 of the page size."""
 OFFSET_MASK = 0xFFF
@@ -58,16 +61,21 @@ DIRTY_CODE_MAX = 64
 class Mmu(Walker):
     """A virtual CPU with its TLBs (see the module's text for the entries)."""
 
-    tlb: Annotated[int, u64, 8192, 64]
-    itlb_kernel: Annotated[int, u32, 1024, 64]
+    tlb: Annotated[Array, u64, 8192, 64]
+    stack_tag: Annotated[Array, u64, 2]
+    """Linear address of the page that the stack was last in, for supervisor and user code: a TLB
+    of one writable page, found without computing an index."""
+    stack_delta: Annotated[Array, u64, 2]
+    """Host minus linear address of that page; 0 while there is none."""
+    itlb_kernel: Annotated[Array, u32, 1024, 64]
     """Code page identity by linear page number, for CPL 0-2; 0 is none."""
-    itlb_user: Annotated[int, u32, 1024, 64]
-    filled_user: Annotated[int, u16, 1024]
+    itlb_user: Annotated[Array, u32, 1024, 64]
+    filled_user: Annotated[Array, u16, 1024]
     """Indexes filled with non-global pages since the last flush, so that MOV CR3 is cheap."""
     filled_user_count: Annotated[int, u64]
-    filled_kernel: Annotated[int, u16, 1024]
+    filled_kernel: Annotated[Array, u16, 1024]
     filled_kernel_count: Annotated[int, u64]
-    code_filled: Annotated[int, u16, 256]
+    code_filled: Annotated[Array, u16, 256]
     """Indexes of ``itlb_kernel`` that hold non-global pages; 256 means there may be more."""
     code_filled_count: Annotated[int, u64]
     large_user: Annotated[int, u8]
@@ -75,9 +83,9 @@ class Mmu(Walker):
     large_kernel: Annotated[int, u8]
     code_lines: Annotated[int, u64]
     """Host address of one 64-bit mask per RAM page: the 64-byte lines that hold translated code."""
-    dirty_code: Annotated[int, u64, 64]
+    dirty_code: Annotated[Array, u64, 64]
     """RAM page indexes whose translated code was written over and is still to be dropped."""
-    dirty_code_lines: Annotated[int, u64, 64]
+    dirty_code_lines: Annotated[Array, u64, 64]
     dirty_code_count: Annotated[int, u64]
     tlb_misses: Annotated[int, u64]
     tlb_flushes: Annotated[int, u64]
@@ -90,9 +98,19 @@ class Mmu(Walker):
     """Bit 0: ``string_value`` is there; bit 1: the VMM has written the element."""
 
 
+@native_inline
+def forget_stack(mmu: Mmu) -> int:
+    """Empty both one-page TLBs."""
+    for i in range(2):
+        mmu.stack_tag[i] = NO_STACK
+        mmu.stack_delta[i] = 0
+    return 0
+
+
 @native
 def tlb_flush_all(mmu: Mmu) -> int:
     """Drop everything from both TLBs and the code page identities."""
+    forget_stack(mmu)
     mmu.tlb_flushes += 1
     for i in range(TLB_ENTRIES):
         never = (i ^ 1) << 12
@@ -115,6 +133,7 @@ def tlb_flush_all(mmu: Mmu) -> int:
 @native
 def tlb_flush_nonglobal(mmu: Mmu) -> int:
     """Drop what a write to CR3 drops: translations of pages without the G bit."""
+    forget_stack(mmu)
     mmu.tlb_flushes += 1
     if mmu.filled_user_count > 512 or mmu.filled_kernel_count > 512:
         return flush_nonglobal_scan(mmu)
@@ -171,6 +190,7 @@ def flush_code_nonglobal(mmu: Mmu) -> int:
 @native
 def tlb_flush_page(mmu: Mmu, address: int) -> int:
     """Drop one linear page from both TLBs, the whole of it where it is a large page."""
+    forget_stack(mmu)
     mmu.tlb_page_flushes += 1
     index = (address >> 12) & (TLB_ENTRIES - 1)
     page = address & PAGE_MASK
@@ -212,6 +232,7 @@ def flush_large(mmu: Mmu, address: int) -> int:
 @native
 def tlb_protect_page(mmu: Mmu, host_page: int) -> int:
     """A RAM page came to hold translated code: no entry may write to it any more."""
+    forget_stack(mmu)
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
         if mmu.tlb[index * 8 + 2] == host_page:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ringfence.cpu.state import Cpu
 from ringfence.native.dialect import native_inline
-from ringfence.native.layout import u64
+from ringfence.native.layout import Array, u64
 
 PAGE_WRITE = 2
 PAGE_USER = 4
@@ -32,7 +32,7 @@ class Walker(Cpu):
     walk_shift: Annotated[int, u64]
     """log2 of the size of the page found."""
     walk_global: Annotated[int, u64]
-    walk_entry: Annotated[int, u64, 4]
+    walk_entry: Annotated[Array, u64, 4]
     """Host addresses of the entries used, by level."""
     walks: Annotated[int, u64]
     walk_references: Annotated[int, u64]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ringfence.memory.mmu import Mmu
-from ringfence.native.layout import u8, u16, u32, u64
+from ringfence.native.layout import Array, u8, u16, u32, u64
 
 JUMP_ENTRIES = 1 << 16
 EFFECTS_MAX = 160
@@ -58,9 +58,9 @@ class Vcpu(Mmu):
     slow_address: Annotated[int, u64]
     slow_pa: Annotated[int, u64]
     slow_is_mmio: Annotated[int, u8]
-    shared: Annotated[int, u64, 16]
+    shared: Annotated[Array, u64, 16]
     """Host minus linear address of pages that several accesses of a trace share."""
-    scratch: Annotated[int, u64, 8]
+    scratch: Annotated[Array, u64, 8]
     """Save slots of emitted code: 0 RAX, 1 borrowed register, 2-5 values between two accesses."""
     host_rsp: Annotated[int, u64]
     fault_pc: Annotated[int, u64]
@@ -69,13 +69,13 @@ class Vcpu(Mmu):
     code_end: Annotated[int, u64]
     code_alias: Annotated[int, u64]
     """Writable address of a byte of the code cache minus its executable address."""
-    thunks: Annotated[int, u64, 32]
-    effects: Annotated[int, u64, 160]
+    thunks: Annotated[Array, u64, 32]
+    effects: Annotated[Array, u64, 160]
     jump_current: Annotated[int, u64]
     """The jump table of the current privilege level."""
-    jump_kernel: Annotated[int, u64, 65536, 4096]
-    jump_user: Annotated[int, u64, 65536, 4096]
-    jump_filled: Annotated[int, u16, 4096]
+    jump_kernel: Annotated[Array, u64, 65536, 4096]
+    jump_user: Annotated[Array, u64, 65536, 4096]
+    jump_filled: Annotated[Array, u16, 4096]
     trace_table: Annotated[int, u64]
     trace_rows: Annotated[int, u64]
     page_table: Annotated[int, u64]
@@ -88,9 +88,9 @@ class Vcpu(Mmu):
     lookup_misses: Annotated[int, u64]
     attentions: Annotated[int, u64]
     effect_calls: Annotated[int, u64]
-    host_init: Annotated[int, u8, 1024, 64]
+    host_init: Annotated[Array, u8, 1024, 64]
     """An XSAVE area in its initial configuration, for the host between two runs."""
-    bounce: Annotated[int, u8, 1152, 64]
+    bounce: Annotated[Array, u8, 1152, 64]
 
 
 _BASE = Vcpu.offset_of("tlb")

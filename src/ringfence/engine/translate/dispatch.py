@@ -41,6 +41,7 @@ from ringfence.memory.mmu import (
     ITLB_ENTRIES,
     OFFSET_MASK,
     PAGE_MASK,
+    TLB_ENTRIES,
     host_page,
     note_code_write,
     tlb_fill,
@@ -546,3 +547,21 @@ def install_stored(
         if offset == wanted:
             found = load64(entry + 16)
     return found
+
+
+@native
+def stack_miss(vcpu: Vcpu, address: int, kind: int) -> int:
+    """The one-page TLB of the stack missed: enter the page, and make it the stack's if writable.
+
+    As ``tlb_miss`` for the access itself.
+    """
+    status = tlb_miss(vcpu, address, kind)
+    if status != OK:
+        return status
+    user = 1 if vcpu.cpl == 3 else 0
+    page = address & PAGE_MASK
+    entry = ((address >> 12) & (TLB_ENTRIES - 1)) * 8 + user * 4
+    if vcpu.tlb[entry + 1] == page:
+        vcpu.stack_tag[user] = page
+        vcpu.stack_delta[user] = vcpu.tlb[entry + 2] - page
+    return OK

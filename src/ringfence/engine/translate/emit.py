@@ -185,6 +185,15 @@ def tlb_delta(write: bool, user: bool, slot: int) -> bytes:
     )  # fmt: skip
 
 
+def stack_check(size: int, user: bool) -> bytes:
+    """The same look-up in the stack's one-page TLB, up to the displacement of its miss jump."""
+    return (
+        b"\x65\x4c\x33\x0c\x25" + _i32(gs("stack_tag", int(user)))  # xor r9, gs:[stack_tag]
+        + b"\x49\x81\xf9" + _i32(0x1000 - size)  # cmp r9, 0x1000 - size
+        + b"\x0f\x87\0\0\0\0"  # ja miss
+    )  # fmt: skip
+
+
 def tlb_recover(write: bool, user: bool) -> bytes:
     """In a miss stub: turn R9 back into the linear address."""
     return b"\x65\x4d\x33\x4a" + _tag(write, user)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, Register, RegisterExt
 
 from ringfence.cpu.state import EXIT, FAULT, FS, GP, GS, OK, SS_FAULT
+
+if TYPE_CHECKING:
+    from iced_x86._iced_x86_py import Register as Reg
 
 _X87, _XMM, _HEADER, _YMM = 32, 160, 512, 576
 _TOP = 0x3800
@@ -54,7 +57,7 @@ class _Emulation:
             raise _Fault
         return (int(self.view.value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
-    def vector(self, register: int) -> bytes:
+    def vector(self, register: Reg) -> bytes:
         """Content of an XMM or YMM register, or of an MMX register."""
         n, area = RegisterExt.number(register), self.area
         if RegisterExt.is_mm(register):
@@ -66,7 +69,7 @@ class _Emulation:
         return value
 
     def set_vector(
-        self, register: int, value: bytes | bytearray, *, whole: bool = True
+        self, register: Reg, value: bytes | bytearray, *, whole: bool = True
     ) -> None:
         """Set an XMM or YMM register; ``whole``: the rest to zero, as VEX instructions do."""
         n, area = RegisterExt.number(register), self.area
@@ -82,13 +85,13 @@ class _Emulation:
         """The x87 stack's top."""
         return (int(struct.unpack_from("<H", self.area, 2)[0]) & _TOP) >> 11
 
-    def general(self, register: int) -> int:
+    def general(self, register: Reg) -> int:
         """A general register's full content; 0 for none."""
         if register == Register.NONE:
             return 0
         return int(self.view.gpr[RegisterExt.number(RegisterExt.full_register(register))])
 
-    def linear(self, offset: int, narrow: bool, segment: int) -> int:
+    def linear(self, offset: int, narrow: bool, segment: Reg) -> int:
         """Linear address of an effective address."""
         offset &= 0xFFFFFFFF if narrow else _M64
         number = {Register.FS: FS, Register.GS: GS}.get(segment)

@@ -648,7 +648,9 @@ class TranslateEngine:
         view.rip, parked = found
         if not parked:
             view.status = view.scratch[5] & state.STATUS_FLAGS
-        if trap not in (state.DE, state.UD, state.GP, state.AC, state.MF, state.XM):
+        if trap == state.GP and (view.gpr[state.RSP] + (1 << 47) & MASK64) >> 48:
+            trap = state.SS_FAULT  # only the stack's own look-up lets such an address through
+        if trap not in (state.DE, state.UD, state.GP, state.SS_FAULT, state.AC, state.MF, state.XM):
             raise GuestCrash(f"unexpected host trap {trap}", dump(view))
         self._raise(trap)
         return None

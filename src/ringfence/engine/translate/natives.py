@@ -44,6 +44,7 @@ _ROOTS = (
     dispatch.slow_access,
     dispatch.slow_commit,
     dispatch.tlb_miss,
+    dispatch.stack_miss,
     dispatch.tlb_reset,
     dispatch.straddle,
     dispatch.deliver_and_lookup,

@@ -1,8 +1,8 @@
-"""From one guest instruction to the host code that carries it out: the translator's only use of iced-x86.
+"""From one guest instruction to the host code that carries it out, by way of iced-x86.
 
 A ``Recipe`` depends on the instruction's bytes and on the mode, not on where it stands, and is
-remembered by those bytes: kernels and programs are made of few distinct instructions. Position
-dependent words are listed as fixes, applied when the recipe is placed in a trace.
+remembered by those bytes: kernels and programs are made of few distinct instructions. Words
+that depend on the place are listed as fixes, applied when the recipe is placed in a trace.
 
 Most instructions are *copied*. What changes is named here in one place each: memory operands
 (effective address, TLB check, then the access at R9 + R10), registers that have no host register of
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from iced_x86 import (
     CpuidFeature,
@@ -45,13 +45,17 @@ from ringfence.engine.translate.block import (
 )
 from ringfence.engine.translate.emit import R9, R10, R11
 
+if TYPE_CHECKING:
+    from iced_x86._iced_x86_py import Register as Reg
+
 # Kinds of recipes, as the trace builder distinguishes them.
 PLAIN, JCC, JMP, CALL, INDIRECT, LOOP, EFFECT, STI, DROP = range(9)
 
 # Fixes: what to put at a position.
 MISS, VA32, VA64, ESCAPE = range(4)
-"""ESCAPE: a jump to a stub that leaves the whole instruction to the recipe's effect. MISS: data = (retry position, write, kind word). VA32/VA64: data = offset from the instruction,
-or None for the offset that differs between instructions of the same recipe."""
+"""MISS: data = (retry position, write, kind word). VA32/VA64: data = offset from the instruction,
+or None for the offset that differs between instructions of the same recipe. ESCAPE: a jump to a
+stub that leaves the whole instruction to the recipe's effect."""
 
 SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
 HOMELESS = (9, 10, 11)
@@ -78,20 +82,20 @@ _FULL = [
     Register.R12, Register.R13, Register.R14, Register.R15,
 ]  # fmt: skip
 _HIGH_BYTES = {Register.AH, Register.CH, Register.DH, Register.BH}
-GPR: dict[int, tuple[int, int]] = {}
+GPR: dict[Reg, tuple[int, int]] = {}
 """iced register -> (guest number, size in bytes), for general registers but AH-BH."""
-BY_SIZE: dict[tuple[int, int], int] = {}
-for _name, _value in vars(Register).items():
-    if isinstance(_value, int) and RegisterExt.is_gpr(_value) and _value not in _HIGH_BYTES:
-        _full = RegisterExt.full_register(_value)
-        GPR[_value] = (_FULL.index(_full), RegisterExt.size(_value))
+BY_SIZE: dict[tuple[int, int], Reg] = {}
+_value: Reg
+for _value in (value for value in vars(Register).values() if isinstance(value, int)):
+    if RegisterExt.is_gpr(_value) and _value not in _HIGH_BYTES:
+        GPR[_value] = (_FULL.index(RegisterExt.full_register(_value)), RegisterExt.size(_value))
         BY_SIZE[GPR[_value]] = _value
 for _value, _number in zip(
     (Register.AH, Register.CH, Register.DH, Register.BH), range(4), strict=True
 ):
     GPR[_value] = (_number, 1)
     BY_SIZE.setdefault((_number, 1), _value)
-del _name, _value
+del _value
 _SEGMENTS = {
     Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5,
 }  # fmt: skip
@@ -208,11 +212,10 @@ class Recipes:
         value = 0
         key = raw
         flow = i.flow_control
-        if flow != FlowControl.NEXT:
-            if i.op_count == 1 and i.op0_kind == OpKind.NEAR_BRANCH64:
-                value = signed(i.near_branch_target - i.ip)
-                at = source.get_constant_offsets(i).immediate_offset
-                key = raw[:at]
+        if flow != FlowControl.NEXT and i.op_count == 1 and i.op0_kind == OpKind.NEAR_BRANCH64:
+            value = signed(i.near_branch_target - i.ip)
+            at = source.get_constant_offsets(i).immediate_offset
+            key = raw[:at]
         if i.is_ip_rel_memory_operand:
             value = signed(i.memory_displacement - i.ip)
             at = source.get_constant_offsets(i).displacement_offset
@@ -306,7 +309,7 @@ class Recipes:
         return piece + self.segment_base(i.memory_segment) if segment else piece
 
     @staticmethod
-    def segment_base(register: int) -> bytes:
+    def segment_base(register: Reg) -> bytes:
         """R9 += the base of a segment register, where it counts."""
         if register not in (Register.FS, Register.GS):
             return b""
@@ -660,13 +663,14 @@ _NO_VECTOR_STATE = {
     "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1",
     "PREFETCHT2", "FNINIT", "FNSTSW", "FNSTCW", "FNCLEX", "EMMS",
 }  # fmt: skip
-_SPECIAL: dict[str, Callable[[Recipes, Instruction, str, bytes], Recipe | None]] = {}
+Maker = Callable[[Recipes, Instruction, str, bytes], Recipe | None]
+_SPECIAL: dict[str, Maker] = {}
 
 
-def special(*names: str) -> Any:
+def special(*names: str) -> Callable[[Maker], Maker]:
     """Register the maker of recipes for some mnemonics."""
 
-    def register(function: Any) -> Any:
+    def register(function: Maker) -> Maker:
         for name in names:
             _SPECIAL[name] = function
         return function

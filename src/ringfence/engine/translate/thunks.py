@@ -40,6 +40,7 @@ THUNKS = (
     "find",
     "deliver",
     "careful",
+    "stack_miss",
 )
 """Names in the order of the block's ``thunks`` array."""
 
@@ -86,6 +87,30 @@ def assembly() -> str:
     save_all = [*_save(HOST_OF_GUEST), *_TO_STATUS]
     load_all = _load(HOST_OF_GUEST)
     go = [*load_all, f"jmp {_field('jump_target')}"]
+
+    def miss(function: str) -> list[str]:
+        """R9: linear address, R10: size and kind. Returns to the retry of the access."""
+        return [
+            f"mov {_field('slow_address')}, r9",
+            *_save(CALLER_SAVED),
+            *_call(function, "mov rsi, r9", "mov rdx, r10", "sub rsp, 8"),
+            "add rsp, 8",
+            "test eax, eax",
+            "jnz 1f",
+            *_load(CALLER_SAVED),
+            f"mov r9, {_field('slow_address')}",
+            "ret",
+            "1:",
+            "add rsp, 8",
+            *_save(tuple(r for r in HOST_OF_GUEST if r not in CALLER_SAVED)),
+            "mov edx, eax",
+            *_TO_STATUS,
+            f"cmp edx, {FAULT}",
+            "je rf_deliver",
+            *_call("lookup_slow"),
+            "jmp rf_decide",
+        ]
+
     routines: dict[str, list[str]] = {
         # int enter(Vcpu *vcpu): run guest code at jump_target until something needs the VMM.
         "enter": [
@@ -124,27 +149,8 @@ def assembly() -> str:
         "link": [*_call("link", "mov rsi, r10"), "jmp rf_decide"],
         # RAX: OK to go on at jump_target, EXIT to leave.
         "decide": ["test eax, eax", "jnz rf_leave", *go],
-        # R9: linear address, R10: PF_WRITE | PF_USER. Returns to the retry of the access.
-        "miss": [
-            f"mov {_field('slow_address')}, r9",
-            *_save(CALLER_SAVED),
-            *_call("tlb_miss", "mov rsi, r9", "mov rdx, r10", "sub rsp, 8"),
-            "add rsp, 8",
-            "test eax, eax",
-            "jnz 1f",
-            *_load(CALLER_SAVED),
-            f"mov r9, {_field('slow_address')}",
-            "ret",
-            "1:",
-            "add rsp, 8",
-            *_save(tuple(r for r in HOST_OF_GUEST if r not in CALLER_SAVED)),
-            "mov edx, eax",
-            *_TO_STATUS,
-            f"cmp edx, {FAULT}",
-            "je rf_deliver",
-            *_call("lookup_slow"),
-            "jmp rf_decide",
-        ],
+        "miss": [*miss("tlb_miss")],
+        "stack_miss": [*miss("stack_miss")],
         "deliver": [
             *_call("deliver_and_lookup"),
             "mov edx, eax",

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from iced_x86 import DecoderError, FlowControl, Instruction
 
+from ringfence.cpu.state import RSP
 from ringfence.engine.translate import emit
 from ringfence.engine.translate.block import MODE_ENTERED, MODE_SLOW, MODE_TF, gs
 from ringfence.engine.translate.emit import R9, R10
@@ -309,12 +310,12 @@ class _Work:
         """Flags live after each instruction, and before the first one (last element)."""
         trace = self.trace
         last_offset, last, value = items[-1]
-        live = STATUS
+        live: int = STATUS
         if last.kind == JMP:
             live = self.peek(last_offset + value)
         elif last.kind not in _ENDS and not self.b.slow:
             live = self.peek(trace.end)
-        after = []
+        after: list[int] = []
         for offset, recipe, value in reversed(items):
             after.append(live)
             if recipe.kind in (JCC, LOOP) and live != STATUS:
@@ -425,7 +426,11 @@ class _Work:
                         del opened[base]
         used = 0
         for group in found:
-            if len(group.members) > 1 and used < SLOTS:
+            if group.base == RSP:
+                group.slot = gs("stack_delta", int(self.b.recipes.user))
+                for n in group.members:
+                    self.groups[n] = group
+            elif len(group.members) > 1 and used < SLOTS:
                 group.slot = gs("shared", used)
                 used += 1
                 for n in group.members:
@@ -442,16 +447,29 @@ class _Work:
     def open_group(self, group: _Group, offset: int, recipe: Recipe, value: int) -> None:
         """The first access of a group: look all of it up."""
         user = self.b.recipes.user
+        shared = recipe.shared
+        assert shared is not None
         self.group_address(group)
-        check, position = emit.tlb_check(group.high - group.low, group.write, user)
-        base = len(self.out)
-        # The look-up's last instruction, the load of the host page, makes room for the delta.
-        self.out += check[: position + 4]
+        self.group_check(group)
+        position = len(self.out) - 4
         back = len(self.out)
-        self.out += emit.tlb_delta(group.write, user, group.slot)
-        assert recipe.shared is not None
-        self.place(recipe.shared.address, offset, value)
-        self.group_misses.append((base + position, back, group, offset, recipe, value))
+        if group.base == RSP:
+            self.place(shared.address, offset, value)
+            self.out += emit.gs_load(R10, group.slot)
+        else:
+            self.out += emit.tlb_delta(group.write, user, group.slot)
+            self.place(shared.address, offset, value)
+        self.group_misses.append((position, back, group, offset, recipe, value))
+
+    def group_check(self, group: _Group) -> None:
+        """Look R9 up for a whole group, up to the displacement of the jump taken on a miss."""
+        user = self.b.recipes.user
+        size = group.high - group.low
+        if group.base == RSP:
+            self.out += emit.stack_check(size, user)
+        else:
+            check, position = emit.tlb_check(size, group.write, user)
+            self.out += check[: position + 4]
 
     def group_stubs(self) -> None:
         """A group's look-up missed: enter the page of its first access, try once more."""
@@ -462,14 +480,14 @@ class _Work:
             assert shared is not None
             self.set_rip(offset)
             self.place(shared.address, offset, value)
-            kind = shared.kind
-            out += emit.mov_imm32(R10, kind) + emit.gs_call(_THUNK["miss"])
+            thunk = _THUNK["stack_miss" if group.base == RSP else "miss"]
+            out += emit.mov_imm32(R10, shared.kind) + emit.gs_call(thunk)
             self.group_address(group)
-            check, jump = emit.tlb_check(group.high - group.low, group.write, self.b.recipes.user)
-            at = len(out)
-            out += check[: jump + 4] + b"\xe9\0\0\0\0"
+            self.group_check(group)
+            jump = len(out) - 4
+            out += b"\xe9\0\0\0\0"
             self.aim(len(out) - 4, back)
-            self.aim(at + jump)
+            self.aim(jump)
             out += emit.gs_jump(_THUNK["careful"])
 
     def plain(self, offset: int, recipe: Recipe, value: int, live_after: int) -> None:
