@@ -7,8 +7,6 @@ Sources: Intel SDM vol. 3, 2.5 (control registers), 4.10.4 (invalidation), 18.2 
 AMD APM vol. 2, 3.1 and 5.5; SDM vol. 2 for each instruction's checks.
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 from ringfence.cpu.cpuid import PHYSICAL_BITS, find_row

@@ -8,8 +8,6 @@ declared absent: guest code never runs with the host's privileges or shares its 
 Sources: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E.
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 import ctypes

@@ -5,8 +5,6 @@ is a loop, and the class of the event can only rise, so it ends. Sources: Intel 
 (gates), 6.14 (64-bit mode), 6.15 (double fault classes); vol. 2, INT n.
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 from ringfence.cpu.flags import get_rflags, is_canonical, raise_fault

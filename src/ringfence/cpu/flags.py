@@ -4,8 +4,6 @@ The flags live in four places of ``Cpu`` (see there); here they are put together
 Sources: Intel SDM vol. 1, 3.4.3 (RFLAGS) and 3.3.7.1 (canonical addresses); vol. 3, 6.15.
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 from ringfence.cpu.ports import interrupts_enabled, linear_read, linear_write, mode_changed

@@ -8,7 +8,6 @@ Sources: Intel SDM vol. 4, ch. 2 (architectural MSRs); vol. 3, 12.11 (MTRRs) and
 AMD APM vol. 2, 3.1.7 (EFER), 3.2 and appendix A.
 """
 
-# mypy: disable-error-code="index"
 # ruff: noqa: SIM109 - the dialect has no membership test
 
 from __future__ import annotations

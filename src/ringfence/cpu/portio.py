@@ -3,8 +3,6 @@
 Sources: Intel SDM vol. 1, 19.5 (protected-mode I/O); vol. 3, 8.7 (the 64-bit TSS).
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 from ringfence.cpu.control import leave, refused

@@ -5,8 +5,6 @@ checks), 8.2.2 and 8.2.3 (LDT and TSS descriptors of 16 bytes); vol. 2, MOV, POP
 LAR, LSL, VERR.
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 from ringfence.cpu.flags import is_canonical, raise_fault, stack_read, stack_write

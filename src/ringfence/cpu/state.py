@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ringfence.native.layout import Struct, u8, u16, u32, u64
+from ringfence.native.layout import Array, Struct, u8, u16, u32, u64
 
 # --- status of an effect or a memory access -----------------------------------------------------
 OK = 0
@@ -102,7 +102,7 @@ class Cpu(Struct):
     """State of one virtual CPU."""
 
     # General registers, instruction pointer, flags.
-    gpr: Annotated[int, u64, 16]
+    gpr: Annotated[Array, u64, 16]
     rip: Annotated[int, u64]
     next_rip: Annotated[int, u64]
     """Address after the instruction that an effect carries out."""
@@ -119,10 +119,10 @@ class Cpu(Struct):
     halted: Annotated[int, u8]
 
     # Segment registers: selector, hidden base, limit (in bytes), attributes (ATTR_*).
-    seg_base: Annotated[int, u64, 8]
-    seg_limit: Annotated[int, u32, 8]
-    seg_selector: Annotated[int, u16, 8]
-    seg_attr: Annotated[int, u16, 8]
+    seg_base: Annotated[Array, u64, 8]
+    seg_limit: Annotated[Array, u32, 8]
+    seg_selector: Annotated[Array, u16, 8]
+    seg_attr: Annotated[Array, u16, 8]
     gdtr_base: Annotated[int, u64]
     idtr_base: Annotated[int, u64]
     gdtr_limit: Annotated[int, u16]
@@ -135,7 +135,7 @@ class Cpu(Struct):
     cr4: Annotated[int, u64]
     cr8: Annotated[int, u64]
     xcr0: Annotated[int, u64]
-    dr: Annotated[int, u64, 8]
+    dr: Annotated[Array, u64, 8]
 
     # Model-specific registers that the CPU itself owns.
     efer: Annotated[int, u64]
@@ -154,9 +154,9 @@ class Cpu(Struct):
     tsc_adjust: Annotated[int, u64]
     misc_enable: Annotated[int, u64]
     mtrr_def_type: Annotated[int, u64]
-    mtrr_fixed: Annotated[int, u64, 11]
-    mtrr_base: Annotated[int, u64, 8]
-    mtrr_mask: Annotated[int, u64, 8]
+    mtrr_fixed: Annotated[Array, u64, 11]
+    mtrr_base: Annotated[Array, u64, 8]
+    mtrr_mask: Annotated[Array, u64, 8]
     mcg_status: Annotated[int, u64]
 
     # The pending exception, and the vector being delivered (for double faults).
@@ -167,13 +167,13 @@ class Cpu(Struct):
     """Vector whose delivery is under way, NO_EXCEPTION otherwise."""
 
     # Operands and results of effects and memory accesses.
-    op: Annotated[int, u64, 4]
+    op: Annotated[Array, u64, 4]
     ea: Annotated[int, u64]
     """Linear address of an effect's memory operand."""
     value: Annotated[int, u64]
     """Result of a successful read."""
     exit_reason: Annotated[int, u64]
-    exit_data: Annotated[int, u64, 4]
+    exit_data: Annotated[Array, u64, 4]
 
     # CPUID leaves: the table and how many rows of it are used (see cpu.cpuid).
     cpuid_table: Annotated[int, u64]
@@ -181,11 +181,11 @@ class Cpu(Struct):
     cpuid_rows: Annotated[int, u64]
 
     # Counters.
-    exceptions: Annotated[int, u64, 32]
+    exceptions: Annotated[Array, u64, 32]
     """Exceptions delivered, by vector."""
     software_interrupts: Annotated[int, u64]
-    interrupts: Annotated[int, u64, 256]
+    interrupts: Annotated[Array, u64, 256]
     """External interrupts delivered, by vector."""
 
     # Vector and x87 state while control is outside guest code.
-    xsave: Annotated[int, u8, 1024, 64]
+    xsave: Annotated[Array, u8, 1024, 64]

@@ -8,8 +8,6 @@ instruction (writes its results, advances ``rip``), except for HLT, which is ove
 Sources: Intel SDM vol. 2 for each instruction; vol. 3, 2.8 (system instructions).
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 from ringfence.cpu.control import LOW32, advance, leave, refused, set_gpr, umip_refuses

@@ -5,8 +5,6 @@ Intel SDM vol. 3, 5.8 (control transfers), 6.14 (IRET in 64-bit mode); vol. 2, t
 pages; AMD APM vol. 3, SYSCALL, SYSRET, SYSENTER.
 """
 
-# mypy: disable-error-code="index"
-
 from __future__ import annotations
 
 from ringfence.cpu.exceptions import tss_stack

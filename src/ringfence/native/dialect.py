@@ -193,8 +193,8 @@ class _Function:
             self.assign(node.targets[0], self.expression(node.value))
         elif isinstance(node, ast.AugAssign):
             load = ast.copy_location(_as_load(node.target), node)
-            value = ast.copy_location(ast.BinOp(load, node.op, node.value), node)
-            self.assign(node.target, self.expression(value))
+            result = ast.copy_location(ast.BinOp(load, node.op, node.value), node)
+            self.assign(node.target, self.expression(result))
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
             self.assign(node.target, self.expression(node.value))
         elif isinstance(node, ast.Return):
@@ -312,7 +312,8 @@ class _Function:
 
     def constant(self, node: ast.expr) -> int | None:
         try:
-            value = eval(  # noqa: S307 - our own source, evaluated at translation time
+            # Our own source, evaluated while it is compiled.
+            value = eval(
                 compile(ast.Expression(node), "<constant>", "eval"), dict(self.scope)
             )
         except Exception:

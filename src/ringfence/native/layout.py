@@ -3,7 +3,7 @@
 A ``Struct`` subclass lists its fields as annotations::
 
     class Cpu(Struct):
-        gpr: Annotated[int, u64, 16]
+        gpr: Annotated[Array, u64, 16]
         rip: Annotated[int, u64]
 
 Each field is an unsigned integer of 1, 2, 4 or 8 bytes, or an array of them, at its natural
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Protocol, get_type_hints
 
 u8, u16, u32, u64 = 1, 2, 4, 8
 _CTYPES: dict[int, Any] = {
@@ -24,6 +24,14 @@ _CTYPES: dict[int, Any] = {
     4: ctypes.c_uint32,
     8: ctypes.c_uint64,
 }
+
+
+class Array(Protocol):
+    """What type checkers take an array field for."""
+
+    def __getitem__(self, index: int) -> int: ...
+
+    def __setitem__(self, index: int, value: int) -> None: ...
 
 
 @dataclass(frozen=True)

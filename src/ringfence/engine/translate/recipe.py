@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from iced_x86 import (
     CpuidFeature,
@@ -85,8 +85,7 @@ _HIGH_BYTES = {Register.AH, Register.CH, Register.DH, Register.BH}
 GPR: dict[Reg, tuple[int, int]] = {}
 """iced register -> (guest number, size in bytes), for general registers but AH-BH."""
 BY_SIZE: dict[tuple[int, int], Reg] = {}
-_value: Reg
-for _value in (value for value in vars(Register).values() if isinstance(value, int)):
+for _value in (cast("Reg", value) for value in vars(Register).values() if isinstance(value, int)):
     if RegisterExt.is_gpr(_value) and _value not in _HIGH_BYTES:
         GPR[_value] = (_FULL.index(RegisterExt.full_register(_value)), RegisterExt.size(_value))
         BY_SIZE[GPR[_value]] = _value
