@@ -69,8 +69,8 @@ EXCEPTION_NAMES = {
     DF: "#DF", TS: "#TS", NP: "#NP", SS_FAULT: "#SS", GP: "#GP", PF: "#PF", MF: "#MF", AC: "#AC",
     MC: "#MC", XM: "#XM",
 }  # fmt: skip
-HAS_ERROR_CODE = (1 << DF) | (1 << TS) | (1 << NP) | (1 << SS_FAULT) | (1 << GP) | (1 << PF) | (
-    1 << AC
+HAS_ERROR_CODE = (
+    (1 << DF) | (1 << TS) | (1 << NP) | (1 << SS_FAULT) | (1 << GP) | (1 << PF) | (1 << AC)
 )
 # Page-fault error code bits (SDM vol. 3, 4.7).
 PF_PRESENT, PF_WRITE, PF_USER, PF_RESERVED, PF_FETCH = 1, 2, 4, 8, 16

@@ -58,6 +58,7 @@ NOT_RAM = 3
 """Status of an access whose page lies outside RAM."""
 DIRTY_CODE_MAX = 64
 
+
 class Mmu(Walker):
     """A virtual CPU with its TLBs (see the module's text for the entries)."""
 

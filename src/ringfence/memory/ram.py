@@ -98,7 +98,9 @@ class GuestMemory:
                 raise OSError(ctypes.get_errno(), "mmap")
         except OSError as error:
             os.close(self.fd)
-            raise HostError(f"the host can't give {size >> 20} MiB of guest memory: {error}") from error
+            raise HostError(
+                f"the host can't give {size >> 20} MiB of guest memory: {error}"
+            ) from error
         self.host_base: int = base
         self.view = memoryview((ctypes.c_char * size).from_address(base)).cast("B")
 

@@ -283,4 +283,3 @@ def element(mmu: Mmu, kind: int, size: int, source: int, target: int, user: int)
     else:
         mmu.gpr[RAX] = (mmu.gpr[RAX] & ~0xFF) | value
     return OK
-

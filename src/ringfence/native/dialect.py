@@ -313,9 +313,7 @@ class _Function:
     def constant(self, node: ast.expr) -> int | None:
         try:
             # Our own source, evaluated while it is compiled.
-            value = eval(
-                compile(ast.Expression(node), "<constant>", "eval"), dict(self.scope)
-            )
+            value = eval(compile(ast.Expression(node), "<constant>", "eval"), dict(self.scope))
         except Exception:
             return None
         return int(value) & MASK64 if isinstance(value, int) else None

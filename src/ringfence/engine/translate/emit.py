@@ -70,7 +70,9 @@ def gs_load_zx8(register: int, displacement: int) -> bytes:
 
 def mov(target: int, source: int) -> bytes:
     """``mov r64, r64``."""
-    return bytes((0x48 | (source >> 3) << 2 | target >> 3, 0x89, 0xC0 | (source & 7) << 3 | target & 7))
+    return bytes(
+        (0x48 | (source >> 3) << 2 | target >> 3, 0x89, 0xC0 | (source & 7) << 3 | target & 7)
+    )
 
 
 def mov_imm32(register: int, value: int) -> bytes:

@@ -68,9 +68,7 @@ class _Emulation:
             value += bytes(area[_YMM + 16 * n : _YMM + 16 * n + 16])
         return value
 
-    def set_vector(
-        self, register: Reg, value: bytes | bytearray, *, whole: bool = True
-    ) -> None:
+    def set_vector(self, register: Reg, value: bytes | bytearray, *, whole: bool = True) -> None:
         """Set an XMM or YMM register; ``whole``: the rest to zero, as VEX instructions do."""
         n, area = RegisterExt.number(register), self.area
         value = bytes(value)

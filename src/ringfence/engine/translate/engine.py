@@ -186,7 +186,12 @@ class TranslateEngine:
             elapsed = self.board.tsc.read() - self._paused_tsc
             self.view.tsc_offset = (self.view.tsc_offset - elapsed) & MASK64
             self._paused_tsc = None
-        enter, handlers, block, clock = self._enter, self._handlers, self.block, time.perf_counter_ns
+        enter, handlers, block, clock = (
+            self._enter,
+            self._handlers,
+            self.block,
+            time.perf_counter_ns,
+        )
         # Translating keeps what it makes, so frequent collections only cost time.
         thresholds = gc.get_threshold()
         gc.set_threshold(200_000, 20, 100)
@@ -289,9 +294,7 @@ class TranslateEngine:
         """See ``Engine``."""
         view = self.view
         translator = self.translator
-        vectors = {
-            f"{n:#04x}": count for n, count in enumerate(list(view.interrupts)) if count
-        }
+        vectors = {f"{n:#04x}": count for n, count in enumerate(list(view.interrupts)) if count}
         exceptions = {
             state.EXCEPTION_NAMES.get(n, str(n)): count
             for n, count in enumerate(list(view.exceptions))
@@ -392,9 +395,7 @@ class TranslateEngine:
             view.attention = 1
         if vector >= 0 and self._deliver_interrupt(self.block, vector) != state.OK:
             return self._on_shutdown()
-        self._count(
-            Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector)
-        )
+        self._count(Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector))
         return None
 
     def _stopped(self) -> StopReason | None:
@@ -605,9 +606,7 @@ class TranslateEngine:
         status = emulate(
             view,
             lambda address, size: int(self._linear_read(block, address, size, user)),
-            lambda address, size, value: int(
-                self._linear_write(block, address, size, value, user)
-            ),
+            lambda address, size, value: int(self._linear_write(block, address, size, value, user)),
             lambda address: int(self._walk(block, address, user << 2 | state.PF_WRITE)),
         )
         if status == state.EXIT:
@@ -620,9 +619,7 @@ class TranslateEngine:
 
     def _on_shutdown(self) -> StopReason | None:
         vector = self.view.exit_data[0]
-        self._count(
-            Reason.SHUTDOWN, time.perf_counter_ns(), lambda: vocabulary.Shutdown(vector)
-        )
+        self._count(Reason.SHUTDOWN, time.perf_counter_ns(), lambda: vocabulary.Shutdown(vector))
         self._crash = "triple fault"
         return StopReason.CRASH
 

@@ -188,9 +188,7 @@ class Recipes:
         Whether the virtual CPU has a feature, by iced-x86's name.
     """
 
-    def __init__(
-        self, mode: int, slow: bool, wide: bool, offers: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, mode: int, slow: bool, wide: bool, offers: Callable[[str], bool]) -> None:
         self.mode = mode
         self.cpl = mode & MODE_CPL
         self.user = self.cpl == 3
@@ -353,7 +351,9 @@ class Recipes:
                 recipe.written |= 1 << number[0]
         step = i.stack_pointer_increment
         if step:
-            pops_rsp = i.op_count and i.op0_kind == OpKind.REGISTER and i.op0_register == Register.RSP
+            pops_rsp = (
+                i.op_count and i.op0_kind == OpKind.REGISTER and i.op0_register == Register.RSP
+            )
             if not pops_rsp and i.mnemonic not in (Mnemonic.LEAVE, Mnemonic.ENTER):
                 recipe.adjusted, recipe.adjustment = 4, step
             return

@@ -477,9 +477,7 @@ def _string(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
         return None  # MOVSD and CMPSD are vector instructions too
     size = {"B": 1, "W": 2, "D": 4, "Q": 8}[name[-1]]
     flags = _string_flags(i)
-    recipe = r.effect(
-        i, "fx_string", op0=size, op1=_STRING[name[:-1]], op2=_repeat(i), op3=flags
-    )
+    recipe = r.effect(i, "fx_string", op0=size, op1=_STRING[name[:-1]], op2=_repeat(i), op3=flags)
     if name[:4] in ("MOVS", "STOS") and _repeat(i) and not flags and not r.slow:
         return _block(r, recipe, name[:4] == "MOVS", size)
     return recipe
@@ -497,7 +495,9 @@ def _block(r: Recipes, whole: Recipe, move: bool, size: int) -> Recipe:
     code = Piece(emit.gs_compare_byte(gs("flag_df"), 0) + b"\x0f\x85") + _escape()
     code = code + Piece(b"\x48\x85\xc9\x0f\x84") + _escape()  # test rcx, rcx; jz
     # A count of more than a page would wrap the sums below.
-    code = code + Piece(b"\x48\x81\xf9" + struct.pack("<i", 4096 >> shift) + b"\x0f\x87") + _escape()
+    code = (
+        code + Piece(b"\x48\x81\xf9" + struct.pack("<i", 4096 >> shift) + b"\x0f\x87") + _escape()
+    )
     sides = ((7, True), (6, False)) if move else ((7, True),)
     for register, write in sides:
         code = code + emit.lea(R9, register, 1, size, -1)
@@ -641,4 +641,3 @@ def _hypercall(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | No
 @special("RDPID")
 def _rdpid(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
     return r.effect(i, "fx_rdpid", op0=GPR[i.op0_register][0])
-

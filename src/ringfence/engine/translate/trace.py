@@ -221,6 +221,8 @@ class Builder:
 
 Item = tuple[int, Recipe, int]
 """Offset in the page, recipe, relative address (see ``Recipes.make``)."""
+
+
 @dataclass(slots=True)
 class _Group:
     """Accesses that share a look-up; distances count from the base's value at the first one."""

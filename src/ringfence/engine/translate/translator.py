@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ringfence.engine.translate import special as _special
-from ringfence.engine.translate.block import MODE_CAREFUL, MODE_CPL, MODE_ENTERED, MODE_SLOW, Vcpu, gs
+from ringfence.engine.translate.block import (
+    MODE_CAREFUL,
+    MODE_CPL,
+    MODE_ENTERED,
+    MODE_SLOW,
+    Vcpu,
+    gs,
+)
 from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.emit import gs_jump
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
@@ -157,7 +164,9 @@ class Translator:
         if not self.install(page, trace):
             # A relative address needs more than 32 bits after all: again, with 64-bit constants.
             builder = self.builder(mode, True)
-            trace = builder.build(builder.decode(data, offset), data, second.number if second else 0)
+            trace = builder.build(
+                builder.decode(data, offset), data, second.number if second else 0
+            )
             self.install(page, trace)
         elif second is None and self.store is not None:
             self.store.remember(page.key, trace)
