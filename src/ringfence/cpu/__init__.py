@@ -1,1 +1,1 @@
-"""What a virtual x86-64 CPU is: its state, its modes, and the effect of each sensitive instruction."""
+"""What a virtual x86-64 CPU is: its state, its modes, and what sensitive instructions do."""

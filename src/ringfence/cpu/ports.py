@@ -47,7 +47,7 @@ def tlb_flush_page(cpu: Cpu, address: int) -> int:
 
 @external
 def mode_changed(cpu: Cpu) -> int:
-    """CPL, CS, CR0, CR4, EFER, XCR0 or TF changed: let the engine recompute what it keyed on them."""
+    """CPL, CS, CR0, CR4, EFER, XCR0 or TF changed: let the engine follow what it keyed on them."""
     return 0
 
 

@@ -177,7 +177,7 @@ class Cpu(Struct):
 
     # CPUID leaves: the table and how many rows of it are used (see cpu.cpuid).
     cpuid_table: Annotated[int, u64]
-    """Host address of rows of six 32-bit words: leaf, subleaf (or ~0 for any), eax, ebx, ecx, edx."""
+    """Host address of rows of six 32-bit words: leaf, subleaf (~0 for any), eax, ebx, ecx, edx."""
     cpuid_rows: Annotated[int, u64]
 
     # Counters.

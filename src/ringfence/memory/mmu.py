@@ -8,8 +8,8 @@ selects the entry can match it, canonical or not.
 
 Two TLBs exist, for supervisor and for user accesses; emitted code knows at translation time which
 one it uses. Their entries alternate in one array, so that both are within reach of the 8-bit
-displacements of emitted code. Pages that hold translated code are never entered as writable, pages outside RAM are
-never entered at all: both take the slow path on every access.
+displacements of emitted code. Pages that hold translated code are never entered as writable, pages
+outside RAM are never entered at all: both take the slow path on every access.
 
 Sources: Intel SDM vol. 3, 4.5 (4-level paging), 4.10 (caching translation information).
 """
@@ -271,19 +271,17 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
         mmu.tlb[index * 8 + 5] = page if writable else never
         mmu.tlb[index * 8 + 6] = host
         mmu.tlb[index * 8 + 7] = kind
-        if not mmu.walk_global:
-            if mmu.filled_user_count < 1024:
-                mmu.filled_user[mmu.filled_user_count] = index
-                mmu.filled_user_count += 1
+        if not mmu.walk_global and mmu.filled_user_count < 1024:
+            mmu.filled_user[mmu.filled_user_count] = index
+            mmu.filled_user_count += 1
     else:
         mmu.tlb[index * 8] = page
         mmu.tlb[index * 8 + 1] = page if writable else never
         mmu.tlb[index * 8 + 2] = host
         mmu.tlb[index * 8 + 3] = kind
-        if not mmu.walk_global:
-            if mmu.filled_kernel_count < 1024:
-                mmu.filled_kernel[mmu.filled_kernel_count] = index
-                mmu.filled_kernel_count += 1
+        if not mmu.walk_global and mmu.filled_kernel_count < 1024:
+            mmu.filled_kernel[mmu.filled_kernel_count] = index
+            mmu.filled_kernel_count += 1
     if mmu.walk_shift > 12:
         if address >> 63:
             mmu.large_kernel = 1

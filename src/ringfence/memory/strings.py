@@ -10,6 +10,8 @@ Operand convention (``cpu.op``): [0] element size in bytes; [1] the operation; [
 source plus one where its base counts (FS, GS), else 0.
 """
 
+# ruff: noqa: SIM109 - the dialect has no membership test
+
 from __future__ import annotations
 
 from ringfence.cpu.state import (
@@ -44,7 +46,7 @@ MOVS, STOS, LODS, SCAS, CMPS = range(5)
 BOUND = 1 << 16
 """Elements that one call handles at most."""
 EXIT_MMIO_STRING = 32
-"""Exit: an element lies outside RAM; ``exit_data`` = physical address, size, 1 for a write, value."""
+"""Exit: an element outside RAM; ``exit_data`` = physical address, size, 1 for a write, value."""
 
 
 @native_inline
@@ -274,9 +276,7 @@ def element(mmu: Mmu, kind: int, size: int, source: int, target: int, user: int)
     value = mmu.value
     if kind == MOVS:
         return write_element(mmu, target, size, value, user)
-    if size == 8:
-        mmu.gpr[RAX] = value
-    elif size == 4:
+    if size >= 4:
         mmu.gpr[RAX] = value
     elif size == 2:
         mmu.gpr[RAX] = (mmu.gpr[RAX] & ~0xFFFF) | value

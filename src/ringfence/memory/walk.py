@@ -130,9 +130,8 @@ def walk(walker: Walker, address: int, access: int) -> int:
     low = (1 << shift) - 1
     walker.walk_pa = (entry & PTE_ADDRESS & ~low) | (address & low)
     writable = 0
-    if entry & PTE_D:
-        if allowed & PTE_W or (not access & PF_USER and not walker.cr0 & CR0_WP):
-            writable = PAGE_WRITE
+    if entry & PTE_D and (allowed & PTE_W or (not access & PF_USER and not walker.cr0 & CR0_WP)):
+        writable = PAGE_WRITE
     walker.walk_perms = writable | (allowed & PTE_U)
     walker.walk_shift = shift
     walker.walk_global = 1 if entry & PTE_G and walker.cr4 & 0x80 else 0

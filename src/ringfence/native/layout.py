@@ -14,6 +14,7 @@ Python a live view of a structure in memory.
 from __future__ import annotations
 
 import ctypes
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, get_type_hints
 
@@ -60,7 +61,7 @@ class Struct:
         super().__init_subclass__()
         fields = dict(cls.fields)
         at = cls.size
-        own = cls.__dict__.get("__annotations__", {})
+        own = inspect.get_annotations(cls)
         hints = get_type_hints(cls, include_extras=True)
         for name in own:
             metadata = getattr(hints[name], "__metadata__", None)

@@ -115,6 +115,6 @@ def _write_checked(path: Path, code: bytes) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.blake2b(code, digest_size=32).digest() + code)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError:
         return

@@ -1,4 +1,4 @@
-"""The block that GS points at while translated code runs: CPU state, TLBs, and the engine's own part.
+"""The block that GS points at while translated code runs: CPU state, TLBs, the engine's own part.
 
 ``gs(name)`` gives the displacement that emitted code uses. GS points at the TLB, so that
 the most frequent accesses have an 8-bit displacement.

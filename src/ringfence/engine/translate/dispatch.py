@@ -26,11 +26,11 @@ from ringfence.cpu.state import (
 from ringfence.engine.translate.block import (
     JUMP_ENTRIES,
     MODE_AVX,
+    MODE_CAREFUL,
     MODE_CPL,
+    MODE_ENTERED,
     MODE_LONG,
     MODE_NO_FPU,
-    MODE_CAREFUL,
-    MODE_ENTERED,
     MODE_SLOW,
     MODE_SSE,
     MODE_TF,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +69,11 @@ _ROOTS = (
 
 
 def version(model: bytes) -> str:
-    """What stored translations depend on besides the guest's bytes; ``model`` is the CPUID table."""
+    """What stored translations depend on besides guest code; ``model`` is the CPUID table."""
     from ringfence.engine.translate import emit, recipe, special, store, trace
 
     sources = source_key((*_MODULES, emit, recipe, special, store, trace))
-    decoder = os.stat(Path(iced_x86.__file__).with_name("_iced_x86_py.abi3.so"))
+    decoder = Path(iced_x86.__file__).with_name("_iced_x86_py.abi3.so").stat()
     parts = (sources, decoder.st_size, decoder.st_mtime_ns, EFFECT_NUMBERS)
     return hashlib.blake2b(repr(parts).encode() + model, digest_size=16).hexdigest()
 

@@ -9,8 +9,8 @@ Most instructions are *copied*. What changes is named here in one place each: me
 their own (guest RSP is in R11; R9-R11 are in the block), control flow, and the sensitive
 instructions, which become calls of the effect library.
 
-A recipe has two parts: ``before`` may clobber the host's flags, ``op`` must not, apart from what the
-instruction itself does. Between them the trace builder brings the guest's flags back if needed.
+A recipe has two parts: ``before`` may clobber the host's flags, ``op`` must not, apart from what
+the instruction itself does. Between them the trace builder brings the guest's flags back if needed.
 """
 
 from __future__ import annotations
@@ -658,9 +658,9 @@ _ALWAYS = {
     "PREFETCHIT0", "PREFETCHIT1",
 }  # fmt: skip
 _NO_VECTOR_STATE = {
-    "LDMXCSR", "STMXCSR", "FXSAVE", "FXSAVE64", "FXRSTOR", "FXRSTOR64", "LFENCE", "SFENCE", "MFENCE",
-    "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1",
-    "PREFETCHT2", "FNINIT", "FNSTSW", "FNSTCW", "FNCLEX", "EMMS",
+    "LDMXCSR", "STMXCSR", "FXSAVE", "FXSAVE64", "FXRSTOR", "FXRSTOR64", "LFENCE", "SFENCE",
+    "MFENCE", "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA", "PREFETCHT0",
+    "PREFETCHT1", "PREFETCHT2", "FNINIT", "FNSTSW", "FNSTCW", "FNCLEX", "EMMS",
 }  # fmt: skip
 Maker = Callable[[Recipes, Instruction, str, bytes], Recipe | None]
 _SPECIAL: dict[str, Maker] = {}

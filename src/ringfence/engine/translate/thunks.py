@@ -2,11 +2,11 @@
 
 Registers while guest code runs: RAX RCX RDX RBX RBP RSI RDI R8 R12-R15 hold the guest registers of
 the same name, R11 holds the guest's RSP, R9 and R10 are scratch (the guest's R9-R11, the least used
-ones, live in the block), RSP is the host's, GS points into the block. Status flags are in the host's
-flags or, at every transfer between code pages, *parked* in the block (``Vcpu.parked``).
+ones, live in the block), RSP is the host's, GS points into the block. Status flags are in the
+host's flags or, at every transfer between code pages, *parked* in the block (``Vcpu.parked``).
 
-Every routine is reached by ``jmp`` or ``call`` through the block's ``thunks`` array, so emitted code
-holds no absolute address. None but ``enter`` and ``leave`` touches vector or x87 state.
+Every routine is reached by ``jmp`` or ``call`` through the block's ``thunks`` array, so emitted
+code holds no absolute address. None but ``enter`` and ``leave`` touches vector or x87 state.
 """
 
 from __future__ import annotations

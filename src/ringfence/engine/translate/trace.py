@@ -8,8 +8,9 @@ A trace has one entry for each way of getting there, in this order in memory:
 * *local*: from the same code page; nothing to check.
 
 All then look at ``attention``. At the indirect and the checked entry the guest's status flags are
-parked in the block (or dead); at the local entry they are in the host's flags. A trace knows whether
-its own code reads the flags it enters with, so these checks cost no flag juggling almost everywhere.
+parked in the block (or dead); at the local entry they are in the host's flags. A trace knows
+whether its own code reads the flags it enters with, so these checks cost no flag juggling almost
+everywhere.
 
 Inside, flags move between host and block on demand: a TLB comparison clobbers the host's flags, so
 live ones are parked before it and brought back before an instruction that needs them.
@@ -161,7 +162,7 @@ class Builder:
         return found
 
     def peek(self, data: bytes, offset: int) -> tuple[int, int]:
-        """Status flags that code at ``offset`` may read before writing, and where the look ended."""
+        """Status flags that code at ``offset`` may read before writing; where the look ended."""
         if not 0 <= offset < PAGE:
             return STATUS, 0
         source = decoder(data, offset)
@@ -565,7 +566,7 @@ class _Work:
         self.out += emit.gs_jump(_THUNK[thunk])
 
     def sti(self, live_after: int) -> None:
-        """Set IF; the trace ends after the next instruction, at whose successor interrupts are seen."""
+        """Set IF; the trace ends behind the next instruction, where interrupts are seen."""
         self.out += emit.gs_store_byte(gs("flag_if"), 1)
         raise_attention = emit.gs_store_byte(_ATTENTION, 1)
         if not live_after or self.state == PARKED:

@@ -1,4 +1,4 @@
-"""The translator: from "no code for this address" to a trace in the cache, and back when code changes.
+"""From "no code for this address" to a trace in the cache, and back when the guest's code changes.
 
 A *code page* is one linear page that leads to one physical page in one CPU mode; all its traces are
 valid together and reach each other without checks. When the guest writes to translated bytes, the
