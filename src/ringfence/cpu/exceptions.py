@@ -281,9 +281,3 @@ def fx_step(cpu: Cpu) -> int:
     """Single-step trap after an instruction: #DB with DR6.BS (SDM vol. 3, 17.3.1.4)."""
     cpu.dr[6] |= 0x4000
     return raise_fault(cpu, DB, 0)
-
-
-@native
-def fx_raise(cpu: Cpu) -> int:
-    """Raise the exception op[0] with the error code op[1]."""
-    return raise_fault(cpu, cpu.op[0], cpu.op[1])

@@ -32,7 +32,6 @@ from ringfence.native.dialect import (
     load64,
     native,
     native_inline,
-    popcount,
     rep_stosb,
     store8,
     store16,
@@ -42,8 +41,7 @@ from ringfence.native.dialect import (
 from ringfence.native.layout import Array, u8, u16, u32, u64
 
 TLB_ENTRIES = 1024
-ENTRY_BYTES = 64
-READ_TAG, WRITE_TAG, HOST_PAGE, PAGE_KIND = 0, 8, 16, 24
+READ_TAG, WRITE_TAG, HOST_PAGE = 0, 8, 16
 """Byte offsets of a supervisor entry's words; a user entry's are USER_ENTRY further."""
 USER_ENTRY = 32
 NO_STACK = 1 << 63
@@ -420,12 +418,3 @@ def linear_write(mmu: Mmu, address: int, size: int, value: int, user: int) -> in
         note_code_write(mmu, second, size - first)
         store_sized(second, size - first, value >> (8 * first))
     return OK
-
-
-@native
-def count_code_lines(mmu: Mmu, pages: int) -> int:
-    """Number of 64-byte lines of RAM that hold translated code."""
-    total = 0
-    for i in range(pages):
-        total += popcount(load64(mmu.code_lines + i * 8))
-    return total

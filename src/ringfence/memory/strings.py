@@ -133,8 +133,8 @@ def write_element(mmu: Mmu, address: int, size: int, value: int, user: int) -> i
 
 
 @native_inline
-def room(address: int, down: int) -> int:
-    """Bytes from an address to the end of its page, in the direction of travel."""
+def room(address: int) -> int:
+    """Bytes from an address to the end of its page."""
     return 4096 - (address & OFFSET_MASK)
 
 
@@ -142,10 +142,10 @@ def room(address: int, down: int) -> int:
 def block_move(mmu: Mmu, source: int, target: int, bytes_: int, size: int, user: int) -> int:
     """Forward copy inside one source and one target page; bytes done, 0 to go element-wise."""
     take = bytes_
-    if room(source, 0) < take:
-        take = room(source, 0)
-    if room(target, 0) < take:
-        take = room(target, 0)
+    if room(source) < take:
+        take = room(source)
+    if room(target) < take:
+        take = room(target)
     access = 4 if user else 0
     from_page = host_page(mmu, source, access)
     if from_page == 0:
@@ -167,8 +167,8 @@ def block_move(mmu: Mmu, source: int, target: int, bytes_: int, size: int, user:
 def block_store(mmu: Mmu, target: int, bytes_: int, size: int, user: int) -> int:
     """Fill inside one page; bytes done, 0 to go element-wise."""
     take = bytes_
-    if room(target, 0) < take:
-        take = room(target, 0)
+    if room(target) < take:
+        take = room(target)
     take = take & ~(size - 1)
     if take == 0:
         return 0

@@ -81,7 +81,7 @@ load8 = load16 = load32 = load64 = _stub
 store8 = store16 = store32 = store64 = _stub
 slt = sle = sar = sext = mulhi = popcount = ctz = _stub
 atomic_cas64 = atomic_or64 = atomic_and64 = _stub
-rdtsc = rep_movsb = rep_stosb = address_of = udiv128 = _stub
+rdtsc = rep_movsb = rep_stosb = address_of = _stub
 
 _BINARY = {
     ast.Add: "add",

@@ -30,6 +30,20 @@ MODE_ENTERED = 0x300
 MODE_SLOW = 0x100
 """Not a CPU mode: marks one-instruction traces whose memory accesses take the slow path."""
 
+SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
+"""Kinds of a memory access, beside its size in bytes."""
+
+# Exit reasons of the engine itself, beside those of the effects.
+EXIT_TRANSLATE = 64
+"""No translation of ``rip`` yet; ``exit_data`` = physical address, mode."""
+EXIT_ATTENTION = 65
+EXIT_DIRTY_CODE = 66
+EXIT_HOST_FAULT = 67
+EXIT_MMIO_READ = 68
+EXIT_MMIO_WRITE = 69
+EXIT_FETCH_OUTSIDE = 70
+EXIT_EMULATE = 71
+
 
 class Vcpu(Mmu):
     """One virtual CPU of the binary-translation engine."""
@@ -60,6 +74,8 @@ class Vcpu(Mmu):
     slow_is_mmio: Annotated[int, u8]
     shared: Annotated[Array, u64, 16]
     """Host minus linear address of pages that several accesses of a trace share."""
+    displaced: Annotated[Array, u64, 16]
+    """Guest registers whose host register a trace uses for a busier one, while it runs."""
     scratch: Annotated[Array, u64, 8]
     """Save slots of emitted code: 0 RAX, 1 borrowed register, 2-5 values between two accesses."""
     host_rsp: Annotated[int, u64]
@@ -69,13 +85,12 @@ class Vcpu(Mmu):
     code_end: Annotated[int, u64]
     code_alias: Annotated[int, u64]
     """Writable address of a byte of the code cache minus its executable address."""
-    thunks: Annotated[Array, u64, 32]
-    effects: Annotated[Array, u64, 160]
+    thunks: Annotated[Array, u64, THUNKS_MAX]
+    effects: Annotated[Array, u64, EFFECTS_MAX]
     jump_current: Annotated[int, u64]
     """The jump table of the current privilege level."""
-    jump_kernel: Annotated[Array, u64, 65536, 4096]
-    jump_user: Annotated[Array, u64, 65536, 4096]
-    jump_filled: Annotated[Array, u16, 4096]
+    jump_kernel: Annotated[Array, u64, JUMP_ENTRIES, 4096]
+    jump_user: Annotated[Array, u64, JUMP_ENTRIES, 4096]
     trace_table: Annotated[int, u64]
     trace_rows: Annotated[int, u64]
     page_table: Annotated[int, u64]
@@ -92,6 +107,11 @@ class Vcpu(Mmu):
     """An XSAVE area in its initial configuration, for the host between two runs."""
     bounce: Annotated[Array, u8, 1152, 64]
 
+
+ATTENTION_CLEAR = 0xFFFFFF00FFFFFFFF
+"""Mask that clears ``attention`` in the aligned 64-bit word that starts at ``mode``."""
+assert Vcpu.offset_of("mode") % 8 == 0
+assert Vcpu.offset_of("attention") == Vcpu.offset_of("mode") + 4
 
 _BASE = Vcpu.offset_of("tlb")
 

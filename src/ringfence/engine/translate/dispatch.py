@@ -24,6 +24,13 @@ from ringfence.cpu.state import (
     SS_FAULT,
 )
 from ringfence.engine.translate.block import (
+    ATTENTION_CLEAR,
+    EXIT_ATTENTION,
+    EXIT_DIRTY_CODE,
+    EXIT_FETCH_OUTSIDE,
+    EXIT_MMIO_READ,
+    EXIT_MMIO_WRITE,
+    EXIT_TRANSLATE,
     JUMP_ENTRIES,
     MODE_AVX,
     MODE_CAREFUL,
@@ -35,8 +42,12 @@ from ringfence.engine.translate.block import (
     MODE_SSE,
     MODE_TF,
     MODE_TSD,
+    SLOW_READ,
+    SLOW_STACK,
+    SLOW_WRITE,
     Vcpu,
 )
+from ringfence.engine.translate.thunks import THUNKS
 from ringfence.memory.mmu import (
     ITLB_ENTRIES,
     OFFSET_MASK,
@@ -51,6 +62,7 @@ from ringfence.memory.walk import walk
 from ringfence.memory.walk_state import ram_pointer
 from ringfence.native.dialect import (
     address_of,
+    atomic_and64,
     load32,
     load64,
     native,
@@ -62,25 +74,10 @@ from ringfence.native.dialect import (
     store64,
 )
 
-# Exit reasons of the engine itself, beside those of the effects.
-EXIT_TRANSLATE = 64
-"""No translation of ``rip`` yet; ``exit_data`` = physical address, mode."""
-EXIT_ATTENTION = 65
-EXIT_DIRTY_CODE = 66
-EXIT_HOST_FAULT = 67
-EXIT_MMIO_READ = 68
-EXIT_MMIO_WRITE = 69
-EXIT_FETCH_OUTSIDE = 70
-EXIT_EMULATE = 71
-
-SLOW_READ = 0x10000
-SLOW_WRITE = 0x20000
-SLOW_STACK = 0x40000
-
 ROW_BYTES = 32
 # Row of the trace table: key, local entry, checked entry, indirect entry.
 # Row of the page table: linear page | mode in the low bits, physical page, number.
-T_INDIRECT_MISS = 1
+T_INDIRECT_MISS = THUNKS.index("indirect_miss")
 
 
 @native_inline
@@ -326,9 +323,10 @@ def attention(vcpu: Vcpu) -> int:
     if vcpu.stop_request or (vcpu.irq_request and vcpu.flag_if):
         vcpu.exit_reason = EXIT_ATTENTION
         return EXIT
-    vcpu.attention = 0
-    # Only a request that came between the test above and the store counts here.
-    if vcpu.stop_request:
+    # Other threads set their request before ``attention``. So clear with a locked operation and
+    # look again: what came in between is seen here, what comes later sets ``attention`` anew.
+    atomic_and64(address_of(vcpu.mode), ATTENTION_CLEAR)
+    if vcpu.stop_request or (vcpu.irq_request and vcpu.flag_if):
         vcpu.attention = 1
     return OK
 
@@ -533,7 +531,7 @@ def install_stored(
     """
     found = 0
     for i in range(count):
-        row = rows + i * 64
+        row = rows + i * 72
         offset = load32(row + 8)
         start = code + load32(row + 20)
         pairs = words + load32(row + 48) * 8

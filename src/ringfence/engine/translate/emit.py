@@ -62,12 +62,6 @@ def gs_load_zx16(register: int, displacement: int) -> bytes:
     return bytes((0x65, rex, 0x0F, 0xB7, 0x04 | (register & 7) << 3, 0x25)) + _i32(displacement)
 
 
-def gs_load_zx8(register: int, displacement: int) -> bytes:
-    """``movzx r32, byte gs:[disp]``."""
-    rex = 0x40 | (register >> 3) << 2
-    return bytes((0x65, rex, 0x0F, 0xB6, 0x04 | (register & 7) << 3, 0x25)) + _i32(displacement)
-
-
 def mov(target: int, source: int) -> bytes:
     """``mov r64, r64``."""
     return bytes(

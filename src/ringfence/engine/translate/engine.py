@@ -22,13 +22,14 @@ from ringfence.cpu.faults import GeneralProtection
 from ringfence.engine import EngineConfig, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
-from ringfence.engine.translate import dispatch, natives, signals
+from ringfence.engine.translate import block, dispatch, natives, signals
 from ringfence.engine.translate.block import GS_BIAS, MODE_ENTERED, Vcpu
 from ringfence.engine.translate.emulate import emulate
 from ringfence.engine.translate.store import TranslationStore
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import Translator
 from ringfence.errors import GuestCrash, HostError
+from ringfence.memory import strings
 
 if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 TRACE_ROWS = 1 << 19
 PAGE_ROWS = 1 << 17
 MASK64 = (1 << 64) - 1
-"""A halted vCPU sleeps until it is woken; the event's timeout only guards against lost hosts."""
 
 
 def _anonymous(size: int) -> tuple[mmap.mmap, int]:
@@ -120,14 +120,14 @@ class TranslateEngine:
         self._crash = ""
         self._paused_tsc: int | None = None
         self._handlers: dict[int, Callable[[], StopReason | None]] = {
-            dispatch.EXIT_TRANSLATE: self._on_translate,
-            dispatch.EXIT_ATTENTION: self._on_attention,
-            dispatch.EXIT_DIRTY_CODE: self._on_dirty_code,
-            dispatch.EXIT_HOST_FAULT: self._on_host_fault,
-            dispatch.EXIT_MMIO_READ: self._on_mmio_read,
-            dispatch.EXIT_MMIO_WRITE: self._on_mmio_write,
-            dispatch.EXIT_FETCH_OUTSIDE: self._on_fetch_outside,
-            dispatch.EXIT_EMULATE: self._on_emulate,
+            block.EXIT_TRANSLATE: self._on_translate,
+            block.EXIT_ATTENTION: self._on_attention,
+            block.EXIT_DIRTY_CODE: self._on_dirty_code,
+            block.EXIT_HOST_FAULT: self._on_host_fault,
+            block.EXIT_MMIO_READ: self._on_mmio_read,
+            block.EXIT_MMIO_WRITE: self._on_mmio_write,
+            block.EXIT_FETCH_OUTSIDE: self._on_fetch_outside,
+            block.EXIT_EMULATE: self._on_emulate,
             state.EXIT_PORT_IN: self._on_port_in,
             state.EXIT_PORT_OUT: self._on_port_out,
             state.EXIT_PORT_STRING: self._on_port_string,
@@ -139,7 +139,7 @@ class TranslateEngine:
             state.EXIT_UNSUPPORTED: self._on_unsupported,
             state.EXIT_CR8_READ: self._on_cr8_read,
             state.EXIT_CR8_WRITE: self._on_cr8_write,
-            EXIT_MMIO_STRING: self._on_mmio_string,
+            strings.EXIT_MMIO_STRING: self._on_mmio_string,
         }
 
     def _allocate(self, size: int) -> int:
@@ -586,7 +586,7 @@ class TranslateEngine:
         return None
 
     def _on_hypercall(self) -> StopReason | None:
-        """No hypercall is offered yet: KVM's answer to an unknown one (-ENOSYS)."""
+        """No hypercall is offered yet: KVM's answer to an unknown one (-KVM_ENOSYS)."""
         began = time.perf_counter_ns()
         number = self.view.gpr[state.RAX]
         self.view.gpr[state.RAX] = -1000 & MASK64
@@ -642,7 +642,12 @@ class TranslateEngine:
             raise HostError(
                 f"translated code faulted at {view.fault_pc:#x} (trap {trap}), which should not be"
             )
-        view.rip, parked = found
+        view.rip, parked, swaps = found
+        while swaps:
+            homeless, displaced = swaps & 0xF, swaps >> 4 & 0xF
+            view.gpr[homeless] = view.gpr[displaced]
+            view.gpr[displaced] = view.displaced[displaced]
+            swaps >>= 8
         if not parked:
             view.status = view.scratch[5] & state.STATUS_FLAGS
         if trap == state.GP and (view.gpr[state.RSP] + (1 << 47) & MASK64) >> 48:
@@ -651,6 +656,3 @@ class TranslateEngine:
             raise GuestCrash(f"unexpected host trap {trap}", dump(view))
         self._raise(trap)
         return None
-
-
-EXIT_MMIO_STRING = 32

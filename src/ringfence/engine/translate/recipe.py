@@ -41,9 +41,13 @@ from ringfence.engine.translate.block import (
     MODE_CPL,
     MODE_NO_FPU,
     MODE_SSE,
+    SLOW_READ,
+    SLOW_STACK,
+    SLOW_WRITE,
     gs,
 )
 from ringfence.engine.translate.emit import R9, R10, R11
+from ringfence.engine.translate.thunks import THUNK
 
 if TYPE_CHECKING:
     from iced_x86._iced_x86_py import Register as Reg
@@ -57,9 +61,12 @@ MISS, VA32, VA64, ESCAPE = range(4)
 or None for the offset that differs between instructions of the same recipe. ESCAPE: a jump to a
 stub that leaves the whole instruction to the recipe's effect."""
 
-SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
 HOMELESS = (9, 10, 11)
-"""Guest registers that live in the block."""
+"""Guest registers that live in the block, unless a trace arranges its registers otherwise."""
+CANONICAL = (0, 1, 2, 3, R11, 5, 6, 7, 8, -1, -1, -1, 12, 13, 14, 15)
+"""Host register of each guest register between traces; -1 for the block."""
+Swap = tuple[int, int]
+"""A homeless register, and the one whose host register it gets inside a trace."""
 STATUS = (
     RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF | RflagsBits.PF
 )
@@ -73,7 +80,6 @@ _READS = {OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_
 
 MNEMONIC_NAME = {v: k for k, v in vars(Mnemonic).items() if isinstance(v, int)}
 FEATURE_NAME = {v: k for k, v in vars(CpuidFeature).items() if isinstance(v, int)}
-REGISTER_NAME = {v: k for k, v in vars(Register).items() if isinstance(v, int)}
 
 _FULL = [
     Register.RAX, Register.RCX, Register.RDX, Register.RBX,
@@ -98,10 +104,6 @@ del _value
 _SEGMENTS = {
     Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5,
 }  # fmt: skip
-
-
-class Unsupported(Exception):
-    """The translator has no recipe for an instruction; the message names it."""
 
 
 @dataclass(slots=True)
@@ -168,6 +170,10 @@ class Recipe:
     adjusted: int = -1
     """The one register of them that only moves by a constant, ``adjustment``; -1 for none."""
     adjustment: int = 0
+    named: tuple[int, ...] = ()
+    """Guest registers that operands name, each as often as it occurs."""
+    fixed: int = 0
+    """Mask of the guest registers that the instruction uses without naming them, or as AH-BH."""
     condition: int = 0
     """Second byte of the two-byte ``jcc rel32``."""
     text: str = ""
@@ -188,13 +194,25 @@ class Recipes:
         Whether the virtual CPU has a feature, by iced-x86's name.
     """
 
-    def __init__(self, mode: int, slow: bool, wide: bool, offers: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        mode: int,
+        slow: bool,
+        wide: bool,
+        offers: Callable[[str], bool],
+        swaps: tuple[Swap, ...] = (),
+    ) -> None:
         self.mode = mode
         self.cpl = mode & MODE_CPL
         self.user = self.cpl == 3
         self.slow = slow
         self.wide = wide
         self.offers = offers
+        self.swaps = swaps
+        home = list(CANONICAL)
+        for homeless, displaced in swaps:
+            home[homeless], home[displaced] = home[displaced], -1
+        self.home = tuple(home)
         self.known: dict[bytes, tuple[Recipe, int]] = {}
         self.shared: dict[tuple[int, bytes], Recipe] = {}
         self.ruled_out: dict[int, str] = {}
@@ -233,16 +251,14 @@ class Recipes:
         kind |= SLOW_STACK if stack else 0
         if self.slow:
             return Piece(
-                emit.mov_imm32(R10, kind)
-                + emit.gs_call(gs("thunks", _THUNK_SLOW))
-                + emit.mov_imm32(R10, 0)
+                emit.mov_imm32(R10, kind) + emit.gs_call(THUNK["slow"]) + emit.mov_imm32(R10, 0)
             )
         code, position = emit.tlb_check(size, write, self.user)
         return Piece(code, ((position, MISS, (0, write, kind)),))
 
     def commit(self) -> bytes:
         """After a write in a slow recipe."""
-        return emit.gs_call(gs("thunks", _THUNK_COMMIT)) if self.slow else b""
+        return emit.gs_call(THUNK["commit"]) if self.slow else b""
 
     def constant(self, register: int, offset: int | None) -> Piece:
         """``register`` = the instruction's address plus ``offset`` (None: see the fixes)."""
@@ -252,15 +268,22 @@ class Recipes:
 
     def guest(self, number: int, scratch: int) -> tuple[bytes, int]:
         """Code and host register that give a guest register's value."""
-        if number in HOMELESS:
-            return emit.gs_load(scratch, gs("gpr", number)), scratch
-        return b"", R11 if number == 4 else number
+        host = self.home[number]
+        if host < 0:
+            return emit.gs_load(scratch, self.slot(number)), scratch
+        return b"", host
+
+    @staticmethod
+    def slot(number: int) -> int:
+        """Displacement of the block's place for a guest register without a host register."""
+        return gs("gpr" if number in HOMELESS else "displaced", number)
 
     def set_guest(self, number: int, register: int) -> bytes:
         """Copy a host register into a guest register."""
-        if number in HOMELESS:
-            return emit.gs_store(register, gs("gpr", number))
-        return emit.mov(R11 if number == 4 else number, register)
+        host = self.home[number]
+        if host < 0:
+            return emit.gs_store(register, self.slot(number))
+        return emit.mov(host, register)
 
     def address(self, i: Instruction, *, segment: bool = True) -> Piece:
         """R9 = effective linear address of the memory operand; the flags survive."""
@@ -345,10 +368,25 @@ class Recipes:
 
     def registers(self, i: Instruction, recipe: Recipe) -> None:
         """Fill in which registers the instruction writes, and which it moves by a constant."""
+        named = []
+        for n in range(i.op_count):
+            kind = i.op_kind(n)
+            if kind == OpKind.REGISTER:
+                register = i.op_register(n)
+                if register in _HIGH_BYTES:
+                    recipe.fixed |= 1 << GPR[register][0] | 0xE0
+                elif register in GPR:
+                    named.append(GPR[register][0])
+            elif kind == OpKind.MEMORY:
+                named += [GPR[r][0] for r in (i.memory_base, i.memory_index) if r in GPR]
+        recipe.named = tuple(named)
         for entry in self.info.info(i).used_registers():
             number = GPR.get(entry.register)
-            if number is not None and entry.access in _WRITES:
-                recipe.written |= 1 << number[0]
+            if number is not None:
+                if entry.access in _WRITES:
+                    recipe.written |= 1 << number[0]
+                if number[0] not in named:
+                    recipe.fixed |= 1 << number[0]
         step = i.stack_pointer_increment
         if step:
             pops_rsp = (
@@ -445,9 +483,10 @@ class Recipes:
         if len(info.used_memory()) > (memory >= 0):
             return self.emulate(i)  # memory that no operand shows must not be taken for the host's
         recipe = self.flags(i, Recipe(len(raw), PLAIN, text=name))
-        homeless = [n for n in registers if n in HOMELESS]
+        home = self.home
+        homeless = [n for n in registers if home[n] < 0]
         if memory < 0:
-            if not homeless and 4 not in registers:
+            if all(home[n] == n for n in registers):
                 recipe.op = Piece(raw)
                 return recipe
             if high:
@@ -503,16 +542,17 @@ class Recipes:
         Scratch registers serve the homeless ones; when they run out, host registers that the
         instruction does not use are borrowed and given back.
         """
-        used = set(registers)
+        home = self.home
+        used = {home[n] for n in registers}
         for entry in info.used_registers():
             if entry.register in GPR:
-                used.add(GPR[entry.register][0])
+                used.add(home[GPR[entry.register][0]])
         borrowable = [n for n in (6, 7, 3, 5, 1, 2, 8, 12, 13, 14, 15, 0) if n not in used]
         head = tail = b""
         out = i.copy()
         if (homeless and memory >= 0) or high:
             head += combine
-        mapping: dict[int, int] = {4: R11}
+        mapping = {n: home[n] for n in registers if home[n] >= 0 and home[n] != n}
         slots = iter((1, 6, 7))
         for number in homeless:
             if scratch:
@@ -525,9 +565,9 @@ class Recipes:
             mapping[number] = host
             read, write = registers[number]
             if read:
-                head += emit.gs_load(host, gs("gpr", number))
+                head += emit.gs_load(host, self.slot(number))
             if write:
-                tail = emit.gs_store(host, gs("gpr", number)) + tail
+                tail = emit.gs_store(host, self.slot(number)) + tail
         for n in range(out.op_count):
             if out.op_kind(n) == OpKind.REGISTER:
                 register = out.op_register(n)
@@ -558,6 +598,7 @@ class Recipes:
         self, i: Instruction, recipe: Recipe, registers: dict[int, tuple[bool, bool]]
     ) -> Recipe:
         """AH-BH together with RSP: what stands for RSP must do without a REX prefix, too."""
+        # Registers used together with AH-BH stay where they are, so all others may be taken.
         host = next(n for n in (6, 7, 5) if n not in registers)
         out = i.copy()
         for n in range(out.op_count):
@@ -580,10 +621,11 @@ class Recipes:
         number, size = GPR[i.op0_register]
         piece = self.address(i, segment=False)
         if size == 2:
-            host = R11 if number == 4 else number
-            if number in HOMELESS:
-                load = emit.gs_load(R10, gs("gpr", number))
-                piece = piece + (load + b"\x66\x45\x89\xca" + emit.gs_store(R10, gs("gpr", number)))
+            host = self.home[number]
+            if host < 0:
+                slot = self.slot(number)
+                load = emit.gs_load(R10, slot)
+                piece = piece + (load + b"\x66\x45\x89\xca" + emit.gs_store(R10, slot))
             else:
                 rex = 0x44 | host >> 3
                 piece = piece + bytes((0x66, rex, 0x89, 0xC8 | host & 7))
@@ -596,7 +638,8 @@ class Recipes:
 
     def shorten(self, i: Instruction, number: int, size: int) -> Piece | None:
         """LEA straight into its host register, where all its registers have one."""
-        if number in HOMELESS or i.memory_base in (Register.RIP, Register.EIP):
+        host = self.home[number]
+        if host < 0 or i.memory_base in (Register.RIP, Register.EIP):
             return None
         mapped = []
         for register in (i.memory_base, i.memory_index):
@@ -604,14 +647,13 @@ class Recipes:
                 mapped.append(-1)
                 continue
             guest, width = GPR[register]
-            if guest in HOMELESS or width != 8:
+            if self.home[guest] < 0 or width != 8:
                 return None
-            mapped.append(R11 if guest == 4 else guest)
+            mapped.append(self.home[guest])
         if mapped[0] < 0:
             return None
         disp = i.memory_displacement
         disp = disp - (1 << 64) if disp >> 63 else disp
-        host = R11 if number == 4 else number
         code = emit.lea(host, mapped[0], mapped[1], i.memory_index_scale, disp)
         if size == 4:
             code = bytes((code[0] & ~8,)) + code[1:]
@@ -648,7 +690,6 @@ _IMMEDIATES = {
     OpKind.IMMEDIATE32TO64,
 }
 _SHIFTS = {"SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD"}
-_THUNK_SLOW, _THUNK_COMMIT = 6, 7
 _PARTIAL_VECTOR = {
     "VMASKMOVPS", "VMASKMOVPD", "VPMASKMOVD", "VPMASKMOVQ", "MASKMOVQ", "MASKMOVDQU", "VMASKMOVDQU",
 }  # fmt: skip

@@ -12,29 +12,24 @@ from iced_x86 import Code, Instruction, MemorySizeExt, OpKind, Register
 
 from ringfence.cpu.state import FS, GS
 from ringfence.engine.translate import emit
-from ringfence.engine.translate.block import MODE_TSD, gs
+from ringfence.engine.translate.block import MODE_TSD, SLOW_READ, SLOW_STACK, SLOW_WRITE, gs
 from ringfence.engine.translate.emit import R9, R10, R11
 from ringfence.engine.translate.recipe import (
     CALL,
     DROP,
     ESCAPE,
     GPR,
-    HOMELESS,
     INDIRECT,
     JCC,
     JMP,
     LOOP,
     PLAIN,
-    SLOW_READ,
-    SLOW_STACK,
-    SLOW_WRITE,
     STATUS,
     STI,
     Piece,
     Recipe,
     Recipes,
     Shared,
-    Unsupported,
     special,
 )
 
@@ -97,11 +92,12 @@ def _push_any(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | Non
         number = GPR[i.op0_register][0]
         recipe.before = _push(r, size)
         recipe.shared = _pushed_slot(size)
-        if number in HOMELESS:
-            code = emit.COMBINE + emit.gs_load(R10, gs("gpr", number))
+        load, host = r.guest(number, R10)
+        if load:
+            code = emit.COMBINE + load
             code += _STORE_R10 if size == 8 else b"\x66\x45\x89\x11"
         else:
-            code = _store_register(R11 if number == 4 else number, size)
+            code = _store_register(host, size)
         recipe.op = Piece(code + _pushed(r, size))
     elif kind == OpKind.MEMORY:
         recipe.before = (
@@ -137,22 +133,23 @@ def _pop_any(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None
         recipe.before = load
         recipe.shared = _on_stack(0, size, False, emit.mov(R9, R11))
         up = emit.lea(R11, R11, disp=size)
-        if size == 2 and number in HOMELESS:
-            at = gs("gpr", number)
+        host = r.home[number]
+        if size == 2 and host < 0:
+            at = r.slot(number)
             code = emit.gs_load(R10, at) + b"\x66\x45\x89\xca" + emit.gs_store(R10, at)
             recipe.op = Piece(_load_r9(2) + code + up)  # mov r10w, r9w
         elif size == 2 and number == 4:
             recipe.op = Piece(_load_r9(2) + up + b"\x66\x45\x89\xcb")  # mov r11w, r9w
         elif size == 2:
-            rex = 0x43 | (number >> 3) << 2
-            recipe.op = Piece(bytes((0x66, rex, 0x8B, 0x04 | (number & 7) << 3, 0x11)) + up)
-        elif number in HOMELESS:
-            recipe.op = Piece(emit.LOAD_R9 + emit.gs_store(R9, gs("gpr", number)) + up)
+            rex = 0x43 | (host >> 3) << 2
+            recipe.op = Piece(bytes((0x66, rex, 0x8B, 0x04 | (host & 7) << 3, 0x11)) + up)
+        elif host < 0:
+            recipe.op = Piece(emit.LOAD_R9 + emit.gs_store(R9, r.slot(number)) + up)
         elif number == 4:
             recipe.op = Piece(b"\x4f\x8b\x1c\x11")  # mov r11, [r9 + r10]
         else:
-            rex = 0x4B | (number >> 3) << 2
-            recipe.op = Piece(bytes((rex, 0x8B, 0x04 | (number & 7) << 3, 0x11)) + up)
+            rex = 0x4B | (host >> 3) << 2
+            recipe.op = Piece(bytes((rex, 0x8B, 0x04 | (host & 7) << 3, 0x11)) + up)
         return recipe
     target = i.copy()
     if i.memory_base in (Register.RSP, Register.ESP):
@@ -221,7 +218,7 @@ def _branch(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
         load, host = r.guest(GPR[i.op0_register][0], R9)
         value = Piece(load if host == R9 else emit.mov(R9, host))
     else:
-        raise Unsupported(str(i))
+        return r.emulate(i)
     if call:
         push = Piece(emit.gs_store(R9, KEEP)) + _push(r) + emit.COMBINE
         recipe.before = value + push + r.constant(R10, i.len) + _STORE_R10 + _pushed(r)
@@ -346,7 +343,7 @@ def _from_segment(r: Recipes, i: Instruction, segment: int) -> Recipe:
         load, host = r.guest(number, R10)
         rex = 0x44 | host >> 3
         code = load + code + bytes((0x66, rex, 0x89, 0xC8 | host & 7))
-        code += r.set_guest(number, host) if number in HOMELESS else b""
+        code += r.set_guest(number, host) if load else b""
     else:
         code += r.set_guest(number, R9)
     return Recipe(i.len, PLAIN, op=Piece(code))

@@ -58,10 +58,12 @@ class StoredTrace(Struct):
     relocations: Annotated[int, u32]
     mark: Annotated[int, u32]
     marks: Annotated[int, u32]
+    swaps: Annotated[int, u32]
+    spare: Annotated[int, u32]
 
 
 ROW_BYTES = StoredTrace.size
-_ROW = struct.Struct("<Q14I")
+_ROW = struct.Struct("<Q16I")
 assert _ROW.size == ROW_BYTES
 
 
@@ -79,7 +81,7 @@ class Stored:
     def lines(self) -> int:
         """Lines of the page that any of the traces depends on."""
         union = 0
-        for (mask,) in struct.iter_unpack("<Q56x", self.rows):
+        for (mask,) in struct.iter_unpack("<Q64x", self.rows):
             union |= mask
         return union
 
@@ -88,7 +90,7 @@ class Stored:
         made = []
         for row in _ROW.iter_unpack(self.rows):
             (lines, offset, end, instructions, code, length, indirect, checked, local, reenter,
-             reenter_local, relocation, relocations, mark, marks) = row  # fmt: skip
+             reenter_local, relocation, relocations, mark, marks, swaps, _) = row  # fmt: skip
             pairs = array("i", self.relocations[relocation * 8 : (relocation + relocations) * 8])
             trace = Trace(
                 offset,
@@ -101,6 +103,7 @@ class Stored:
                 local=local,
                 reenter=reenter,
                 reenter_local=reenter_local,
+                swaps=swaps,
                 relocations=pairs,
                 start=code,
             )
@@ -132,6 +135,8 @@ def pack(traces: list[Trace]) -> bytes:
             len(trace.relocations) // 2,
             len(marks) // 4,
             len(trace.marks),
+            trace.swaps,
+            0,
         )
         relocations += trace.relocations.tobytes()
         flat = array("H")

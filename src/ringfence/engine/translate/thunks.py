@@ -12,7 +12,7 @@ code holds no absolute address. None but ``enter`` and ``leave`` touches vector 
 from __future__ import annotations
 
 from ringfence.cpu.state import EXIT, FAULT, OK, STATUS_FLAGS, XSAVE_BYTES
-from ringfence.engine.translate.block import GS_BIAS, gs
+from ringfence.engine.translate.block import EXIT_HOST_FAULT, GS_BIAS, gs
 
 HOST_OF_GUEST = {
     "rax": 0, "rcx": 1, "rdx": 2, "rbx": 3, "r11": 4, "rbp": 5, "rsi": 6, "rdi": 7, "r8": 8,
@@ -43,6 +43,9 @@ THUNKS = (
     "stack_miss",
 )
 """Names in the order of the block's ``thunks`` array."""
+
+THUNK = {name: gs("thunks", number) for number, name in enumerate(THUNKS)}
+"""Displacement from GS of each thunk's address."""
 
 assert XSAVE_BYTES <= 1024 and OK == 0
 
@@ -280,4 +283,3 @@ def assembly() -> str:
 # Offsets in ucontext_t on x86-64 Linux: uc_mcontext.gregs starts at 40.
 UCONTEXT_RIP = 40 + 16 * 8
 UCONTEXT_TRAPNO = 40 + 20 * 8
-EXIT_HOST_FAULT = 67

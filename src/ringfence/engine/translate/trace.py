@@ -26,14 +26,16 @@ from iced_x86 import DecoderError, FlowControl, Instruction
 
 from ringfence.cpu.state import RSP
 from ringfence.engine.translate import emit
-from ringfence.engine.translate.block import MODE_ENTERED, MODE_SLOW, MODE_TF, gs
+from ringfence.engine.translate.block import EXIT_EMULATE, MODE_ENTERED, MODE_SLOW, MODE_TF, gs
 from ringfence.engine.translate.emit import R9, R10
 from ringfence.engine.translate.recipe import (
     _SHIFTS,
     ABSOLUTE,
     CALL,
+    CANONICAL,
     EFFECT,
     ESCAPE,
+    HOMELESS,
     INDIRECT,
     JCC,
     JMP,
@@ -48,7 +50,7 @@ from ringfence.engine.translate.recipe import (
     Recipes,
     decoder,
 )
-from ringfence.engine.translate.thunks import THUNKS
+from ringfence.engine.translate.thunks import THUNK
 
 PAGE = 4096
 LIMIT = 48
@@ -56,13 +58,16 @@ LIMIT = 48
 SPAN = 512
 """Bytes that a group of accesses may cover; the more, the likelier is a page boundary in it."""
 SLOTS = 16
+WORTHWHILE = 4
+"""Accesses that swapping two registers must save, as it costs two loads and stores each way."""
+_NEVER_DISPLACED = 0x0E1F
+"""RAX, RCX, RDX, RBX and RSP, of which instructions make special use, and the homeless ones."""
 PEEK = 8
 """Instructions looked at to learn whether a jump's target reads flags."""
 
 # Relocations: what a word of the trace depends on besides its content.
 RELOC_VA32, RELOC_VA64, RELOC_ITLB, RELOC_PAGE = range(4)
 
-_THUNK = {name: gs("thunks", n) for n, name in enumerate(THUNKS)}
 _RIP = gs("rip")
 _ATTENTION = gs("attention")
 HOST, PARKED = range(2)
@@ -85,6 +90,8 @@ class Trace:
     local: int = 0
     reenter: int = 0
     reenter_local: int = 0
+    swaps: int = 0
+    """Registers arranged otherwise inside: a byte each, homeless register | displaced one << 4."""
     relocations: array[int] = field(default_factory=lambda: array("i"))
     """Pairs: position << 2 | RELOC_*, addend; addends of addresses count from the page's start."""
     marks: list[tuple[int, int, int]] = field(default_factory=list)
@@ -120,6 +127,12 @@ class Builder:
         self.entered = bool(mode & MODE_ENTERED)
         self.step = bool(mode & MODE_TF)
         self.high = not recipes.wide
+        self.swap_in = self.swap_out = b""
+        for homeless, displaced in recipes.swaps:
+            host = CANONICAL[displaced]
+            aside, own = gs("displaced", displaced), gs("gpr", homeless)
+            self.swap_in += emit.gs_store(host, aside) + emit.gs_load(host, own)
+            self.swap_out += emit.gs_store(host, own) + emit.gs_load(host, aside)
         self.miss_stubs: dict[tuple[bool, int], tuple[bytes, int]] = {}
         self.address = RELOC_VA32 if self.high else RELOC_VA64
 
@@ -185,6 +198,24 @@ class Builder:
 
     # --- building ---------------------------------------------------------------------------
 
+    def arrangement(self, items: list[Item]) -> tuple[Swap, ...]:
+        """Registers to be swapped in a trace: busy homeless ones for idle ones that have a home."""
+        if self.entered or self.step:
+            return ()
+        uses = [0] * 16
+        fixed = _NEVER_DISPLACED
+        for _, recipe, _ in items:
+            fixed |= recipe.fixed
+            for number in recipe.named:
+                uses[number] += 1
+        busy = sorted((n for n in HOMELESS if uses[n] >= WORTHWHILE), key=lambda n: -uses[n])
+        if not busy:
+            return ()
+        idle = sorted((n for n in range(16) if not fixed >> n & 1), key=lambda n: uses[n])
+        return tuple(
+            (b, i) for b, i in zip(busy, idle, strict=False) if uses[b] - uses[i] >= WORTHWHILE
+        )
+
     def build(self, items: list[Item], data: bytes, second: int = 0) -> Trace:
         """Build the trace of ``items``, decoded from the page ``data``.
 
@@ -198,6 +229,8 @@ class Builder:
         offset = items[0][0]
         end = items[-1][0] + items[-1][1].length
         trace = Trace(offset, end, bytearray(), instructions=len(items))
+        for n, (homeless, displaced) in enumerate(self.recipes.swaps):
+            trace.swaps |= (homeless | displaced << 4) << (8 * n)
         trace.lines = line_mask(offset, min(end, PAGE))
         if end > PAGE:
             trace.next_lines = line_mask(0, end - PAGE)
@@ -209,10 +242,11 @@ class Builder:
         key = (write, kind)
         made = self.miss_stubs.get(key)
         if made is None:
-            head = emit.tlb_recover(write, self.recipes.user)
+            head = emit.tlb_recover(write, self.recipes.user) + self.swap_out
             rip = emit.gs_store_imm(_RIP, 0) if self.high else emit.mov_imm64(R10, 0)
             tail = b"" if self.high else emit.gs_store(R10, _RIP)
-            tail += emit.mov_imm32(R10, kind) + emit.gs_call(_THUNK["miss"]) + b"\xe9\0\0\0\0"
+            tail += emit.mov_imm32(R10, kind) + emit.gs_call(THUNK["miss"])
+            tail += self.swap_in + b"\xe9\0\0\0\0"
             made = self.miss_stubs[key] = (
                 head + rip + tail,
                 len(head) + (9 if self.high else 2),
@@ -254,7 +288,10 @@ class _Work:
         self.second = second
         self.state = HOST
         self.misses: list[tuple[int, int, bool, int, int]] = []
-        self.links: list[tuple[int, int, bool, bool]] = []
+        self.links: list[tuple[int, int, bool, bool, bool]] = []
+        self.back_edges: list[int] = []
+        self.live_head = True
+        self.inside = 0
         self.escapes: list[tuple[int, int, Recipe]] = []
         self.groups: dict[int, _Group] = {}
         self.group_misses: list[tuple[int, int, _Group, int, Recipe, int]] = []
@@ -343,8 +380,11 @@ class _Work:
             if self.b.slow:
                 self.set_rip(start)
         else:
-            self.head(start, bool(after[-1]))
+            self.live_head = bool(after[-1])
+            self.head(start, self.live_head)
             self.share(items)
+            self.out += self.b.swap_in
+            self.inside = len(self.out)
         groups = self.groups
         out = self.out
         place = self.place
@@ -481,17 +521,18 @@ class _Work:
             self.aim(position)
             shared = recipe.shared
             assert shared is not None
-            self.set_rip(offset)
             self.place(shared.address, offset, value)
-            thunk = _THUNK["stack_miss" if group.base == RSP else "miss"]
-            out += emit.mov_imm32(R10, shared.kind) + emit.gs_call(thunk)
+            out += self.b.swap_out
+            self.set_rip(offset)
+            thunk = THUNK["stack_miss" if group.base == RSP else "miss"]
+            out += emit.mov_imm32(R10, shared.kind) + emit.gs_call(thunk) + self.b.swap_in
             self.group_address(group)
             self.group_check(group)
             jump = len(out) - 4
             out += b"\xe9\0\0\0\0"
             self.aim(len(out) - 4, back)
             self.aim(jump)
-            out += emit.gs_jump(_THUNK["careful"])
+            out += self.b.swap_out + emit.gs_jump(THUNK["careful"])
 
     def plain(self, offset: int, recipe: Recipe, value: int, live_after: int) -> None:
         """An ordinary instruction's own part."""
@@ -555,15 +596,16 @@ class _Work:
 
     def effect(self, offset: int, recipe: Recipe) -> None:
         """Leave the trace for the effect library."""
+        self.out += self.b.swap_out
         self.set_rip(offset)
         if recipe.effect == "emulate":
             self.out += emit.gs_store_imm(gs("exit_reason"), EXIT_EMULATE)
-            self.out += emit.gs_jump(_THUNK["emulate"])
+            self.out += emit.gs_jump(THUNK["emulate"])
             return
         number = self.b.effects[recipe.effect]
         self.out += emit.mov_imm32(R10, number | recipe.length << 16)
         thunk = "effect_vector" if recipe.effect in ("fx_xsave", "fx_xrstor") else "effect"
-        self.out += emit.gs_jump(_THUNK[thunk])
+        self.out += emit.gs_jump(THUNK[thunk])
 
     def sti(self, live_after: int) -> None:
         """Set IF; the trace ends behind the next instruction, where interrupts are seen."""
@@ -582,38 +624,64 @@ class _Work:
             self.load_address(R9, target)
             self.out += emit.indirect_jump(self.b.recipes.user)
             return
+        if self.loops(target):
+            self.out += b"\xe9\0\0\0\0"
+            self.back_edges.append(len(self.out) - 4)
+            return
+        self.out += self.b.swap_out
         within = 0 <= target < PAGE
         if self.state == PARKED or not within:
             if live:
                 self.park()
             within = False
         self.out += b"\xe9\0\0\0\0"
-        self.links.append((len(self.out) - 4, target, within, False))
+        self.links.append((len(self.out) - 4, target, within, False, False))
 
     def leave_indirect(self) -> None:
         """End of the trace: go on at the guest address in R9."""
         if self.state == HOST:
             self.out += emit.park(R10)
             self.state = PARKED
+        self.out += self.b.swap_out
         if self.b.step:
             self.out += emit.gs_store(R9, _RIP) + emit.mov_imm32(R10, self.b.effects["fx_step"])
-            self.out += emit.gs_jump(_THUNK["effect"])
+            self.out += emit.gs_jump(THUNK["effect"])
         else:
             self.out += emit.indirect_jump(self.b.recipes.user)
+
+    def loops(self, target: int) -> bool:
+        """Whether a jump leads to the trace's own start with its registers arranged already."""
+        return bool(self.b.swap_in) and target == self.trace.offset and not self.live_head
 
     def conditional(self, target: int, recipe: Recipe) -> None:
         """A conditional jump out of the trace; not taken goes on inside."""
         self.out += bytes((0x0F, recipe.condition)) + b"\0\0\0\0"
+        if self.loops(target):
+            self.back_edges.append(len(self.out) - 4)
+            return
         within = 0 <= target < PAGE and not self.b.slow
-        self.links.append((len(self.out) - 4, target, within, not within))
+        self.links.append((len(self.out) - 4, target, within, not within, True))
 
     def counted(self, target: int, recipe: Recipe) -> None:
         """JRCXZ and LOOP have 8-bit displacements only: they jump over a jump."""
         within = 0 <= target < PAGE and self.state == HOST and not self.b.slow
-        park = b"" if within or self.state == PARKED else emit.PARK
+        park = self.b.swap_out
+        park += b"" if within or self.state == PARKED else emit.PARK
         self.out += recipe.op.code + b"\x02" + b"\xeb" + bytes((len(park) + 5,))
         self.out += park + b"\xe9\0\0\0\0"
-        self.links.append((len(self.out) - 4, target, within, False))
+        self.links.append((len(self.out) - 4, target, within, False, False))
+
+    def loop_stub(self, start: int) -> None:
+        """Where the trace's jumps to its own start go: in again, unless attention is wanted."""
+        out = self.out
+        for position in self.back_edges:
+            self.aim(position)
+        out += emit.gs_compare_byte(_ATTENTION, 0) + b"\x0f\x84\0\0\0\0"
+        self.aim(len(out) - 4, self.inside)
+        out += self.b.swap_out
+        self.set_rip(start)
+        out += emit.gs_call(THUNK["attention"]) + self.b.swap_in + b"\xe9\0\0\0\0"
+        self.aim(len(out) - 4, self.inside)
 
     # --- what is rarely executed -----------------------------------------------------------------
 
@@ -643,11 +711,11 @@ class _Work:
                 out += recipe.operands
                 self.effect(offset, recipe)
             self.aim(position, stub)
-        for position, target, within, park in self.links:
+        for position, target, within, park, conditional in self.links:
             self.aim(position)
             site = position
-            if park:
-                out += emit.PARK + b"\xe9\0\0\0\0"
+            if park or (conditional and self.b.swap_out):
+                out += self.b.swap_out + (emit.PARK if park else b"") + b"\xe9\0\0\0\0"
                 site = len(out) - 4
                 self.aim(site)
             if self.b.slow:
@@ -659,11 +727,13 @@ class _Work:
                 if within:
                     out += emit.PARK
                 out += emit.mov_imm32(R10, self.b.effects["fx_step"])
-                out += emit.gs_jump(_THUNK["effect"])
+                out += emit.gs_jump(THUNK["effect"])
                 continue
             out += b"\x4c\x8d\x15\0\0\0\0"  # lea r10, [rip + site]
             self.aim(len(out) - 4, site)
-            out += emit.gs_jump(_THUNK["link_local" if within else "link_page"])
+            out += emit.gs_jump(THUNK["link_local" if within else "link_page"])
+        if self.back_edges:
+            self.loop_stub(start)
         if self.b.entered:
             return
         trace.reenter_local = len(out)
@@ -673,15 +743,12 @@ class _Work:
             self.aim(position)
         self.set_rip(start)
         if self.second:
-            out += emit.mov_imm32(R10, self.second) + emit.gs_jump(_THUNK["straddle"])
+            out += emit.mov_imm32(R10, self.second) + emit.gs_jump(THUNK["straddle"])
         else:
-            out += emit.gs_jump(_THUNK["lookup"])
+            out += emit.gs_jump(THUNK["lookup"])
         self.aim(self.wrong_address)
-        out += emit.gs_jump(_THUNK["indirect_miss"])
+        out += emit.gs_jump(THUNK["indirect_miss"])
         self.aim(self.attention)
         self.set_rip(start)
-        out += emit.gs_call(_THUNK["attention"]) + b"\xe9\0\0\0\0"
+        out += emit.gs_call(THUNK["attention"]) + b"\xe9\0\0\0\0"
         self.aim(len(out) - 4, self.body)
-
-
-EXIT_EMULATE = 71

@@ -22,15 +22,14 @@ from ringfence.engine.translate.block import (
     MODE_CPL,
     MODE_ENTERED,
     MODE_SLOW,
-    Vcpu,
     gs,
 )
 from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.emit import gs_jump
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
-from ringfence.engine.translate.recipe import Recipes
+from ringfence.engine.translate.recipe import Recipes, Swap
 from ringfence.engine.translate.store import Stored, TranslationStore
-from ringfence.engine.translate.thunks import THUNKS
+from ringfence.engine.translate.thunks import THUNK
 from ringfence.engine.translate.trace import PAGE, Builder, Trace
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class Translator:
         self._walk = library.function("walk", 3)
         self._jump_forget = library.function("jump_forget", 1)
         self._flush_all = library.function("tlb_flush_all", 1)
-        self.builders: dict[tuple[int, bool], Builder] = {}
+        self.builders: dict[tuple[int, bool, tuple[Swap, ...]], Builder] = {}
         self.pages: dict[tuple[int, int, int], CodePage] = {}
         self.by_index: dict[int, list[CodePage]] = defaultdict(list)
         self.starts: list[int] = []
@@ -107,17 +106,17 @@ class Translator:
         self.instructions = self.blocks = self.bytes = 0
         self.recalled = self.invalidated = self.full_flushes = 0
 
-    def builder(self, mode: int, wide: bool) -> Builder:
-        """The trace builder for a mode."""
-        key = (mode, wide)
+    def builder(self, mode: int, wide: bool, swaps: tuple[Swap, ...] = ()) -> Builder:
+        """The trace builder for a mode and an arrangement of registers."""
+        key = (mode, wide, swaps)
         made = self.builders.get(key)
         if made is None:
-            normal = self.builders.get((mode & ~MODE_CAREFUL, wide))
+            normal = self.builders.get((mode & ~MODE_CAREFUL, wide, ()))
             if mode & MODE_CAREFUL and normal is not None:
                 recipes = normal.recipes
             else:
                 plain = mode & ~MODE_CAREFUL
-                recipes = Recipes(plain, bool(mode & MODE_SLOW), wide, self.offers)
+                recipes = Recipes(plain, bool(mode & MODE_SLOW), wide, self.offers, swaps)
             made = self.builders[key] = Builder(recipes, mode, EFFECT_NUMBERS)
         return made
 
@@ -159,6 +158,10 @@ class Translator:
             if second is None:
                 return False
             data += self.data(second.index)
+            items = builder.decode(data, offset)
+        swaps = builder.arrangement(items)
+        if swaps:
+            builder = self.builder(mode, wide, swaps)
             items = builder.decode(data, offset)
         trace = builder.build(items, data, second.number if second else 0)
         if not self.install(page, trace):
@@ -317,8 +320,8 @@ class Translator:
         linear = (page.linear - PAGE) & ((1 << 64) - 1)
         return [p for p in self.pages.values() if p.linear == linear and p.mode == page.mode]
 
-    def locate(self, host: int) -> tuple[int, bool] | None:
-        """Guest RIP, and whether flags are parked, for an address in the code cache."""
+    def locate(self, host: int) -> tuple[int, bool, int] | None:
+        """Guest RIP, whether flags are parked, and ``Trace.swaps``, for a code cache address."""
         n = bisect_right(self.starts, host) - 1
         if n < 0:
             return None
@@ -332,7 +335,8 @@ class Translator:
         if at < 0 or position >= len(trace.code):
             return None
         _, offset, parked = trace.marks[at]
-        return (placed.page.linear + offset) & ((1 << 64) - 1), bool(parked)
+        rip = (placed.page.linear + offset) & ((1 << 64) - 1)
+        return rip, bool(parked), trace.swaps
 
     def flush(self) -> None:
         """Drop all translations."""
@@ -377,5 +381,4 @@ def _address(data: bytes) -> int:
 
 
 _ITLB_USER, _ITLB_KERNEL = gs("itlb_user") & (1 << 64) - 1, gs("itlb_kernel") & (1 << 64) - 1
-_INDIRECT_MISS = gs_jump(gs("thunks", THUNKS.index("indirect_miss")))
-assert Vcpu.size > 0
+_INDIRECT_MISS = gs_jump(THUNK["indirect_miss"])
