@@ -413,7 +413,7 @@ class Maker:
             case.flags |= 0x400
         features = [FEATURE[f] for f in i.cpuid_features()]
         x87 = any(f.startswith(("FPU", "MMX")) for f in features) or name.startswith("F")
-        if (features and not features == ["INTEL8086"]) or x87:
+        if x87 or features != ["INTEL8086"]:
             case.vector = random_vector(self.random, x87)
         self.fixed: set[int] = {4}
         size = MemorySizeExt.size(i.memory_size) if memory else 0

@@ -56,12 +56,16 @@ DATA_AT, CODE_AT = 0x100000, 0x200000
 HIGH = 0xFFFFFFFF80000000
 """Linear address of guest-physical 0, for supervisors."""
 HIGH_CODE = HIGH + CODE_AT
+HIGH_DATA = DATA - CODE + HIGH_CODE
+"""The data as RIP-relative operands of the alias reach it: outside the top 2 GiB."""
 END_PORT, FAULT_PORT = 0xF4, 0xF5
 END_GUEST = bytes((0xE6, END_PORT)) + b"\x9f\x0f\x90\xc0\xf4"
 """OUT; what follows is never executed but reads all status flags, so that they count as live."""
 assert len(END_GUEST) == END_BYTES
 CODE0, DATA0, DATA3, CODE3 = 0x08, 0x10, 0x18 | 3, 0x20 | 3
 P, W, U, G, NX, LARGE, ACCESSED, DIRTY = 1, 2, 4, 0x100, 1 << 63, 0x80, 0x20, 0x40
+STEP, INTERRUPT = 1, 0x40
+"""Vectors whose handlers just return."""
 ERROR_CODES = (8, 10, 11, 12, 13, 14, 17)
 TIMEOUT = 5.0
 
@@ -86,6 +90,7 @@ class Board:
         self.engine: TranslateEngine
         self.last = -1
         self.pending: list[int] = []
+        self.taken_at = 0
         self.mmio: dict[int, int] = {}
         self.mmio_writes: list[tuple[int, int, int]] = []
 
@@ -125,8 +130,14 @@ class Board:
         return bool(self.pending)
 
     def acknowledge(self, cpu: int) -> int:
-        """Take the queued vector."""
-        return self.pending.pop(0)
+        """Take the queued vector; not twice at one place, or nothing else would ever run."""
+        view = self.engine.view
+        if view.rip == self.taken_at:
+            self.taken_at = 0
+            view.interrupt_shadow = 1
+            return -1
+        self.taken_at = view.rip
+        return self.pending.pop()
 
     def read_cr8(self, cpu: int) -> int:
         """The task priority is always 0."""
@@ -195,6 +206,7 @@ class Guest:
             bits = {RW: P | W | U, RO: P | U}.get(kind, 0)
             for base in (DATA, ALIAS):
                 self.map(base + n * PAGE, DATA_AT + n * PAGE, bits | NX if bits else 0)
+                self.map(HIGH_DATA + n * PAGE, DATA_AT + n * PAGE, bits & ~U | NX if bits else 0)
         for n in range(CODE_PAGES):
             self.map(CODE + n * PAGE, CODE_AT + n * PAGE, P | W | U)
         for n in range(RAM >> 21):
@@ -212,6 +224,8 @@ class Guest:
             self.memory.write(
                 HANDLERS + 16 * vector, bytes((0xE6, FAULT_PORT, 0xEB, 0xFC))
             )
+        for vector in (STEP, INTERRUPT):
+            self.memory.write(HANDLERS + 16 * vector, b"\x48\xcf")  # iretq
         tss = bytearray(104)
         for at in (4, 0x24):  # RSP0, IST1
             struct.pack_into("<Q", tss, at, HIGH + STACK_TOP)
@@ -289,12 +303,24 @@ class Guest:
             assert status == 0
 
     def run(
-        self, case: Case, cpl: int = 3, *, rewrite: bool = False, high: bool = False
+        self,
+        case: Case,
+        cpl: int = 3,
+        *,
+        rewrite: bool = False,
+        high: bool = False,
+        interrupts: int = 0,
+        step: bool = False,
+        demand: bool = False,
+        slow: bool = False,
     ) -> Outcome:
         """Run one case.
 
         ``rewrite``: the place may hold translated code. ``high``: run the snippet's alias in the
-        top 2 GiB (CPL 0), where code addresses fit 32 bits.
+        top 2 GiB (CPL 0), where code addresses fit 32 bits. ``interrupts``: so many interrupts
+        are pending, to be taken wherever they can. ``step``: with TF set, #DB's handler just
+        returns. ``demand``: data pages are mapped when they fault. ``slow``: the data pages
+        count as translated code, so that writes take the slow path.
         """
         view = self.view
         self.data[:] = PATTERN
@@ -318,17 +344,71 @@ class Guest:
         view.status = case.flags & STATUS_FLAGS
         view.flag_df = case.flags >> 10 & 1
         view.flag_if = case.flags >> 9 & 1
-        view.other_flags = 0x3000 | case.flags & state.OTHER_FLAGS
+        view.other_flags = 0x3000 | case.flags & state.OTHER_FLAGS | (state.FLAG_TF if step else 0)
         view.seg_base[state.FS] = case.fs_base
         view.seg_base[state.GS] = case.gs_base
         self.engine._mode_changed(self.block)
         rip = case.address - CODE + HIGH_CODE if high else case.address
         self.engine.set_registers({"rip": rip})
+        self.board.pending[:] = [INTERRUPT] * interrupts
+        self.board.taken_at = 0
+        if interrupts:
+            view.irq_request = view.attention = 1
+        if slow:
+            for n in range(len(PAGES)):
+                at = view.code_lines + ((DATA_AT >> 12) + n) * 8
+                ctypes.c_uint64.from_address(at).value = 0xFFFFFFFFFFFFFFFF
+            self.flush()
+        missing = self._unmap() if demand else {}
+        self._go()
+        while missing and self.board.last == FAULT_PORT:
+            if not self._fetch(missing):
+                break
+            self._go()
+        outcome = self._outcome(case, start, high)
+        self.board.pending.clear()
+        view.irq_request = 0
+        if slow:
+            for n in range(len(PAGES)):
+                at = view.code_lines + ((DATA_AT >> 12) + n) * 8
+                ctypes.c_uint64.from_address(at).value = 0
+            self.flush()
+        for page, entry in missing.items():
+            self.map(page, entry & ~0xFFF, entry & 0xFFF)
+        if missing:
+            self.flush()
+        return outcome
+
+    def _go(self) -> None:
+        """Run until the snippet or a handler says so."""
         self.board.last = -1
         self.deadline = time.monotonic() + TIMEOUT
         self.engine.run()
         self.deadline = 0.0
-        return self._outcome(case, start, high)
+
+    def _unmap(self) -> dict[int, int]:
+        """Take the present data pages away; what their entries were."""
+        taken = {}
+        for n, kind in enumerate(PAGES):
+            for base in (DATA, ALIAS):
+                if kind == RW:
+                    taken[base + n * PAGE] = self.entry(base + n * PAGE)
+                    self.map(base + n * PAGE, 0, 0)
+        self.flush()
+        return taken
+
+    def _fetch(self, missing: dict[int, int]) -> bool:
+        """Map the page that faulted and return from the exception, as an operating system does."""
+        view = self.view
+        vector = (view.rip - HIGH - HANDLERS) >> 4
+        entry = missing.pop(view.cr2 & ~0xFFF, None)
+        if vector != state.PF or entry is None:
+            return False
+        self.map(view.cr2 & ~0xFFF, entry & ~0xFFF, entry & 0xFFF)
+        self.flush()
+        self.memory.write(HANDLERS + 0xFF0, b"\x48\x83\xc4\x08\x48\xcf")  # add rsp, 8; iretq
+        self.engine.set_registers({"rip": HIGH + HANDLERS + 0xFF0})
+        return True
 
     def _outcome(self, case: Case, start: bytes, high: bool) -> Outcome:
         view = self.view

@@ -230,6 +230,8 @@ class Runner:
             for base in (DATA, ALIAS):
                 if libc.mprotect(base + n * PAGE, PAGE, protection):
                     raise OSError("mprotect")
+                if kind != HOLE:
+                    ctypes.string_at(base + n * PAGE, 1)  # so that the host has it present, too
         text, capture, handler = program()
         ctypes.memmove(CONTROL + _PROGRAM, text, len(text))
         self.poke(_CAPTURE, CONTROL + _PROGRAM + capture)
