@@ -236,6 +236,7 @@ class TranslateEngine:
     def registers(self) -> dict[str, int]:
         """See ``Engine``."""
         view = self.view
+        view.cr8 = self.board.read_cr8(0)
         values = {name: view.gpr[n] for n, name in enumerate(state.GPR_NAMES)}
         values["rip"] = view.rip
         values["rflags"] = (
@@ -288,6 +289,7 @@ class TranslateEngine:
 
     def crash_dump(self) -> str:
         """See ``Engine``."""
+        self.view.cr8 = self.board.read_cr8(0)
         return (self._crash + "\n" if self._crash else "") + dump(self.view)
 
     def stats(self) -> dict[str, Any]:
@@ -470,11 +472,13 @@ class TranslateEngine:
                     return None
                 self.board.port_write(port, size, view.value & (1 << 8 * size) - 1)
             else:
-                # Probe for write before the device gives up its data.
-                value = self.board.port_read(port, size)
-                if self._linear_write(self.block, address, size, value, user):
+                # Ask whether the write is allowed before the device gives up its data.
+                ends = (address, (address + size - 1) & MASK64)
+                if any(self._walk(self.block, at, user << 2 | state.PF_WRITE) for at in ends):
                     view.jump_target = self._deliver
                     return None
+                value = self.board.port_read(port, size)
+                self._linear_write(self.block, address, size, value, user)
             view.gpr[index] = (address + step) & mask
             left -= 1
             if repeat:

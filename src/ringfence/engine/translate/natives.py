@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def version(model: bytes) -> str:
     return hashlib.blake2b(repr(parts).encode() + model, digest_size=16).hexdigest()
 
 
+@functools.cache
 def load(cache: Path | None) -> Library:
-    """Compile the library, or take its object code from the cache folder."""
+    """Compile the library, or take its object code from the cache folder.
+
+    Once a process: the code has no state of its own, and the signal handler in it must never go.
+    """
     return Library([*_ROOTS, *EFFECTS.values()], _MODULES, cache, thunks.assembly())

@@ -1,7 +1,7 @@
 """Host signals that guest code may cause: SIGSEGV, SIGBUS, SIGFPE, SIGILL.
 
 The handler is a thunk. If the fault is inside the code cache it sends the thread to the thunk that
-leaves guest code; anywhere else the fault is the host's own, and the previous handler gets it.
+leaves guest code; anywhere else the fault is the host's own, and the process ends with SIGILL.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import signal
 
 _SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-_SA_SIGINFO, _SA_ONSTACK, _SA_NODEFER = 4, 0x08000000, 0x40000000
+_SA_SIGINFO = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 _installed: set[int] = set()
 

@@ -48,6 +48,7 @@ from ringfence.engine.translate.recipe import (
     Piece,
     Recipe,
     Recipes,
+    Swap,
     decoder,
 )
 from ringfence.engine.translate.thunks import THUNK

@@ -102,6 +102,8 @@ class Translator:
         self.placed: list[Placed] = []
         self.store = store
         self.next_number = 1
+        self.rows_used = 0
+        """Rows of the trace table in use, at most; removed traces keep theirs until a flush."""
         self.last_entry = 0
         self.instructions = self.blocks = self.bytes = 0
         self.recalled = self.invalidated = self.full_flushes = 0
@@ -142,7 +144,8 @@ class Translator:
 
         False where fetching its last bytes faulted: then an exception is pending.
         """
-        if self.next_number > 60000 or not self.cache.room(1 << 20):
+        full = self.rows_used > self.view.trace_rows * 3 // 4 or self.next_number > 60000
+        if full or not self.cache.room(1 << 20):
             self.flush()
         page = self.page(rip & PAGE_MASK, physical & PAGE_MASK, mode)
         offset = rip & (PAGE - 1)
@@ -186,7 +189,7 @@ class Translator:
         page.data = data
         page.key = self.store.key(data, page.mode, wide)
         stored = self.store.load(page.key)
-        if stored is None:
+        if stored is None or not self.cache.room(len(stored.code)):
             return False
         start = self.cache.add(stored.code)
         itlb = _ITLB_USER if page.mode & MODE_CPL == 3 else _ITLB_KERNEL
@@ -211,6 +214,7 @@ class Translator:
             for at, trace in page.traces.items():
                 self.redirect(page, at, trace)
         self.recalled += stored.count
+        self.rows_used += stored.count
         self.last_entry = entry
         return bool(entry)
 
@@ -267,6 +271,7 @@ class Translator:
             self.redirect(page, offset, trace)
         self.instructions += trace.instructions
         self.blocks += 1
+        self.rows_used += 1
         self.bytes += len(trace.code)
         return True
 
@@ -351,6 +356,7 @@ class Translator:
         self.starts.clear()
         self.placed.clear()
         self.next_number = 1
+        self.rows_used = 0
         self.cache.reset()
         self._jump_forget(self.block)
         self._flush_all(self.block)
