@@ -64,7 +64,7 @@ LIKE_HOST: dict[str, tuple[str, dict[str, Any]]] = {
     "divide by zero": ("31c9 f7f1", {}),
     "quotient too large": ("ba05000000 f7f1", {"gpr": registers(rcx=2)}),
     "divide memory, extended register": ("49f731", {"gpr": registers(r9=DATA, rdx=1 << 62)}),
-    "idiv of the most negative": ("48f7f9", {"gpr": registers(rax=1 << 63, rdx=1 << 63, rcx=~0 & 7)}),
+    "idiv of too much": ("48f7f9", {"gpr": registers(rax=1 << 63, rdx=1 << 63, rcx=7)}),
     "ud2": ("90 0f0b", {}),
     "ud2 after flags": ("39c0 0f0b", {}),
     "lock on a register": ("f0 01c8", {}),
