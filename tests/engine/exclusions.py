@@ -7,11 +7,11 @@ that 64-bit mode knows, that the virtual CPU offers and that the host has is com
 from __future__ import annotations
 
 SYSTEM = "runs at CPL 0, or its result belongs to the virtual CPU: see tests/cpu"
-CONTROL = "leaves the snippet by design: see test_exceptions"
+CONTROL = "leaves the snippet by design: see test_exceptions and tests/cpu"
 VIRTUAL = "gives what the virtual CPU shows, not the host"
 RANDOM = "gives something else each time"
 POINTERS = "stores x87 instruction pointers, which are host addresses under translation"
-AREA = "needs a prepared memory area: see test_areas"
+AREA = "needs a prepared memory area (not compared yet)"
 HINT = "reserved for future hints: each processor knows others of them"
 SHORT_BRANCH = "with an operand-size prefix AMD truncates RIP to 16 bits, Intel ignores the prefix"
 
