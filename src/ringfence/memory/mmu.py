@@ -78,8 +78,9 @@ class Mmu(Walker):
     """Indexes of ``itlb_kernel`` that hold non-global pages; 256 means there may be more."""
     code_filled_count: Annotated[int, u64]
     large_user: Annotated[int, u8]
-    """Whether a user-half large page was entered since the last flush."""
+    """Bit 0: a user-half large page was entered since the last flush; bit 1: a global one."""
     large_kernel: Annotated[int, u8]
+    """Whether a large page of the other half was entered since the last flush of everything."""
     code_lines: Annotated[int, u64]
     """Host address of one 64-bit mask per RAM page: the 64-byte lines that hold translated code."""
     dirty_code: Annotated[Array, u64, 64]
@@ -94,7 +95,8 @@ class Mmu(Walker):
     string_value: Annotated[int, u64]
     """Element that the VMM read from a device for an interrupted string instruction."""
     string_ready: Annotated[int, u8]
-    """Bit 0: ``string_value`` is there; bit 1: the VMM has written the element."""
+    """Bit 0: ``string_value`` is there; bit 1: the VMM has written the element. Non-zero only while
+    the VMM carries out the present element."""
 
 
 @native_inline
@@ -150,7 +152,7 @@ def tlb_flush_nonglobal(mmu: Mmu) -> int:
             mmu.tlb[index * 8 + 1] = never
     mmu.filled_user_count = 0
     mmu.filled_kernel_count = 0
-    mmu.large_user = 0
+    mmu.large_user = mmu.large_user & 2
     flush_code_nonglobal(mmu)
     return 0
 
@@ -168,7 +170,7 @@ def flush_nonglobal_scan(mmu: Mmu) -> int:
             mmu.tlb[index * 8 + 1] = never
     mmu.filled_user_count = 0
     mmu.filled_kernel_count = 0
-    mmu.large_user = 0
+    mmu.large_user = mmu.large_user & 2
     flush_code_nonglobal(mmu)
     return 0
 
@@ -241,6 +243,17 @@ def tlb_protect_page(mmu: Mmu, host_page: int) -> int:
     return 0
 
 
+@native_inline
+def note_large(mmu: Mmu, address: int) -> int:
+    """Remember that the page just walked to is a large one, so that INVLPG drops all of it."""
+    if mmu.walk_shift > 12:
+        if address >> 63:
+            mmu.large_kernel = 1
+        else:
+            mmu.large_user = mmu.large_user | (3 if mmu.walk_global else 1)
+    return 0
+
+
 @native
 def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
     """Walk the page tables and enter the page; OK, FAULT or NOT_RAM.
@@ -280,11 +293,7 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
         if not mmu.walk_global and mmu.filled_kernel_count < 1024:
             mmu.filled_kernel[mmu.filled_kernel_count] = index
             mmu.filled_kernel_count += 1
-    if mmu.walk_shift > 12:
-        if address >> 63:
-            mmu.large_kernel = 1
-        else:
-            mmu.large_user = 1
+    note_large(mmu, address)
     return OK
 
 

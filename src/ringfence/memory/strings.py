@@ -106,7 +106,6 @@ def read_element(mmu: Mmu, address: int, size: int, user: int) -> int:
         if mmu.status_word == FAULT:
             return FAULT
         if mmu.string_ready & 1:
-            mmu.string_ready = mmu.string_ready & 2
             mmu.value = mmu.string_value
             return OK
         return outside(mmu, address, size, 0)
@@ -125,7 +124,6 @@ def write_element(mmu: Mmu, address: int, size: int, value: int, user: int) -> i
         if mmu.status_word == FAULT:
             return FAULT
         if mmu.string_ready & 2:
-            mmu.string_ready = 0
             return OK
         mmu.exit_data[3] = value
         return outside(mmu, address, size, 1)
@@ -229,6 +227,9 @@ def fx_string(mmu: Mmu) -> int:
         else:
             done = 1
             status = element(mmu, kind, size, source, target, user)
+            if status == EXIT:
+                return EXIT
+            mmu.string_ready = 0
             if status != OK:
                 return status
             if kind == MOVS or kind == LODS or kind == CMPS:

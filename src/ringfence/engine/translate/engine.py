@@ -13,13 +13,13 @@ import gc
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu import cpuid, reset, state
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
-from ringfence.engine import EngineConfig, StopReason
+from ringfence.engine import EngineConfig, MsrDevice, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, dispatch, natives, signals
@@ -76,6 +76,7 @@ class TranslateEngine:
         self._linear_read = library.function("linear_read", 4)
         self._linear_write = library.function("linear_write", 5)
         self._walk = library.function("walk", 3)
+        self._string = library.function("fx_string", 1)
         for number, name in enumerate(THUNKS):
             view.thunks[number] = library.address(f"rf_{name}")
         for name, number in natives.EFFECT_NUMBERS.items():
@@ -92,7 +93,9 @@ class TranslateEngine:
         view.page_table = self._allocate(PAGE_ROWS * dispatch.ROW_BYTES)
         view.page_rows = PAGE_ROWS
         self._init_host_state()
-        rows = cpuid.build_cpuid(cpuid.host_cpuid, cpu_index=0, cpus=config.cpus)
+        rows = cpuid.build_cpuid(
+            cpuid.host_cpuid, cpu_index=0, cpus=config.cpus, paravirtual=config.paravirtual
+        )
         packed = cpuid.pack(rows)
         view.cpuid_table = self._allocate(len(packed))
         ctypes.memmove(view.cpuid_table, packed, len(packed))
@@ -114,6 +117,7 @@ class TranslateEngine:
         self._wake = threading.Event()
         board.set_wake(0, self._woken)
         self._stop = self._pause = False
+        self._msrs: dict[int, MsrDevice] = {}
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
         self._guest_ns = self._vmm_ns = self._idle_ns = self._translation_ns = 0
@@ -177,6 +181,10 @@ class TranslateEngine:
         self.library.function("tlb_flush_all", 1)(self.block)
         self._mode_changed(self.block)
         view.jump_target = self._find
+
+    def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
+        """See ``Engine``."""
+        self._msrs.update((index, device) for index in indexes)
 
     def run(self) -> StopReason:
         """Run until the machine ends, or the owner wants the CPU."""
@@ -362,7 +370,8 @@ class TranslateEngine:
         mode = view.exit_data[1]
         if not self.translator.translate(view.rip, view.exit_data[0], mode):
             view.jump_target = self._deliver
-        elif mode & MODE_ENTERED:
+            return self._stopped()
+        if mode & MODE_ENTERED:
             view.jump_target = self.translator.last_entry
         else:
             view.jump_target = self._find
@@ -530,6 +539,18 @@ class TranslateEngine:
         return self._stopped()
 
     def _on_mmio_string(self) -> StopReason | None:
+        """An element in a device: carried to its end before the guest or an interrupt goes on."""
+        view = self.view
+        while True:
+            self._string_access()
+            status = self._string(self.block)
+            if status != state.EXIT or not view.string_ready:
+                break
+        view.jump_target = self._deliver if status == state.FAULT else self._find
+        return self._stopped()
+
+    def _string_access(self) -> None:
+        """One half of an element: from the device, or to it."""
         began = time.perf_counter_ns()
         view = self.view
         address, size, write, value = (view.exit_data[n] for n in range(4))
@@ -544,15 +565,14 @@ class TranslateEngine:
             view.string_value = self.board.mmio_read(address, size)
             view.string_ready |= 1
             self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
-        view.jump_target = self._find
-        return self._stopped()
 
     def _on_msr_read(self) -> StopReason | None:
         began = time.perf_counter_ns()
         view = self.view
         index = view.exit_data[0]
         try:
-            value = self.board.msr_read(0, index)
+            device = self._msrs.get(index)
+            value = device.msr_read(index) if device else self.board.msr_read(0, index)
         except GeneralProtection:
             self._raise(state.GP)
             return None
@@ -567,7 +587,11 @@ class TranslateEngine:
         view = self.view
         index, value = view.exit_data[0], view.exit_data[1]
         try:
-            self.board.msr_write(0, index, value)
+            device = self._msrs.get(index)
+            if device:
+                device.msr_write(index, value)
+            else:
+                self.board.msr_write(0, index, value)
         except GeneralProtection:
             self._raise(state.GP)
             return None
@@ -601,7 +625,7 @@ class TranslateEngine:
     def _on_fetch_outside(self) -> StopReason | None:
         """Code outside RAM reads as all ones, which is an invalid opcode."""
         self._raise(state.UD)
-        return None
+        return self._stopped()
 
     def _on_emulate(self) -> StopReason | None:
         """An instruction that is carried out here, element by element (see ``emulate``)."""
