@@ -55,6 +55,7 @@ from ringfence.memory.mmu import (
     TLB_ENTRIES,
     host_page,
     note_code_write,
+    note_large,
     tlb_fill,
     tlb_flush_all,
 )
@@ -218,6 +219,7 @@ def find_code(vcpu: Vcpu, mode: int) -> int:
         vcpu.exit_reason = EXIT_FETCH_OUTSIDE
         vcpu.exit_data[0] = physical
         return EXIT
+    note_large(vcpu, address)
     number = page_find(vcpu, (address & PAGE_MASK) | mode, physical & PAGE_MASK)
     if number and not mode & MODE_ENTERED:
         code = (address >> 12) & (ITLB_ENTRIES - 1)
@@ -352,7 +354,8 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     vcpu.slow_address = address
     vcpu.slow_kind = kind
     vcpu.slow_is_mmio = 0
-    vcpu.slow_pointer = address_of(vcpu.bounce[0])
+    # As far from a 64-byte boundary as the operand is, for instructions that want it aligned.
+    vcpu.slow_pointer = address_of(vcpu.bounce[0]) + (address & 63)
     offset = address & OFFSET_MASK
     first = size
     if offset + size > 4096:

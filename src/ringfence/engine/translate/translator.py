@@ -145,7 +145,7 @@ class Translator:
         False where fetching its last bytes faulted: then an exception is pending.
         """
         full = self.rows_used > self.view.trace_rows * 3 // 4 or self.next_number > 60000
-        if full or not self.cache.room(1 << 20):
+        if full or not self.cache.room(2 << 20):
             self.flush()
         page = self.page(rip & PAGE_MASK, physical & PAGE_MASK, mode)
         offset = rip & (PAGE - 1)
@@ -189,7 +189,7 @@ class Translator:
         page.data = data
         page.key = self.store.key(data, page.mode, wide)
         stored = self.store.load(page.key)
-        if stored is None or not self.cache.room(len(stored.code)):
+        if stored is None or not self.cache.room(len(stored.code) + (1 << 20)):
             return False
         start = self.cache.add(stored.code)
         itlb = _ITLB_USER if page.mode & MODE_CPL == 3 else _ITLB_KERNEL
