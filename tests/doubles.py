@@ -50,6 +50,9 @@ class ScriptedEngine:
         data, self.input = self.input, b""
         return data
 
+    def attach_msrs(self, indexes: Any, device: Any) -> None:
+        """The scripted guest touches no MSRs."""
+
     def set_boot_state(self, boot: Any) -> None:
         """Nothing to boot."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -407,14 +407,16 @@ class Machine:
         from ringfence.chipset import acpi
         from ringfence.chipset.board import Board
         from ringfence.chipset.clock import HostClock
+        from ringfence.paravirt import clock as paravirt
 
         config = self.config
         memory = GuestMemory(config.memory)
         try:
             clock = HostClock()
+            tsc = engines.tsc_source(config.engine)
             board = Board(
                 clock=clock,
-                tsc=engines.tsc_source(config.engine),
+                tsc=tsc,
                 memory_size=config.memory,
                 cpus=config.engine_config.cpus,
                 console_sink=self.console.feed,
@@ -430,7 +432,9 @@ class Machine:
                 cmdline=config.cmdline,
                 rsdp=acpi.ADDRESS,
             )
-            engine = engines.create(config.engine, memory, board, config.engine_config)
+            offered = replace(config.engine_config, paravirtual=paravirt.FEATURES)
+            engine = engines.create(config.engine, memory, board, offered)
+            engine.attach_msrs(paravirt.MSRS, paravirt.ParavirtualClock(memory, clock, tsc))
             engine.set_boot_state(boot)
         except BaseException:
             memory.close()

@@ -95,8 +95,6 @@ class SequenceMaker(Maker):
         self.items: list[Instruction] = []
         self.depth = 0
         self.inside = False
-        self.empty_compares = False
-        """Whether to make REP SCAS and REP CMPS with a count of 0, which leave the flags alone."""
 
     def registers(self, style: str, count: int) -> list[int]:
         """Operands come from the registers that are free."""
@@ -327,8 +325,6 @@ class SequenceMaker(Maker):
             ("SCAS", f"A_M{size}"), ("CMPS", f"M{size}_M{size}"),
         ))  # fmt: skip
         operands = operands.replace("A", {"8": "AL", "16": "AX", "32": "EAX", "64": "RAX"}[size])
-        if name in ("SCAS", "CMPS") and not count and not self.empty_compares:
-            self.items[-1].immediate32to64 = 1
         i = Instruction()
         i.code = getattr(Code, f"{name}{suffix}{operands}")
         for n, kind in enumerate(OpCodeInfo(i.code).op_kinds()):

@@ -53,7 +53,8 @@ MODELLED: dict[str, Bit] = {
     "SSE2": (1, EDX, 26), "PCID": (1, ECX, 17), "X2APIC": (1, ECX, 21),
     "TSC_DEADLINE": (1, ECX, 24), "HYPERVISOR": (1, ECX, 31),
     "ARAT": (6, EAX, 2),
-    "FSGSBASE": (7, EBX, 0), "SMEP": (7, EBX, 7), "INVPCID": (7, EBX, 10),
+    "FSGSBASE": (7, EBX, 0), "TSC_ADJUST": (7, EBX, 1), "SMEP": (7, EBX, 7),
+    "INVPCID": (7, EBX, 10),
     "UMIP": (7, ECX, 2), "RDPID": (7, ECX, 22),
     "SYSCALL": (0x80000001, EDX, 11), "NX": (0x80000001, EDX, 20),
     "PDPE1GB": (0x80000001, EDX, 26), "RDTSCP": (0x80000001, EDX, 27),
@@ -165,8 +166,13 @@ def _cache(kind: int, level: int, kib: int, ways: int, sharing: int) -> Register
     return eax, CACHE_LINE - 1 | (ways - 1) << 22, sets - 1, 2 if level == 2 else 0
 
 
-def build_cpuid(host: HostCpuid, *, cpu_index: int = 0, cpus: int = 1) -> list[Row]:
-    """The CPUID table of one virtual CPU; ``host`` answers for (leaf, subleaf)."""
+def build_cpuid(
+    host: HostCpuid, *, cpu_index: int = 0, cpus: int = 1, paravirtual: int = 0
+) -> list[Row]:
+    """The CPUID table of one virtual CPU; ``host`` answers for (leaf, subleaf).
+
+    ``paravirtual`` is EAX of leaf 0x40000001: what KVM calls its features.
+    """
     words = _collect_bits(host, cpus)
     words[0x80000001, EDX] |= words[1, EDX] & REPEATED
     bits = (cpus - 1).bit_length()
@@ -197,6 +203,7 @@ def build_cpuid(host: HostCpuid, *, cpu_index: int = 0, cpus: int = 1) -> list[R
             row(0xD, (XSAVE_BYTES - XSAVE_LEGACY, XSAVE_LEGACY, 0, 0), 2)
     ebx, ecx, edx = struct.unpack("<3I", HYPERVISOR)
     row(0x40000000, (MAX_HYPERVISOR, ebx, ecx, edx))
+    row(0x40000001, (paravirtual, 0, 0, 0))
     row(0x80000000, (MAX_EXTENDED, *(rows[0][i] for i in (3, 4, 5))))
     features(0x80000001, eax=SIGNATURE)
     brand = struct.unpack("<12I", BRAND.ljust(48, b"\0"))

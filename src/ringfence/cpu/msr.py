@@ -45,6 +45,8 @@ MCG_CAP, MCG_STATUS, MISC_ENABLE, DEBUG_CTL = 0x179, 0x17A, 0x1A0, 0x1D9
 MTRR_BASE0, MTRR_DEF_TYPE, PAT = 0x200, 0x2FF, 0x277
 MTRR_FIX64K, MTRR_FIX16K, MTRR_FIX4K = 0x250, 0x258, 0x268
 TSC_DEADLINE, X2APIC = 0x6E0, 0x800
+PARAVIRTUAL = 0x4B564D00
+"""First of the 16 registers in which KVM put its services."""
 EFER, STAR, LSTAR, CSTAR, SFMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
 FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103
 SYSCFG, HWCR, NB_CFG = 0xC0010010, 0xC0010015, 0xC001001F
@@ -97,7 +99,9 @@ def types_valid(value: int, types: int) -> int:
 
 @native_inline
 def belongs_to_vmm(index: int) -> int:
-    """Whether the local APIC owns the register."""
+    """Whether the local APIC owns the register, or a paravirtual service."""
+    if index & ~0xF == PARAVIRTUAL:
+        return 1
     return index == APIC_BASE or index == TSC_DEADLINE or index & ~0xFF == X2APIC
 
 

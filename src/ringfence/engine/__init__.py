@@ -9,7 +9,7 @@ asked to, because the engines pull in a compiler.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -40,12 +40,25 @@ class EngineConfig:
     ----------
     cpus : int
         Number of vCPUs.
+    paravirtual : int
+        Paravirtual services offered, as EAX of CPUID leaf 0x40000001 has them.
     cache_dir : Path or None
         Folder of the persistent translation cache; None keeps translations in memory only.
     """
 
     cpus: int = 1
+    paravirtual: int = 0
     cache_dir: Path | None = None
+
+
+class MsrDevice(Protocol):
+    """What owns model-specific registers; both may raise ``cpu.faults.GeneralProtection``."""
+
+    def msr_read(self, index: int) -> int:
+        """Value of a register."""
+
+    def msr_write(self, index: int, value: int) -> None:
+        """Write a register."""
 
 
 class Engine(Protocol):
@@ -53,6 +66,9 @@ class Engine(Protocol):
 
     def set_boot_state(self, boot: Any) -> None:
         """Put the vCPU into the state in which the guest's first instruction expects it."""
+
+    def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
+        """Let a device answer for model-specific registers that are not the CPU's own."""
 
     def run(self) -> StopReason:
         """Run the vCPU in the calling thread until something in `StopReason` happens."""

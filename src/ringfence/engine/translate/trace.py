@@ -191,6 +191,9 @@ class Builder:
             if instruction.flow_control != FlowControl.NEXT:
                 break
             modified = instruction.rflags_modified & STATUS
+            # A count of zero, in a shift or a repeated comparison, leaves the flags as they were.
+            if instruction.has_rep_prefix or instruction.has_repne_prefix:
+                modified = 0
             if modified and MNEMONIC_NAME[instruction.mnemonic] not in _SHIFTS:
                 killed |= modified
                 if killed == STATUS:
