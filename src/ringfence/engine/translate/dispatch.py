@@ -258,6 +258,10 @@ def lookup(vcpu: Vcpu) -> int:
             return status
         if deliver_exception(vcpu) != OK:
             return EXIT
+        # A handler whose code faults, too, may keep this going for ever.
+        if vcpu.stop_request:
+            vcpu.exit_reason = EXIT_ATTENTION
+            return EXIT
     return OK
 
 
