@@ -102,3 +102,27 @@ def test_halted_guest_uses_no_host_cpu(tmp_path: Path) -> None:
         assert support.cpu_seconds(session.process.pid) - before < 0.04
     finally:
         session.close()
+
+
+ENDLESS_FAULTS = """
+mov rsp, 0xf0000000
+mov rdi, 0x300000
+mov rax, 0x00008e0000100000
+mov [rdi + 14 * 16], rax
+mov eax, 0x7f00
+mov [rdi + 14 * 16 + 8], rax
+lea rax, [rip + idt]
+lidt [rax]
+mov rcx, 0x7f1234567000
+mov rax, [rcx]
+idt: .word 4095
+.quad 0x300000
+"""
+"""A page-fault handler that can't be fetched, on a stack in no RAM, which takes any push."""
+
+
+def test_endless_fault_delivery_can_be_stopped(tmp_path: Path) -> None:
+    start = time.monotonic()
+    ended = run(tmp_path, ENDLESS_FAULTS, "--timeout", "1")
+    assert ended.status == 5, ended
+    assert time.monotonic() - start < 6
