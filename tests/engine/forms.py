@@ -209,8 +209,10 @@ class Maker:
     def immediate(self, i: Instruction, n: int, kind: str) -> None:
         """Set an immediate operand to a random value."""
         what, bits = IMMEDIATE[kind]
-        if what == OpKind.IMMEDIATE8 and n and any(
-            i.op_kind(m) == OpKind.IMMEDIATE8 for m in range(n)
+        if (
+            what == OpKind.IMMEDIATE8
+            and n
+            and any(i.op_kind(m) == OpKind.IMMEDIATE8 for m in range(n))
         ):
             what = OpKind.IMMEDIATE8_2ND
         if i.mnemonic == Mnemonic.ENTER:
@@ -303,8 +305,11 @@ class Maker:
         fixed = self.fixed
         base = index = -1
         displacement = 0
-        vsib = i.memory_index if i.memory_index and RegisterExt.is_vector_register(i.memory_index) \
+        vsib = (
+            i.memory_index
+            if i.memory_index and RegisterExt.is_vector_register(i.memory_index)
             else 0
+        )
         segment = 0
         short = style in ("short", "shortindex")
         low = target - ALIAS + DATA if target >= ALIAS else target
@@ -399,9 +404,7 @@ class Maker:
         i.segment_prefix = segment
         return target
 
-    def case(
-        self, code: int, style: str, memory: str, place: Any, *, high: bool = False
-    ) -> Case:
+    def case(self, code: int, style: str, memory: str, place: Any, *, high: bool = False) -> Case:
         """A whole case; ``place(length)`` gives the code's address. Raises ``Skip``."""
         i = self.build(code, style, memory, high=high)
         name = MNEMONIC[i.mnemonic]
@@ -442,7 +445,7 @@ class Maker:
             if i.flow_control == FlowControl.RETURN:
                 case.patches.append((gpr[4] - DATA, goal))
             elif memory:
-                offset = (target - ALIAS if target >= ALIAS else target - DATA)
+                offset = target - ALIAS if target >= ALIAS else target - DATA
                 case.patches.append((offset, goal))
             else:
                 number = RegisterExt.number(RegisterExt.full_register(i.op0_register))

@@ -221,9 +221,7 @@ class Guest:
                 handler >> 32, 0,
             )  # fmt: skip
             self.memory.write(IDT + 16 * vector, gate)
-            self.memory.write(
-                HANDLERS + 16 * vector, bytes((0xE6, FAULT_PORT, 0xEB, 0xFC))
-            )
+            self.memory.write(HANDLERS + 16 * vector, bytes((0xE6, FAULT_PORT, 0xEB, 0xFC)))
         for vector in (STEP, INTERRUPT):
             self.memory.write(HANDLERS + 16 * vector, b"\x48\xcf")  # iretq
         tss = bytearray(104)
@@ -414,9 +412,7 @@ class Guest:
         view = self.view
         gpr = list(struct.unpack("<16Q", ctypes.string_at(
             self.block + natives.block.Vcpu.offset_of("gpr"), 128)))  # fmt: skip
-        area = ctypes.string_at(
-            self.block + natives.block.Vcpu.offset_of("xsave"), XSAVE_BYTES
-        )
+        area = ctypes.string_at(self.block + natives.block.Vcpu.offset_of("xsave"), XSAVE_BYTES)
         end = bytes(self.data)
         outcome = Outcome((), 0, normal_vector(area), b"" if end == start else end)
         flags = view.status & STATUS_FLAGS | view.flag_df << 10
@@ -424,9 +420,7 @@ class Guest:
             # The OUT at the handler's start has been carried out.
             outcome.trap = (view.rip - HIGH - HANDLERS) >> 4
             size = 48 if outcome.trap in ERROR_CODES else 40
-            frame = struct.unpack(
-                f"<{size // 8}Q", self.memory.read(STACK_TOP - size, size)
-            )
+            frame = struct.unpack(f"<{size // 8}Q", self.memory.read(STACK_TOP - size, size))
             if size == 48:
                 outcome.error = frame[0]
             outcome.rip, _, flags, gpr[4], _ = frame[-5:]
@@ -434,9 +428,7 @@ class Guest:
                 outcome.rip += CODE - HIGH_CODE
             outcome.address = view.cr2 if outcome.trap == 14 else 0
         elif self.board.last != END_PORT:
-            raise Stuck(
-                f"{case.text}: no end, rip={view.rip:#x} crash: {self.engine._crash}"
-            )
+            raise Stuck(f"{case.text}: no end, rip={view.rip:#x} crash: {self.engine._crash}")
         outcome.gpr = tuple(gpr)
         outcome.flags = flags & (STATUS_FLAGS | DIRECTION)
         return outcome

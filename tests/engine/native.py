@@ -241,9 +241,7 @@ class Runner:
         if libc.sigaltstack(ctypes.byref(described), None):
             raise OSError("sigaltstack")
         onstack_nodefer_siginfo = 0x08000000 | 0x40000000 | 4
-        action = _Sigaction(
-            handler=CONTROL + _PROGRAM + handler, flags=onstack_nodefer_siginfo
-        )
+        action = _Sigaction(handler=CONTROL + _PROGRAM + handler, flags=onstack_nodefer_siginfo)
         for number in _SIGNALS:
             libc.sigaction(int(number), ctypes.byref(action), None)
         self.enter = ctypes.PYFUNCTYPE(None)(CONTROL + _PROGRAM)

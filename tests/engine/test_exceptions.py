@@ -40,9 +40,7 @@ def registers(**values: int) -> list[int]:
 def make(guest: Guest, code: str, gpr: list[int] | None = None, **rest: Any) -> Case:
     """A case at a fresh address."""
     body = bytes.fromhex(code.replace(" ", ""))
-    return Case(
-        guest.place(len(body) + 16), body, len(body), gpr or registers(), text=code, **rest
-    )
+    return Case(guest.place(len(body) + 16), body, len(body), gpr or registers(), text=code, **rest)
 
 
 def mxcsr(value: int) -> bytes:
@@ -129,9 +127,7 @@ def test_like_host(name: str, guest: Guest, oracle: Oracle) -> None:
 
 @pytest.mark.parametrize("consumer", ["0f92c2", "7200", "11d8", "9f", "0f42d8"])
 @pytest.mark.parametrize("access", ["488b01", "488901", "8f01", "ff31", "a4", "4c8b09", "f3a4"])
-def test_live_flags_at_fault(
-    consumer: str, access: str, guest: Guest, oracle: Oracle
-) -> None:
+def test_live_flags_at_fault(consumer: str, access: str, guest: Guest, oracle: Oracle) -> None:
     """Flags that are still to be read are right in the handler's frame."""
     for left, right in ((1, 2), (2, 1), (5, 5), (1 << 63, 1)):
         gpr = registers(rcx=HOLE, rsi=HOLE, rdi=DATA, rax=left, rdx=right)
@@ -288,9 +284,7 @@ def test_error_frame(guest: Guest) -> None:
     """The frame that a handler finds: error code, RIP, CS, RFLAGS with RF, RSP, SS."""
     case = make(guest, "488b01", registers(rcx=HOLE))
     guest.run(case)
-    error, rip, cs, flags, rsp, ss = struct.unpack(
-        "<6Q", guest.memory.read(STACK_TOP - 48, 48)
-    )
+    error, rip, cs, flags, rsp, ss = struct.unpack("<6Q", guest.memory.read(STACK_TOP - 48, 48))
     assert (error, rip, cs, rsp, ss) == (4, case.address, 0x23, case.gpr[4], 0x1B)
     assert flags & 0x10000
     assert flags & 0x200

@@ -195,9 +195,7 @@ def test_across_pages(size: int, guest: Guest, oracle: Oracle) -> None:
                 for form in forms:
                     code = bytes.fromhex(form)
                     gpr = registers(rcx=base + edge - before)
-                    case = Case(
-                        guest.place(24), code, len(code), gpr, text=f"{form} {gpr[1]:#x}"
-                    )
+                    case = Case(guest.place(24), code, len(code), gpr, text=f"{form} {gpr[1]:#x}")
                     compare(guest, oracle, case)
 
 
