@@ -3,7 +3,8 @@
 The virtual processor is one plain AMD part of family 1Ah. Privileged features are those that this
 package models; unprivileged instruction sets are offered only when the host has them, because
 translated guest code runs them as they are. Errata and side channels that kernels work around are
-declared absent: guest code never runs with the host's privileges or shares its address space.
+declared absent, as they concern hardware privilege levels, which translated code doesn't run on;
+what speculation still reveals is another matter (docs/security.md).
 
 Sources: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E.
 """
