@@ -156,7 +156,7 @@ class Machine:
         else:
             cmdline = DEFAULT_APPEND if append is None else append
         self.config = MachineConfig(
-            kernel, initrd, cmdline, size, engine, EngineConfig(cpus, folder), on_reset
+            kernel, initrd, cmdline, size, engine, EngineConfig(cpus, cache_dir=folder), on_reset
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
