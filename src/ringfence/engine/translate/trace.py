@@ -190,7 +190,7 @@ class Builder:
             live |= instruction.rflags_read & STATUS & ~killed
             if instruction.flow_control != FlowControl.NEXT:
                 break
-            modified = instruction.rflags_modified & STATUS
+            modified: int = instruction.rflags_modified & STATUS
             # A count of zero, in a shift or a repeated comparison, leaves the flags as they were.
             if instruction.has_rep_prefix or instruction.has_repne_prefix:
                 modified = 0
