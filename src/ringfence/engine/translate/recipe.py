@@ -106,6 +106,10 @@ _SEGMENTS = {
 }  # fmt: skip
 
 
+KNOWN_MAX = 50_000
+"""Instructions remembered by all their bytes; what they share is remembered without limit."""
+
+
 @dataclass(slots=True)
 class Piece:
     """Host code with the fixes in it: (position, what, data)."""
@@ -240,6 +244,8 @@ class Recipes:
             recipe = self.build(i, raw)
             self.registers(i, recipe)
             self.shared[(len(raw), key)] = recipe
+        if len(self.known) > KNOWN_MAX:
+            self.known.clear()
         self.known[raw] = recipe, value
         return recipe, value
 

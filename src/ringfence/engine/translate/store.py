@@ -16,6 +16,7 @@ pairs, marks, code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -32,6 +33,8 @@ from ringfence.native.layout import Struct, u32, u64
 FILE_NAME = "translations.rft"
 MAXIMUM_BYTES = 1 << 30
 """A file that grew beyond this is emptied rather than added to."""
+SPILL_BYTES = 8 << 20
+"""Code that may wait in memory before it is written."""
 _DIGEST = 16
 _HEAD = struct.Struct("<4sIIII")
 _MAGIC = b"RFT1"
@@ -104,13 +107,11 @@ class Stored:
                 reenter=reenter,
                 reenter_local=reenter_local,
                 swaps=swaps,
+                length=length,
                 relocations=pairs,
                 start=code,
             )
-            for position, where in struct.iter_unpack(
-                "<HH", self.marks[mark * 4 : (mark + marks) * 4]
-            ):
-                trace.marks.append((position, where & 0x1FFF, where >> 15))
+            trace.marks.frombytes(self.marks[mark * 4 : (mark + marks) * 4])
             made.append(trace)
         return made
 
@@ -125,7 +126,7 @@ def pack(traces: list[Trace]) -> bytes:
             trace.end,
             trace.instructions,
             len(code),
-            len(trace.code),
+            trace.length,
             trace.indirect,
             trace.checked,
             trace.local,
@@ -139,11 +140,7 @@ def pack(traces: list[Trace]) -> bytes:
             0,
         )
         relocations += trace.relocations.tobytes()
-        flat = array("H")
-        for position, where, parked in trace.marks:
-            flat.append(position)
-            flat.append(where | parked << 15)
-        marks += flat.tobytes()
+        marks += trace.marks.tobytes()
         code += trace.code
         code += bytes(-len(code) % 16)
     head = _HEAD.pack(_MAGIC, len(traces), len(relocations), len(marks), len(code))
@@ -170,6 +167,13 @@ def unpack(blob: bytes) -> Stored:
     )
 
 
+def _merge(known: Stored | None, fresh: list[Trace]) -> list[Trace]:
+    """All traces of a page content, the newest of each address."""
+    merged = {t.offset: t for t in (known.traces() if known else ())}
+    merged.update((t.offset, t) for t in fresh)
+    return list(merged.values())
+
+
 class TranslationStore:
     """The translations of ``folder``, for one ``version`` of the translator."""
 
@@ -177,7 +181,7 @@ class TranslationStore:
         self.path = folder / FILE_NAME
         self.version = version
         self.fresh: defaultdict[bytes, list[Trace]] = defaultdict(list)
-        self.recalled = 0
+        self._waiting = 0
         self._database = self._open()
 
     def _open(self) -> sqlite3.Connection | None:
@@ -236,7 +240,14 @@ class TranslationStore:
         return hashlib.blake2b(data, digest_size=_DIGEST, salt=salt).digest()
 
     def load(self, key: bytes) -> Stored | None:
-        """What is known about a page content."""
+        """What is known about a page content, by this run or an earlier one."""
+        fresh = self.fresh.get(key)
+        known = self._read(key)
+        if fresh is None:
+            return known
+        return unpack(pack(_merge(known, fresh)))
+
+    def _read(self, key: bytes) -> Stored | None:
         if self._database is None:
             return None
         try:
@@ -251,32 +262,37 @@ class TranslationStore:
             return None
 
     def remember(self, key: bytes, trace: Trace) -> None:
-        """Keep a new trace for ``save``."""
+        """Keep a new trace; now and then, write what has come together and free its memory."""
         self.fresh[key].append(trace)
+        self._waiting += trace.length
+        if self._waiting > SPILL_BYTES:
+            self.save()
 
     def save(self) -> None:
         """Write what is new; a full disk or a busy file only costs the next run time."""
         database = self._database
-        if database is None or not self.fresh:
+        self._waiting = 0
+        if not self.fresh:
             return
         try:
+            if database is None:
+                raise OSError("no database")
             if self.path.stat().st_size > MAXIMUM_BYTES:
                 database.execute("DELETE FROM pages")
                 database.execute("VACUUM")
             database.execute("BEGIN IMMEDIATE")
             for key, traces in self.fresh.items():
-                known = self.load(key)
-                merged = {t.offset: t for t in (known.traces() if known else ())}
-                merged.update((t.offset, t) for t in traces)
-                blob = pack(list(merged.values()))
+                blob = pack(_merge(self._read(key), traces))
                 digest = hashlib.blake2b(blob, digest_size=_DIGEST, key=key).digest()
                 database.execute("INSERT OR REPLACE INTO pages VALUES (?, ?)", (key, digest + blob))
             database.execute("COMMIT")
         except (sqlite3.Error, OSError):
-            try:
-                database.execute("ROLLBACK")
-            except sqlite3.Error:
-                return
+            with contextlib.suppress(sqlite3.Error):
+                if database is not None and database.in_transaction:
+                    database.execute("ROLLBACK")
+        for traces in self.fresh.values():
+            for trace in traces:
+                trace.forget_code()
         self.fresh.clear()
 
     def close(self) -> None:

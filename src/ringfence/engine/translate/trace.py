@@ -95,10 +95,21 @@ class Trace:
     """Registers arranged otherwise inside: a byte each, homeless register | displaced one << 4."""
     relocations: array[int] = field(default_factory=lambda: array("i"))
     """Pairs: position << 2 | RELOC_*, addend; addends of addresses count from the page's start."""
-    marks: list[tuple[int, int, int]] = field(default_factory=list)
-    """(position, guest offset, whether flags are parked), ascending."""
+    marks: array[int] = field(default_factory=lambda: array("I"))
+    """Position << 16 | flags are parked << 15 | guest offset, ascending."""
+    length: int = 0
+    """Bytes of ``code``, which is dropped once it is placed and stored."""
     start: int = 0
     """Host address once it is placed."""
+
+    def forget_code(self) -> None:
+        """Free what only placing and storing need."""
+        self.code = _NO_CODE
+        self.relocations = _NO_RELOCATIONS
+
+
+_NO_CODE = bytearray()
+_NO_RELOCATIONS = array("i")
 
 
 def line_mask(start: int, end: int) -> int:
@@ -239,6 +250,7 @@ class Builder:
         if end > PAGE:
             trace.next_lines = line_mask(0, end - PAGE)
         _Work(self, trace, data, second).run(items)
+        trace.length = len(trace.code)
         return trace
 
     def miss_stub(self, write: bool, kind: int) -> tuple[bytes, int]:
@@ -395,7 +407,7 @@ class _Work:
         marks = self.trace.marks
         for n, ((offset, recipe, value), live_after) in enumerate(zip(items, after, strict=False)):
             kind = recipe.kind
-            marks.append((len(out), offset, PARKED))
+            marks.append(len(out) << 16 | PARKED << 15 | offset)
             group = groups.get(n)
             if group is not None and group.first != n:
                 assert recipe.shared is not None
@@ -545,7 +557,7 @@ class _Work:
                 self.need_flags()
             elif recipe.writes:
                 self.state = HOST
-        self.trace.marks.append((len(self.out), offset, self.state))
+        self.trace.marks.append(len(self.out) << 16 | self.state << 15 | offset)
         self.place(recipe.op, offset, value)
         if recipe.after.code:
             if live_after:

@@ -176,6 +176,8 @@ class Translator:
             self.install(page, trace)
         elif second is None and self.store is not None:
             self.store.remember(page.key, trace)
+            return True
+        trace.forget_code()
         if second is not None:
             second.traces[-1 - offset] = trace
             self.mark_lines(second.index, trace.next_lines)
@@ -226,6 +228,7 @@ class Translator:
             placed.stored = None
             for trace in placed.traces:
                 trace.start += placed.start
+                trace.forget_code()
                 page.traces.setdefault(trace.offset, trace)
         page.pending.clear()
 
@@ -272,7 +275,7 @@ class Translator:
         self.instructions += trace.instructions
         self.blocks += 1
         self.rows_used += 1
-        self.bytes += len(trace.code)
+        self.bytes += trace.length
         return True
 
     def mark_lines(self, index: int, lines: int) -> None:
@@ -336,12 +339,12 @@ class Translator:
         at = bisect_right(placed.traces, host, key=lambda trace: trace.start) - 1
         trace = placed.traces[at]
         position = host - trace.start
-        at = bisect_right(trace.marks, (position, PAGE, 2)) - 1
-        if at < 0 or position >= len(trace.code):
+        at = bisect_right(trace.marks, position << 16 | 0xFFFF) - 1
+        if at < 0 or position >= trace.length:
             return None
-        _, offset, parked = trace.marks[at]
-        rip = (placed.page.linear + offset) & ((1 << 64) - 1)
-        return rip, bool(parked), trace.swaps
+        mark = trace.marks[at]
+        rip = (placed.page.linear + (mark & 0x7FFF)) & ((1 << 64) - 1)
+        return rip, bool(mark & 0x8000), trace.swaps
 
     def flush(self) -> None:
         """Drop all translations."""
