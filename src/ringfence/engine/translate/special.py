@@ -237,7 +237,9 @@ def _jcc(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
 
 @special("JRCXZ", "JECXZ", "LOOP", "LOOPE", "LOOPNE")
 def _counted(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None:
-    return Recipe(i.len, LOOP, reads=i.rflags_read & STATUS, op=Piece(raw[:-1]))
+    # No other prefix: with 66, AMD's CPUs cut the host's own RIP to 16 bits.
+    short = (b"\x67" if 0x67 in raw[:-2] else b"") + raw[-2:-1]
+    return Recipe(i.len, LOOP, reads=i.rflags_read & STATUS, op=Piece(short))
 
 
 @special("XLATB")
