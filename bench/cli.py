@@ -25,6 +25,7 @@ examples:
   python -m bench --all --full --into docs/performance.md
   python -m bench gzip --size gzip=32 --sides native,ringfence
   python -m bench --split sh fork python           where Ringfence's time goes
+  python -m bench --split --all --into docs/performance.md
 
 The results go to stdout, progress to stderr. QEMU runs with both CPU models of --qemu-cpu and
 the faster one is quoted. Seconds are of the host's clock, between markers on the console.
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--work", type=Path, metavar="DIR", help="where packages and images are kept")
     add("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE, or instead of a table")
     add("--markdown", action="store_true", help="a Markdown table instead of a plain one")
-    add("--into", type=Path, metavar="FILE", help="put the Markdown between the marks in FILE")
+    add("--into", type=Path, metavar="FILE", help="put the Markdown between FILE's marks")
     add("--split", action="store_true", help="where Ringfence's time goes, by its own statistics")
     return parser
 
@@ -109,12 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.split:
             from bench.split import split
 
-            print(split(workloads, root, Path(scratch), settings, say, options.markdown))
+            shares = split(workloads, root, Path(scratch), settings, say)
+            if options.into:
+                text = f"Measured: {report.describe(report.machine())}.\n\n"
+                report.put_into(options.into, "split", text + report.grid_markdown(shares))
+            show_grid = report.grid_markdown if options.markdown else report.grid
+            print(show_grid(shares))
             return 0
         rows = Runner(able, root, Path(scratch), settings, say).run(workloads)
     about = report.machine()
     if options.into:
-        report.put_into(options.into, report.markdown(rows, about))
+        report.put_into(options.into, "bench", report.markdown(rows, about))
     if options.json == "-":
         print(report.as_json(rows, settings, about))
     else:

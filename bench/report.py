@@ -17,7 +17,6 @@ from bench.workloads import Kind
 
 NONE = "-"
 """What stands in an empty cell."""
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 HEADER = (
     "workload",
     "size",
@@ -80,7 +79,7 @@ def cells(row: Row) -> tuple[str, ...]:
     theirs = f"{_number(best[1])} ({best[0].removeprefix('qemu-')})" if best else _lack(row, "qemu")
     return (
         workload.title,
-        f"{row.size:,}" if workload.kind is Kind.GUEST and workload.figure is None else "",
+        _size(row),
         _side(row, "native"),
         theirs,
         _side(row, "ringfence"),
@@ -96,35 +95,45 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def table(rows: Sequence[Row], about: dict[str, Any]) -> str:
     """Aligned columns for a terminal."""
-    lines = [HEADER, *map(cells, rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(HEADER))]
-    text = [describe(about), ""]
-    for line in lines:
-        first, *rest = (
-            cell.ljust(width) if n == 0 else cell.rjust(width)
+    text = [describe(about), "", grid([HEADER, *map(cells, rows)]), ""]
+    return "\n".join([*text, *remarks(rows)]).rstrip()
+
+
+def grid(lines: Sequence[tuple[str, ...]]) -> str:
+    """Aligned columns, all but the first to the right; the header comes first."""
+    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if n else cell.ljust(width)
             for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        text.append("  ".join([first, *rest]).rstrip())
-    return "\n".join([*text, "", *remarks(rows)]).rstrip()
+        ).rstrip()
+        for line in lines
+    )
+
+
+def grid_markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    """The same as a table in Markdown."""
+    rule = "|---" + "|---:" * (len(lines[0]) - 1) + "|"
+    header, *shown = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([header, rule, *shown])
 
 
 def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
     """The table for docs/performance.md."""
-    text = [f"Measured: {describe(about)}.", "", "| " + " | ".join(HEADER) + " |"]
-    text.append("|---" + "|---:" * (len(HEADER) - 1) + "|")
-    text += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    notes = remarks(rows)
-    return "\n".join([*text, *(["", *(f"- {note}" for note in notes)] if notes else [])])
+    text = [f"Measured: {describe(about)}.", "", grid_markdown([HEADER, *map(cells, rows)])]
+    notes = [f"- {note}" for note in remarks(rows)]
+    return "\n".join([*text, *(["", *notes] if notes else [])])
 
 
-def put_into(path: Path, text: str) -> None:
-    """Replace what stands between the two marks of a document."""
+def put_into(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
+    first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     document = path.read_text()
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = document.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{path} has no {BEGIN} … {END}: expected both marks")
-    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+        raise ValueError(f"{path} lacks {first} and {last}: expected both, in this order")
+    path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -134,6 +143,13 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         found += [f"{row.workload.name}: {note}" for note in row.notes]
         found += [f"{row.workload.name}: {side}: {why}" for side, why in row.failures.items()]
     return found
+
+
+def _size(row: Row) -> str:
+    workload = row.workload
+    if workload.kind is not Kind.GUEST or workload.figure is not None:
+        return ""
+    return f"{row.size:,} MB" if workload.data else f"{row.size:,}"
 
 
 def _side(row: Row, side: str) -> str:

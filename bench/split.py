@@ -37,10 +37,9 @@ def split(
     scratch: Path,
     settings: Settings,
     say: Say,
-    markdown: bool = False,
-) -> str:
-    """Run each workload once on Ringfence; a table of times and counters."""
-    lines = [("workload", "s", *TIMES, *(title for title, _ in COUNTERS))]
+) -> list[tuple[str, ...]]:
+    """Run each workload once on Ringfence; times and counters, the header first."""
+    lines: list[tuple[str, ...]] = [("workload", "s", *TIMES, *(title for title, _ in COUNTERS))]
     with Machine(
         kernel=root.image.kernel,
         initrd=root.initrd,
@@ -71,18 +70,7 @@ def split(
                     break
                 continue
             lines.append(_line(workload.name, spent, before, machine.stats()))
-    if markdown:
-        rule = "|---" + "|---:" * (len(lines[0]) - 1) + "|"
-        shown = ["| " + " | ".join(line) + " |" for line in lines]
-        return "\n".join([shown[0], rule, *shown[1:]])
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if n else cell.ljust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return lines
 
 
 def _step(machine: Machine, number: int, command: str, timeout: float) -> float:
