@@ -95,6 +95,9 @@ class Vcpu(Mmu):
     trace_rows: Annotated[int, u64]
     page_table: Annotated[int, u64]
     page_rows: Annotated[int, u64]
+    variants: Annotated[int, u64]
+    """Host address of two 32-bit words per code page number: the numbers of its careful and of its
+    slow variant."""
     mode_kernel: Annotated[int, u32]
     mode_user: Annotated[int, u32]
     """The modes that the two jump tables were filled under."""

@@ -266,38 +266,47 @@ def lookup(vcpu: Vcpu) -> int:
 
 
 @native
+def find_variant(vcpu: Vcpu, which: int) -> int:
+    """Find the variant of the code at ``rip`` that MODE_CAREFUL or MODE_SLOW asks for.
+
+    Guest code at ``rip`` is running, so the identity of its page is the one in the table.
+    """
+    index = (vcpu.rip >> 12) & (ITLB_ENTRIES - 1)
+    number = vcpu.itlb_user[index] if vcpu.cpl == 3 else vcpu.itlb_kernel[index]
+    if number:
+        slow = 4 if which == MODE_SLOW else 0
+        variant = load32(vcpu.variants + number * 8 + slow)
+        if variant:
+            row = trace_row(vcpu, (variant << 12) | (vcpu.rip & OFFSET_MASK))
+            if load64(row + 16):
+                vcpu.jump_target = load64(row + 16)
+                return OK
+    return find_code(vcpu, vcpu.mode | which)
+
+
+@native
+def lookup_variant(vcpu: Vcpu, which: int) -> int:
+    """As ``lookup``, for a variant; after a fault, for the handler's ordinary code."""
+    if vcpu.dirty_code_count:
+        vcpu.exit_reason = EXIT_DIRTY_CODE
+        return EXIT
+    status = find_variant(vcpu, which)
+    if status != FAULT:
+        return status
+    return deliver_and_lookup(vcpu)
+
+
+@native
 def lookup_slow(vcpu: Vcpu) -> int:
-    """The same for the slow variant of the instruction at ``rip``."""
-    while 1:
-        if vcpu.dirty_code_count:
-            vcpu.exit_reason = EXIT_DIRTY_CODE
-            return EXIT
-        vcpu.slow_accesses += 1
-        status = find_code(vcpu, vcpu.mode | MODE_SLOW)
-        if status != FAULT:
-            return status
-        if deliver_exception(vcpu) != OK:
-            return EXIT
-        if vcpu.dirty_code_count == 0:
-            return lookup(vcpu)
-    return OK
+    """Where to go on when an access at ``rip`` can't be made inline."""
+    vcpu.slow_accesses += 1
+    return lookup_variant(vcpu, MODE_SLOW)
 
 
 @native
 def lookup_careful(vcpu: Vcpu) -> int:
-    """The same for code at ``rip`` in which no look-up is shared."""
-    while 1:
-        if vcpu.dirty_code_count:
-            vcpu.exit_reason = EXIT_DIRTY_CODE
-            return EXIT
-        status = find_code(vcpu, vcpu.mode | MODE_CAREFUL)
-        if status != FAULT:
-            return status
-        if deliver_exception(vcpu) != OK:
-            return EXIT
-        if vcpu.dirty_code_count == 0:
-            return lookup(vcpu)
-    return OK
+    """Where to go on when a shared look-up at ``rip`` does not hold."""
+    return lookup_variant(vcpu, MODE_CAREFUL)
 
 
 @native
@@ -560,12 +569,13 @@ def stack_miss(vcpu: Vcpu, address: int, kind: int) -> int:
 
     As ``tlb_miss`` for the access itself.
     """
-    status = tlb_miss(vcpu, address, kind)
-    if status != OK:
-        return status
     user = 1 if vcpu.cpl == 3 else 0
     page = address & PAGE_MASK
     entry = ((address >> 12) & (TLB_ENTRIES - 1)) * 8 + user * 4
+    if vcpu.tlb[entry + 1] != page or (address & OFFSET_MASK) + (kind & 0xFFF) > 4096:
+        status = tlb_miss(vcpu, address, kind)
+        if status != OK:
+            return status
     if vcpu.tlb[entry + 1] == page:
         vcpu.stack_tag[user] = page
         vcpu.stack_delta[user] = vcpu.tlb[entry + 2] - page

@@ -27,7 +27,7 @@ from ringfence.engine.translate.block import GS_BIAS, MODE_ENTERED, Vcpu
 from ringfence.engine.translate.emulate import emulate
 from ringfence.engine.translate.store import TranslationStore
 from ringfence.engine.translate.thunks import THUNKS
-from ringfence.engine.translate.translator import Translator
+from ringfence.engine.translate.translator import NUMBER_MAX, Translator
 from ringfence.errors import GuestCrash, HostError
 from ringfence.memory import strings
 
@@ -92,6 +92,7 @@ class TranslateEngine:
         view.trace_rows = TRACE_ROWS
         view.page_table = self._allocate(PAGE_ROWS * dispatch.ROW_BYTES)
         view.page_rows = PAGE_ROWS
+        view.variants = self._allocate((NUMBER_MAX + 1) * 8)
         self._init_host_state()
         rows = cpuid.build_cpuid(
             cpuid.host_cpuid, cpu_index=0, cpus=config.cpus, paravirtual=config.paravirtual

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
+NUMBER_MAX = 60_000
+"""Code pages until all translations are dropped."""
 LOW_2G, TOP_2G = 0x7FFFF000, 0xFFFFFFFF80000000
 """Outside of these, addresses of code need more than a sign-extended 32-bit word."""
 PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
@@ -133,6 +135,10 @@ class Translator:
             self.pages[key] = page
             self.by_index[index].append(page)
             self._page_insert(self.block, linear | mode, physical, page.number)
+            normal = self.pages.get((linear, physical, mode & ~MODE_ENTERED))
+            if mode & MODE_ENTERED and normal is not None:
+                at = self.view.variants + normal.number * 8 + (4 if mode & MODE_SLOW else 0)
+                ctypes.c_uint32.from_address(at).value = page.number
         return page
 
     def data(self, index: int) -> bytes:
@@ -144,7 +150,7 @@ class Translator:
 
         False where fetching its last bytes faulted: then an exception is pending.
         """
-        full = self.rows_used > self.view.trace_rows * 3 // 4 or self.next_number > 60000
+        full = self.rows_used > self.view.trace_rows * 3 // 4 or self.next_number > NUMBER_MAX - 2
         if full or not self.cache.room(2 << 20):
             self.flush()
         page = self.page(rip & PAGE_MASK, physical & PAGE_MASK, mode)
@@ -352,6 +358,7 @@ class Translator:
         view = self.view
         for index in self.by_index:
             ctypes.c_uint64.from_address(view.code_lines + index * 8).value = 0
+        ctypes.memset(view.variants, 0, (NUMBER_MAX + 1) * 8)
         ctypes.memset(view.trace_table, 0, view.trace_rows * 32)
         ctypes.memset(view.page_table, 0, view.page_rows * 32)
         self.pages.clear()
