@@ -207,6 +207,19 @@ def indirect_jump(user: bool) -> bytes:
     return b"\x45\x0f\xb7\xd1" + b"\x65\x42\xff\x24\xd5" + _i32(table)
 
 
+def checked_jump(user: bool, lookup: int) -> bytes:
+    """The same behind a store by hand, which may have changed code; clobbers the flags.
+
+    ``lookup`` is the place in the block of the thunk that sees to changed code first.
+    """
+    leave = gs_store(R9, gs("rip")) + gs_jump(lookup)
+    return (
+        b"\x65\x48\x83\x3c\x25" + _i32(gs("dirty_code_count")) + b"\0"  # cmp count, 0
+        + b"\x74" + bytes((len(leave),)) + leave  # je
+        + indirect_jump(user)
+    )  # fmt: skip
+
+
 def rdtsc() -> bytes:
     """RDTSC with the guest's offset; clobbers the flags."""
     return (

@@ -638,7 +638,7 @@ class _Work:
             if live:
                 self.park()
             self.load_address(R9, target)
-            self.out += emit.indirect_jump(self.b.recipes.user)
+            self.out += emit.checked_jump(self.b.recipes.user, THUNK["lookup"])
             return
         if self.loops(target):
             self.out += b"\xe9\0\0\0\0"
@@ -662,6 +662,8 @@ class _Work:
         if self.b.step:
             self.out += emit.gs_store(R9, _RIP) + emit.mov_imm32(R10, self.b.effects["fx_step"])
             self.out += emit.gs_jump(THUNK["effect"])
+        elif self.b.slow:
+            self.out += emit.checked_jump(self.b.recipes.user, THUNK["lookup"])
         else:
             self.out += emit.indirect_jump(self.b.recipes.user)
 
