@@ -65,6 +65,8 @@ class CodePage:
     """RAM page index (offset in RAM / 4096)."""
     mode: int
     traces: dict[int, Trace] = field(default_factory=dict)
+    across: list[tuple[CodePage, Trace]] = field(default_factory=list)
+    """Traces of pages before this one whose instruction ends here."""
     dead: dict[int, list[Trace]] = field(default_factory=dict)
     data: bytes = b""
     """The page's content when the store was last asked about it, and its key there."""
@@ -185,8 +187,11 @@ class Translator:
             return True
         trace.forget_code()
         if second is not None:
-            second.traces[-1 - offset] = trace
+            second.across.append((page, trace))
             self.mark_lines(second.index, trace.next_lines)
+            if mode & MODE_ENTERED:
+                # Entered without a check of the second page: good for this once only.
+                self._trace_insert(self.block, page.number << 12 | offset, 0, 0, 0)
         return True
 
     def recall(self, page: CodePage, data: bytes, wide: bool, offset: int) -> bool:
@@ -313,26 +318,28 @@ class Translator:
         for page in self.by_index[index]:
             self.materialize(page)
             for offset, trace in list(page.traces.items()):
-                across = offset < 0
-                depends = trace.next_lines if across else trace.lines
-                if not depends & lines:
-                    left |= depends
-                    continue
-                del page.traces[offset]
-                if across:
-                    owner = self.pages_before(page)
-                    for first in owner:
-                        if first.traces.get(-1 - offset) is trace:
-                            self.kill(first, -1 - offset, trace)
-                            del first.traces[-1 - offset]
-                else:
+                if trace.lines & lines:
+                    del page.traces[offset]
                     self.kill(page, offset, trace)
+                else:
+                    left |= trace.lines
+            if page.across:
+                left |= self.invalidate_across(page, lines)
         ctypes.c_uint64.from_address(self.view.code_lines + index * 8).value = left
 
-    def pages_before(self, page: CodePage) -> list[CodePage]:
-        """Code pages that stand right before one, in the same mode."""
-        linear = (page.linear - PAGE) & ((1 << 64) - 1)
-        return [p for p in self.pages.values() if p.linear == linear and p.mode == page.mode]
+    def invalidate_across(self, page: CodePage, lines: int) -> int:
+        """The same for instructions that only end in a page; lines still depended on."""
+        left = 0
+        kept = []
+        for first, trace in page.across:
+            if not trace.next_lines & lines:
+                left |= trace.next_lines
+                kept.append((first, trace))
+            elif first.traces.get(trace.offset) is trace:
+                del first.traces[trace.offset]
+                self.kill(first, trace.offset, trace)
+        page.across = kept
+        return left
 
     def locate(self, host: int) -> tuple[int, bool, int] | None:
         """Guest RIP, whether flags are parked, and ``Trace.swaps``, for a code cache address."""
