@@ -11,12 +11,18 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, Register, RegisterExt
-
 from ringfence.cpu.state import EXIT, FAULT, FS, GP, GS, OK, SS_FAULT
+from ringfence.engine.translate.x86 import (
+    Decoder,
+    Instruction,
+    Mnemonic,
+    OpKind,
+    Register,
+    RegisterExt,
+)
 
 if TYPE_CHECKING:
-    from iced_x86._iced_x86_py import Register as Reg
+    from ringfence.engine.translate.x86 import RegisterType as Reg
 
 _X87, _XMM, _HEADER, _YMM = 32, 160, 512, 576
 _TOP = 0x3800

@@ -82,6 +82,7 @@ class TranslateEngine:
         for name, number in natives.EFFECT_NUMBERS.items():
             view.effects[number] = library.address(name)
         self._find = library.address("rf_find")
+        self._follow = library.address("rf_follow")
         self._resume = library.address("rf_resume")
         self._deliver = library.address("rf_deliver")
         view.ram_host = memory.host_base
@@ -357,7 +358,7 @@ class TranslateEngine:
         """Go on behind the instruction that caused the exit."""
         view = self.view
         view.rip = view.next_rip
-        view.jump_target = self._find
+        view.jump_target = self._follow
 
     def _raise(self, vector: int, error: int = 0) -> None:
         """Deliver an exception at the present instruction."""

@@ -7,8 +7,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import iced_x86
-
 from ringfence.cpu import library as cpu_library
 from ringfence.cpu.exceptions import deliver_exception, deliver_interrupt, deliver_nmi
 from ringfence.engine.translate import block, dispatch, thunks
@@ -71,11 +69,10 @@ _ROOTS = (
 
 def version(model: bytes) -> str:
     """What stored translations depend on besides guest code; ``model`` is the CPUID table."""
-    from ringfence.engine.translate import emit, recipe, special, store, trace
+    from ringfence.engine.translate import emit, recipe, special, store, trace, x86
 
-    sources = source_key((*_MODULES, emit, recipe, special, store, trace))
-    decoder = Path(iced_x86.__file__).with_name("_iced_x86_py.abi3.so").stat()
-    parts = (sources, decoder.st_size, decoder.st_mtime_ns, EFFECT_NUMBERS)
+    sources = source_key((*_MODULES, emit, recipe, special, store, trace, x86))
+    parts = (sources, x86.library_identity(), EFFECT_NUMBERS)
     return hashlib.blake2b(repr(parts).encode() + model, digest_size=16).hexdigest()
 
 

@@ -19,7 +19,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from iced_x86 import (
+from ringfence.engine.translate import emit
+from ringfence.engine.translate.block import (
+    MODE_AVX,
+    MODE_CPL,
+    MODE_NO_FPU,
+    MODE_SSE,
+    SLOW_READ,
+    SLOW_STACK,
+    SLOW_WRITE,
+    gs,
+)
+from ringfence.engine.translate.emit import R9, R10, R11
+from ringfence.engine.translate.thunks import THUNK
+from ringfence.engine.translate.x86 import (
     CpuidFeature,
     Decoder,
     Encoder,
@@ -35,22 +48,8 @@ from iced_x86 import (
     RflagsBits,
 )
 
-from ringfence.engine.translate import emit
-from ringfence.engine.translate.block import (
-    MODE_AVX,
-    MODE_CPL,
-    MODE_NO_FPU,
-    MODE_SSE,
-    SLOW_READ,
-    SLOW_STACK,
-    SLOW_WRITE,
-    gs,
-)
-from ringfence.engine.translate.emit import R9, R10, R11
-from ringfence.engine.translate.thunks import THUNK
-
 if TYPE_CHECKING:
-    from iced_x86._iced_x86_py import Register as Reg
+    from ringfence.engine.translate.x86 import RegisterType as Reg
 
 # Kinds of recipes, as the trace builder distinguishes them.
 PLAIN, JCC, JMP, CALL, INDIRECT, LOOP, EFFECT, STI, DROP = range(9)

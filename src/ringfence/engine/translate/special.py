@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import struct
 
-from iced_x86 import Code, Instruction, MemorySizeExt, OpKind, Register
-
 from ringfence.cpu.state import FS, GS
 from ringfence.engine.translate import emit
 from ringfence.engine.translate.block import MODE_TSD, SLOW_READ, SLOW_STACK, SLOW_WRITE, gs
@@ -32,6 +30,7 @@ from ringfence.engine.translate.recipe import (
     Shared,
     special,
 )
+from ringfence.engine.translate.x86 import Code, Instruction, MemorySizeExt, OpKind, Register
 
 KEEP = gs("scratch", 2)
 """Where a value waits while a second memory operand is prepared."""

@@ -22,8 +22,6 @@ import struct
 from array import array
 from dataclasses import dataclass, field
 
-from iced_x86 import DecoderError, FlowControl, Instruction
-
 from ringfence.cpu.state import RSP
 from ringfence.engine.translate import emit
 from ringfence.engine.translate.block import EXIT_EMULATE, MODE_ENTERED, MODE_SLOW, MODE_TF, gs
@@ -52,6 +50,7 @@ from ringfence.engine.translate.recipe import (
     decoder,
 )
 from ringfence.engine.translate.thunks import THUNK
+from ringfence.engine.translate.x86 import DecoderError, FlowControl, Instruction
 
 PAGE = 4096
 LIMIT = 48

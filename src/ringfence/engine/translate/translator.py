@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
+DEAD_KEPT = 3
+"""Dead traces of an address that are led straight to its newest one."""
 NUMBER_MAX = 60_000
 """Code pages until all translations are dropped."""
 LOW_2G, TOP_2G = 0x7FFFF000, 0xFFFFFFFF80000000
@@ -309,7 +311,8 @@ class Translator:
             self.cache.patch(start + trace.indirect, _INDIRECT_MISS)
             self.aim(start + trace.checked, start + trace.reenter)
             self.aim(start + trace.local, start + trace.reenter_local)
-            page.dead.setdefault(offset, []).append(trace)
+            # An older one leads here already, so a few are enough however often code changes.
+            page.dead[offset] = [*page.dead.get(offset, ())[-DEAD_KEPT:], trace]
         self._trace_insert(self.block, page.number << 12 | offset, 0, 0, 0)
 
     def invalidate(self, index: int, lines: int) -> None:

@@ -1,0 +1,58 @@
+"""Decoding and encoding of x86 instructions: the one place where iced-x86 is known.
+
+iced-x86 is stable but rarely released, so that everything which depends on it is to be found by
+looking at who uses these names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import iced_x86
+from iced_x86 import (
+    Code,
+    CpuidFeature,
+    Decoder,
+    DecoderError,
+    Encoder,
+    FlowControl,
+    Instruction,
+    InstructionInfoFactory,
+    MemorySizeExt,
+    Mnemonic,
+    OpAccess,
+    OpKind,
+    Register,
+    RegisterExt,
+    RflagsBits,
+)
+
+if TYPE_CHECKING:
+    from iced_x86._iced_x86_py import Register as RegisterType
+
+__all__ = [
+    "Code",
+    "CpuidFeature",
+    "Decoder",
+    "DecoderError",
+    "Encoder",
+    "FlowControl",
+    "Instruction",
+    "InstructionInfoFactory",
+    "MemorySizeExt",
+    "Mnemonic",
+    "OpAccess",
+    "OpKind",
+    "Register",
+    "RegisterExt",
+    "RegisterType",
+    "RflagsBits",
+    "library_identity",
+]
+
+
+def library_identity() -> tuple[int, int]:
+    """Size and time of the decoder's binary: what stored translations depend on."""
+    status = Path(iced_x86.__file__).with_name("_iced_x86_py.abi3.so").stat()
+    return status.st_size, status.st_mtime_ns
