@@ -236,6 +236,8 @@ class Recipes:
             key = raw[:at]
         if i.is_ip_rel_memory_operand:
             value = signed(i.memory_displacement - i.ip)
+            if i.memory_base == Register.EIP:
+                value = (value + (1 << 31)) % (1 << 32) - (1 << 31)  # the address is cut to 32 bits
             at = source.get_constant_offsets(i).displacement_offset
             key = raw[:at] + raw[at + 4 :]
         recipe = self.shared.get((len(raw), key))
@@ -245,6 +247,7 @@ class Recipes:
             self.shared[(len(raw), key)] = recipe
         if len(self.known) > KNOWN_MAX:
             self.known.clear()
+            self.shared.clear()
         self.known[raw] = recipe, value
         return recipe, value
 

@@ -462,7 +462,7 @@ class _Work:
                 if group is not None:
                     at += group.moved
                     low, high = min(group.low, at), max(group.high, at + shared.size)
-                    if high - low > SPAN:
+                    if high - low > SPAN or abs(low) >= (1 << 31) - (1 << 16):
                         group = None
                         at -= opened[base].moved
                 if group is None:
