@@ -317,11 +317,15 @@ def link(vcpu: Vcpu, site: int, within: int) -> int:
     in the same code page, whose local entry needs no check.
     """
     wanted = vcpu.rip
+    index = (wanted >> 12) & (ITLB_ENTRIES - 1)
+    page = vcpu.itlb_user[index] if vcpu.cpl == 3 else vcpu.itlb_kernel[index]
     status = lookup(vcpu)
     if status != OK:
         return status
-    # An exception while fetching may have led elsewhere than to the jump's target.
-    if vcpu.rip == wanted:
+    # An exception while fetching may have led elsewhere than to the jump's target, and a page
+    # table changed without a flush to another page than the one that the jump itself is in.
+    now = vcpu.itlb_user[index] if vcpu.cpl == 3 else vcpu.itlb_kernel[index]
+    if vcpu.rip == wanted and (not within or now == page):
         target = vcpu.found_local if within else vcpu.jump_target
         vcpu.links += 1
         store32(site + vcpu.code_alias, target - (site + 4))

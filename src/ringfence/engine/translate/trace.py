@@ -146,6 +146,9 @@ class Builder:
             self.swap_out += emit.gs_store(host, own) + emit.gs_load(host, aside)
         self.miss_stubs: dict[tuple[bool, int], tuple[bytes, int]] = {}
         self.address = RELOC_VA32 if self.high else RELOC_VA64
+        self.heads: dict[bool, _Head] = {}
+        self.tail = self.make_tail()
+        self.link_stubs = (self.make_link_stub("link_page"), self.make_link_stub("link_local"))
 
     # --- reading guest code ---------------------------------------------------------------
 
@@ -252,25 +255,77 @@ class Builder:
         trace.length = len(trace.code)
         return trace
 
+    def rip_code(self) -> tuple[bytes, int]:
+        """Code that sets ``Cpu.rip``, and the position in it of the word to relocate."""
+        if self.high:
+            return emit.gs_store_imm(_RIP, 0), 9
+        return emit.mov_imm64(R10, 0) + emit.gs_store(R10, _RIP), 2
+
+    def make_link_stub(self, thunk: str) -> tuple[bytes, int, int]:
+        """A stub for a jump not linked yet: code, positions of RIP's and of the site's word."""
+        code, rip = self.rip_code()
+        lea = len(code) + 3
+        code += b"\x4c\x8d\x15\0\0\0\0"  # lea r10, [rip + site]
+        return code + emit.gs_jump(THUNK[thunk]), rip, lea
+
+    def make_tail(self) -> _Tail:
+        """See ``_Tail``; ends with the displacement of the jump back to the trace's body."""
+        set_rip, rip = self.rip_code()
+        code = emit.PARK
+        first_rip = len(code) + rip
+        code += set_rip
+        lookup = len(code)
+        code += emit.gs_jump(THUNK["lookup"])
+        wrong_address = len(code)
+        code += emit.gs_jump(THUNK["indirect_miss"])
+        attention = len(code)
+        second_rip = attention + rip
+        code += set_rip + emit.gs_call(THUNK["attention"]) + b"\xe9\0\0\0\0"
+        return _Tail(code, first_rip, lookup, wrong_address, attention, second_rip)
+
     def miss_stub(self, write: bool, kind: int) -> tuple[bytes, int]:
         """A stub for a missed TLB look-up: code up to its jump back, position of RIP's word."""
         key = (write, kind)
         made = self.miss_stubs.get(key)
         if made is None:
             head = emit.tlb_recover(write, self.recipes.user) + self.swap_out
-            rip = emit.gs_store_imm(_RIP, 0) if self.high else emit.mov_imm64(R10, 0)
-            tail = b"" if self.high else emit.gs_store(R10, _RIP)
-            tail += emit.mov_imm32(R10, kind) + emit.gs_call(THUNK["miss"])
+            set_rip, rip = self.rip_code()
+            tail = emit.mov_imm32(R10, kind) + emit.gs_call(THUNK["miss"])
             tail += self.swap_in + b"\xe9\0\0\0\0"
-            made = self.miss_stubs[key] = (
-                head + rip + tail,
-                len(head) + (9 if self.high else 2),
-            )
+            made = self.miss_stubs[key] = (head + set_rip + tail, len(head) + rip)
         return made
 
 
 Item = tuple[int, Recipe, int]
 """Offset in the page, recipe, relative address (see ``Recipes.make``)."""
+
+
+@dataclass(slots=True)
+class _Head:
+    """The entries of a trace, the same but for some words in all of a mode."""
+
+    code: bytes
+    start_word: int
+    """Relocation of the trace's own address."""
+    page_words: tuple[int, ...]
+    """Relocations of the page check."""
+    wrong_address: int
+    page_checks: list[int]
+    attention: int
+    checked: int
+    local: int
+
+
+@dataclass(slots=True)
+class _Tail:
+    """What the entries' checks jump to when they fail; positions count from its start."""
+
+    code: bytes
+    first_rip: int
+    lookup: int
+    wrong_address: int
+    attention: int
+    second_rip: int
 
 
 @dataclass(slots=True)
@@ -572,6 +627,16 @@ class _Work:
     def head(self, start: int, live: bool) -> None:
         """The three entries; see the module's text."""
         out, trace = self.out, self.trace
+        known = self.b.heads.get(live)
+        if known is not None and not self.second:
+            out += known.code
+            self.relocations.extend((known.start_word, start, *known.page_words))
+            self.wrong_address, self.page_checks = known.wrong_address, known.page_checks
+            self.attention, self.body = known.attention, len(out)
+            trace.checked, trace.local = known.checked, known.local
+            if live:
+                self.state = PARKED
+            return
         trace.indirect = 0
         at = len(out)
         if self.b.high:
@@ -595,6 +660,18 @@ class _Work:
         out += emit.gs_compare_byte(_ATTENTION, 0) + b"\x0f\x85\0\0\0\0"
         self.attention = len(out) - 4
         self.body = len(out)
+        if not self.second:
+            words = tuple(self.relocations)
+            self.b.heads[live] = _Head(
+                bytes(out),
+                words[0],
+                words[2:],
+                self.wrong_address,
+                self.page_checks,
+                self.attention,
+                trace.checked,
+                trace.local,
+            )
 
     def page_check(self, distance: int, number: int) -> int:
         """Compare a linear page's identity; position of the jump taken when it differs."""
@@ -739,33 +816,41 @@ class _Work:
                 self.load_address(R9, target)
                 out += emit.indirect_jump(self.b.recipes.user)
                 continue
-            self.set_rip(target)
             if self.b.step:
+                self.set_rip(target)
                 if within:
                     out += emit.PARK
                 out += emit.mov_imm32(R10, self.b.effects["fx_step"])
                 out += emit.gs_jump(THUNK["effect"])
                 continue
-            out += b"\x4c\x8d\x15\0\0\0\0"  # lea r10, [rip + site]
-            self.aim(len(out) - 4, site)
-            out += emit.gs_jump(THUNK["link_local" if within else "link_page"])
+            at = len(out)
+            code, rip, lea = self.b.link_stubs[within]
+            out += code
+            relocate(((at + rip) << 2 | address, target))
+            pack("<i", out, at + lea, site - at - lea - 4)
         if self.back_edges:
             self.loop_stub(start)
         if self.b.entered:
             return
         trace.reenter_local = len(out)
-        out += emit.PARK
-        trace.reenter = len(out)
+        trace.reenter = len(out) + len(emit.PARK)
         for position in self.page_checks:
-            self.aim(position)
-        self.set_rip(start)
-        if self.second:
-            out += emit.mov_imm32(R10, self.second) + emit.gs_jump(THUNK["straddle"])
-        else:
-            out += emit.gs_jump(THUNK["lookup"])
-        self.aim(self.wrong_address)
-        out += emit.gs_jump(THUNK["indirect_miss"])
-        self.aim(self.attention)
-        self.set_rip(start)
-        out += emit.gs_call(THUNK["attention"]) + b"\xe9\0\0\0\0"
+            self.aim(position, trace.reenter)
+        tail = self.b.tail
+        self.aim(self.wrong_address, trace.reenter_local + tail.wrong_address)
+        self.aim(self.attention, trace.reenter_local + tail.attention)
+        at = trace.reenter_local
+        out += tail.code
+        relocate(((at + tail.first_rip) << 2 | address, start))
+        relocate(((at + tail.second_rip) << 2 | address, start))
         self.aim(len(out) - 4, self.body)
+        if self.second:
+            # Both pages are looked up: the jump to the look-up goes to another thunk.
+            self.aim_straddle(at + tail.lookup)
+
+    def aim_straddle(self, position: int) -> None:
+        """Replace the jump at ``position`` by one out of line to the straddle thunk."""
+        out = self.out
+        out[position] = 0xE9
+        self.aim(position + 1)
+        out += emit.mov_imm32(R10, self.second) + emit.gs_jump(THUNK["straddle"])
