@@ -328,7 +328,8 @@ class Machine:
             "memory": self.config.memory,
             "cmdline": self.config.cmdline,
         }
-        return {"machine": about, **self._parts.engine.stats()}
+        with self._change:  # a reset exchanges the parts under it
+            return {"machine": about, **self._parts.engine.stats()}
 
     def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
         """Call ``callback`` with every exit, from the vCPU's thread; None stops it."""

@@ -203,7 +203,6 @@ def test_reboot_loop(way: str) -> None:
     assert later[0] - first[0] < 24 << 20, f"{(later[0] - first[0]) >> 20} MiB more"
 
 
-@pytest.mark.xfail(reason="Machine.stats() meets a closed engine during a reset", strict=False)
 def test_statistics_during_resets() -> None:
     """They can be asked for at any time."""
     with machine(kernel(f"{RESET}\n1: hlt; jmp 1b", RESET), on_reset="reboot") as made:
@@ -362,9 +361,6 @@ def test_full_disk(tmp_path: Path, limit: int) -> None:
     greets(tmp_path / "cache")
 
 
-@pytest.mark.xfail(
-    reason="a native object that does not fit leaves its temporary file", strict=True
-)
 def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     """What could not be written whole is not left on the disk."""
     child = start(tmp_path / "cache", 4096)

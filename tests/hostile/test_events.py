@@ -182,7 +182,6 @@ def test_stack_anywhere(gates: HostileGuest, where: str) -> None:
 # --- fetching ----------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="the following code page is taken for RAM", strict=True)
 @pytest.mark.parametrize("second", [MMIO, 16 << 20, 0xFEE0_0000, 0xF_FFFF_F000])
 @pytest.mark.parametrize("cut", range(1, 10))
 def test_instruction_runs_out_of_ram(guest: HostileGuest, second: int, cut: int) -> None:

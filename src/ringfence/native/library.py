@@ -6,6 +6,7 @@ cache folder under their hash; a second start neither parses the sources nor run
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import inspect
@@ -111,10 +112,14 @@ def _read_checked(path: Path) -> bytes | None:
 
 def _write_checked(path: Path, code: bytes) -> None:
     """Write an object and its digest at once; a full disk only costs the next start time."""
+    temporary = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
             file.write(hashlib.blake2b(code, digest_size=32).digest() + code)
-        Path(file.name).replace(path)
+        temporary.replace(path)
     except OSError:
-        return
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

@@ -514,8 +514,9 @@ def relocate(code: int, words: int, count: int, page: int, number: int, itlb: in
     bad = 0
     for i in range(count):
         pair = load64(words + i * 8)
-        position = code + ((pair & 0xFFFFFFFF) >> 2)
-        addend = sext(pair >> 32, 32)
+        position = code + ((pair & 0x1FFFFFFF) >> 2)
+        # Bit 29 stands for another 4 GiB.
+        addend = sext(pair >> 32, 32) + ((pair & 0x20000000) << 3)
         kind = pair & 3
         value = page + addend
         if kind == 0:

@@ -150,15 +150,17 @@ def _pop_any(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe | None
             rex = 0x4B | (host >> 3) << 2
             recipe.op = Piece(bytes((rex, 0x8B, 0x04 | (host & 7) << 3, 0x11)) + up)
         return recipe
-    target = i.copy()
+    address = r.address(i)
     if i.memory_base in (Register.RSP, Register.ESP):
         # The address is computed with RSP already incremented (SDM vol. 2, POP).
-        target.memory_displacement = (i.memory_displacement + size) % (1 << 64)
+        address = r.address(i, segment=False) + emit.lea(R9, R9, disp=size)
+        address = address + (_TRUNCATE if i.memory_base == Register.ESP else b"")
+        address = address + r.segment_base(i.memory_segment)
     recipe.before = (
         load
         + _load_r9(size)
         + emit.gs_store(R9, KEEP)
-        + r.address(target)
+        + address
         + r.access(size, True, read=False, stack=r.on_stack(i))
     )
     store = _STORE_R10 if size == 8 else b"\x66\x45\x89\x11"

@@ -67,6 +67,7 @@ PEEK = 8
 
 # Relocations: what a word of the trace depends on besides its content.
 RELOC_VA32, RELOC_VA64, RELOC_ITLB, RELOC_PAGE = range(4)
+RELOC_FAR = 1 << 29
 
 _RIP = gs("rip")
 _ATTENTION = gs("attention")
@@ -369,7 +370,14 @@ class _Work:
     # --- words that depend on the place ------------------------------------------------------
 
     def word(self, position: int, kind: int, addend: int) -> None:
-        """Remember a word to be filled in when the trace is placed."""
+        """Remember a word to be filled in when the trace is placed.
+
+        What a displacement of 2 GiB leads to may be too far from the page's start for a signed
+        word: RELOC_FAR then stands for the difference, 4 GiB.
+        """
+        if addend >= 1 << 31:
+            position |= RELOC_FAR >> 2
+            addend -= 1 << 32
         self.relocations.append(position << 2 | kind)
         self.relocations.append(addend)
 
@@ -826,7 +834,7 @@ class _Work:
             at = len(out)
             code, rip, lea = self.b.link_stubs[within]
             out += code
-            relocate(((at + rip) << 2 | address, target))
+            self.word(at + rip, address, target)
             pack("<i", out, at + lea, site - at - lea - 4)
         if self.back_edges:
             self.loop_stub(start)

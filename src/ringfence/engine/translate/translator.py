@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ringfence.cpu.state import UD
 from ringfence.engine.translate import special as _special
 from ringfence.engine.translate.block import (
     MODE_CAREFUL,
@@ -42,6 +43,8 @@ NUMBER_MAX = 60_000
 """Code pages until all translations are dropped."""
 LOW_2G, TOP_2G = 0x7FFFF000, 0xFFFFFFFF80000000
 """Outside of these, addresses of code need more than a sign-extended 32-bit word."""
+BUILDERS_MAX = 64
+"""Modes and arrangements of registers; each keeps recipes."""
 PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
 assert _special.KEEP
 
@@ -119,6 +122,8 @@ class Translator:
         key = (mode, wide, swaps)
         made = self.builders.get(key)
         if made is None:
+            if len(self.builders) >= BUILDERS_MAX:
+                self.builders.clear()
             normal = self.builders.get((mode & ~MODE_CAREFUL, wide, ()))
             if mode & MODE_CAREFUL and normal is not None:
                 recipes = normal.recipes
@@ -257,7 +262,12 @@ class Translator:
         user = 4 if mode & MODE_CPL == 3 else 0
         if self._walk(self.block, address, user | 16):
             return None
-        return self.page(address, self.view.walk_pa & PAGE_MASK, mode)
+        try:
+            return self.page(address, self.view.walk_pa & PAGE_MASK, mode)
+        except IndexError:
+            # What is not RAM reads as all ones, as where the engine fetches from there.
+            self.view.exc_vector, self.view.exc_error = UD, 0
+            return None
 
     def install(self, page: CodePage, trace: Trace) -> bool:
         """Place a trace in the cache and make it known; False where an address did not fit."""
