@@ -136,7 +136,6 @@ def test_no_kernel_warning_that_qemu_s_boot_lacks(shell: Shell, qemu_warnings: s
     assert warnings(said) - qemu_warnings == set()
 
 
-@pytest.mark.skipif(not support.LONG, reason="RINGFENCE_TEST_LONG=1 runs it")
 def test_nor_one_with_an_empty_cache(
     cloud: Image, initrd: Path, qemu_warnings: set[str], tmp_path: Path
 ) -> None:
