@@ -411,6 +411,7 @@ class Machine:
         from ringfence.paravirt import clock as paravirt
 
         config = self.config
+        loading = engines.preload(config.engine, config.engine_config)
         memory = GuestMemory(config.memory)
         try:
             clock = HostClock()
@@ -434,6 +435,7 @@ class Machine:
                 rsdp=acpi.ADDRESS,
             )
             offered = replace(config.engine_config, paravirtual=paravirt.FEATURES)
+            loading.join()
             engine = engines.create(config.engine, memory, board, offered)
             engine.attach_msrs(paravirt.MSRS, paravirt.ParavirtualClock(memory, clock, tsc))
             engine.set_boot_state(boot)

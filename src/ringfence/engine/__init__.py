@@ -9,6 +9,7 @@ asked to, because the engines pull in a compiler.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -133,6 +134,22 @@ def resolve(name: str) -> str:
     if name not in _factories:
         raise UsageError(f"unknown engine '{name}': expected one of {', '.join(names())}")
     return name
+
+
+def preload(name: str, config: EngineConfig) -> threading.Thread:
+    """Start loading an engine's code in a thread of its own; join it before `create`."""
+
+    def load() -> None:
+        factory = _factories[resolve(name)]
+        if isinstance(factory, str):
+            module = importlib.import_module(factory.partition(":")[0])
+            prepare = getattr(module, "prepare", None)
+            if prepare is not None:
+                prepare(config)
+
+    thread = threading.Thread(target=load, name=f"preload-{name}", daemon=True)
+    thread.start()
+    return thread
 
 
 def create(name: str, memory: GuestMemory, board: Any, config: EngineConfig) -> Engine:

@@ -45,6 +45,11 @@ def _anonymous(size: int) -> tuple[mmap.mmap, int]:
     return pages, ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
 
+def prepare(config: EngineConfig) -> None:
+    """Compile or load the native library ahead of the first engine (see ``engine.preload``)."""
+    natives.load(config.cache_dir)
+
+
 class TranslateEngine:
     """One vCPU under binary translation; see ``engine.Engine`` for the protocol.
 

@@ -105,7 +105,7 @@ _SEGMENTS = {
 }  # fmt: skip
 
 
-KNOWN_MAX = 50_000
+KNOWN_MAX = 150_000
 """Instructions remembered by all their bytes; what they share is remembered without limit."""
 
 
@@ -175,6 +175,8 @@ class Recipe:
     adjustment: int = 0
     named: tuple[int, ...] = ()
     """Guest registers that operands name, each as often as it occurs."""
+    homeless: int = 0
+    """How many of them have no host register between traces."""
     fixed: int = 0
     """Mask of the guest registers that the instruction uses without naming them, or as AH-BH."""
     condition: int = 0
@@ -377,7 +379,8 @@ class Recipes:
     def registers(self, i: Instruction, recipe: Recipe) -> None:
         """Fill in which registers the instruction writes, and which it moves by a constant."""
         named = []
-        for n in range(i.op_count):
+        count = i.op_count
+        for n in range(count):
             kind = i.op_kind(n)
             if kind == OpKind.REGISTER:
                 register = i.op_register(n)
@@ -388,13 +391,19 @@ class Recipes:
             elif kind == OpKind.MEMORY:
                 named += [GPR[r][0] for r in (i.memory_base, i.memory_index) if r in GPR]
         recipe.named = tuple(named)
+        recipe.homeless = sum(number in HOMELESS for number in named)
+        if recipe.kind == EFFECT:
+            return
+        written = fixed = 0
         for entry in self.info.info(i).used_registers():
             number = GPR.get(entry.register)
             if number is not None:
                 if entry.access in _WRITES:
-                    recipe.written |= 1 << number[0]
+                    written |= 1 << number[0]
                 if number[0] not in named:
-                    recipe.fixed |= 1 << number[0]
+                    fixed |= 1 << number[0]
+        recipe.written = written
+        recipe.fixed |= fixed
         step = i.stack_pointer_increment
         if step:
             pops_rsp = (
@@ -403,7 +412,7 @@ class Recipes:
             if not pops_rsp and i.mnemonic not in (Mnemonic.LEAVE, Mnemonic.ENTER):
                 recipe.adjusted, recipe.adjustment = 4, step
             return
-        if i.op_count and i.op0_kind == OpKind.REGISTER:
+        if count and i.op0_kind == OpKind.REGISTER:
             number = GPR.get(i.op0_register)
             if number is None or number[1] != 8:
                 return

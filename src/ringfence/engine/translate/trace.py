@@ -220,6 +220,8 @@ class Builder:
         """Registers to be swapped in a trace: busy homeless ones for idle ones that have a home."""
         if self.entered or self.step:
             return ()
+        if sum([recipe.homeless for _, recipe, _ in items]) < WORTHWHILE:
+            return ()
         uses = [0] * 16
         fixed = _NEVER_DISPLACED
         for _, recipe, _ in items:
@@ -518,7 +520,10 @@ class _Work:
         found: list[_Group] = []
         for n, (offset, recipe, value) in enumerate(items):
             shared = recipe.shared
-            if shared is not None:
+            if shared is None:
+                if not opened:
+                    continue
+            else:
                 base = shared.base
                 at = offset + value if shared.displacement is None else shared.displacement
                 group = opened.get(base)
@@ -542,9 +547,8 @@ class _Work:
                 if group is not None:
                     group.moved += recipe.adjustment
             if written:
-                for base in list(opened):
-                    if written >> base & 1:
-                        del opened[base]
+                for base in [base for base in opened if written >> base & 1]:
+                    del opened[base]
         used = 0
         for group in found:
             if group.base == RSP:
