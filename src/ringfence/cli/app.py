@@ -6,6 +6,7 @@ stays quick. `main` is the one place where an error becomes a line on stderr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -220,6 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError:
         # The reader is gone; keep the interpreter from trying once more at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if arguments is None:
+        # All is closed and flushed; taking the interpreter's objects apart would only cost time.
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -101,6 +101,7 @@ class Vcpu(Mmu):
     mode_kernel: Annotated[int, u32]
     mode_user: Annotated[int, u32]
     """The modes that the two jump tables were filled under."""
+    killed: Annotated[int, u64]
     links: Annotated[int, u64]
     lookups: Annotated[int, u64]
     lookup_misses: Annotated[int, u64]

@@ -568,6 +568,85 @@ def install_stored(
     return found
 
 
+@native_inline
+def write_jump(vcpu: Vcpu, address: int, target: int) -> int:
+    """Overwrite placed code with a jump; both are executable addresses."""
+    store8(address + vcpu.code_alias, 0xE9)
+    store32(address + vcpu.code_alias + 1, target - address - 5)
+    return 0
+
+
+@native
+def kill_stored(
+    vcpu: Vcpu, number: int, code: int, rows: int, count: int, lines: int, miss: int
+) -> int:
+    """The guest wrote to ``lines``: make the stored traces unreachable that depend on them.
+
+    ``miss`` is the displacement of the indirect-miss thunk. Killed rows keep a mark and depend on
+    nothing any more. Returns the lines that the others depend on; the count of the killed is left
+    in ``vcpu.killed``.
+    """
+    left = 0
+    for i in range(count):
+        row = rows + i * 72
+        depends = load64(row)
+        if not depends & lines:
+            left = left | depends
+            continue
+        if load32(row + 68) == 0:
+            start = code + load32(row + 20)
+            indirect = start + load32(row + 28) + vcpu.code_alias
+            store32(indirect, 0x2524FF65)  # jmp gs:[disp32]
+            store32(indirect + 4, miss)
+            checked = start + load32(row + 32)
+            write_jump(vcpu, checked, start + load32(row + 40))
+            write_jump(vcpu, start + load32(row + 36), start + load32(row + 44))
+            key = (number << 12) | load32(row + 8)
+            entry = trace_row(vcpu, key)
+            if load64(entry + 16) == checked:
+                store64(entry + 8, 0)
+                store64(entry + 16, 0)
+                store64(entry + 24, 0)
+            vcpu.killed += 1
+        store64(row, 0)
+        store32(row + 68, 1)
+    return left
+
+
+@native
+def redirect_stored(
+    vcpu: Vcpu, code: int, rows: int, count: int, offset: int, checked: int, local: int
+) -> int:
+    """Lead the killed stored traces at ``offset`` to their successor's entries."""
+    for i in range(count):
+        row = rows + i * 72
+        if load32(row + 68) and load32(row + 8) == offset:
+            start = code + load32(row + 20)
+            write_jump(vcpu, start + load32(row + 32), checked)
+            write_jump(vcpu, start + load32(row + 36), local)
+    return 0
+
+
+@native
+def succeed_stored(
+    vcpu: Vcpu, code: int, rows: int, count: int, new_code: int, new_rows: int, new_count: int
+) -> int:
+    """The same for all traces of a page that came from the disk after others were killed."""
+    for i in range(new_count):
+        row = new_rows + i * 72
+        start = new_code + load32(row + 20)
+        redirect_stored(
+            vcpu,
+            code,
+            rows,
+            count,
+            load32(row + 8),
+            start + load32(row + 32),
+            start + load32(row + 36),
+        )
+    return 0
+
+
 @native
 def stack_miss(vcpu: Vcpu, address: int, kind: int) -> int:
     """The one-page TLB of the stack missed: enter the page, and make it the stack's if writable.

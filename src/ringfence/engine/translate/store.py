@@ -62,7 +62,8 @@ class StoredTrace(Struct):
     mark: Annotated[int, u32]
     marks: Annotated[int, u32]
     swaps: Annotated[int, u32]
-    spare: Annotated[int, u32]
+    dead: Annotated[int, u32]
+    """Set in memory once the trace was killed."""
 
 
 ROW_BYTES = StoredTrace.size
@@ -75,7 +76,7 @@ class Stored:
     """All traces of one page content, as they come from the disk."""
 
     count: int
-    rows: bytes
+    rows: bytearray
     relocations: bytes
     marks: bytes
     code: bytes
@@ -87,6 +88,10 @@ class Stored:
         for (mask,) in struct.iter_unpack("<Q64x", self.rows):
             union |= mask
         return union
+
+    def placed(self) -> None:
+        """Free what only placing needs."""
+        self.code = self.relocations = b""
 
     def traces(self) -> list[Trace]:
         """The traces as objects, for what happens rarely."""
@@ -160,7 +165,7 @@ def unpack(blob: bytes) -> Stored:
         raise ValueError("wrong layout")
     return Stored(
         count,
-        blob[at : ends[0]],
+        bytearray(blob[at : ends[0]]),
         blob[ends[0] : ends[1]],
         blob[ends[1] : ends[2]],
         blob[ends[2] :],

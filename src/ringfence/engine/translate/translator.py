@@ -76,6 +76,8 @@ class CodePage:
     data: bytes = b""
     """The page's content when the store was last asked about it, and its key there."""
     key: bytes = b""
+    killed: bool = False
+    """Whether some of ``pending``'s traces may be dead."""
     pending: list[Placed] = field(default_factory=list)
     """What came from the store and has no objects yet."""
 
@@ -101,6 +103,9 @@ class Translator:
         self._protect = library.function("tlb_protect_page", 2)
         self._relocate = library.function("relocate", 6)
         self._install_stored = library.function("install_stored", 9)
+        self._kill_stored = library.function("kill_stored", 7)
+        self._redirect_stored = library.function("redirect_stored", 7)
+        self._succeed_stored = library.function("succeed_stored", 7)
         self._walk = library.function("walk", 3)
         self._jump_forget = library.function("jump_forget", 1)
         self._flush_all = library.function("tlb_flush_all", 1)
@@ -224,19 +229,36 @@ class Translator:
             _address(stored.relocations),
             offset,
         )
+        stored.placed()
+        if page.dead or page.killed:
+            self.succeed(page, stored, start)
         placed = Placed(page, [], stored, start)
         page.pending.append(placed)
         self.starts.append(start)
         self.placed.append(placed)
         self.mark_lines(page.index, stored.lines)
-        if page.dead:
-            self.materialize(page)
-            for at, trace in page.traces.items():
-                self.redirect(page, at, trace)
         self.recalled += stored.count
         self.rows_used += stored.count
         self.last_entry = entry
         return bool(entry)
+
+    def succeed(self, page: CodePage, stored: Stored, start: int) -> None:
+        """Lead a page's dead traces to those just placed at ``start``."""
+        for placed in page.pending:
+            assert placed.stored is not None
+            self._succeed_stored(
+                self.block,
+                placed.start,
+                _address(placed.stored.rows),
+                placed.stored.count,
+                start,
+                _address(stored.rows),
+                stored.count,
+            )
+        if page.dead:
+            for trace in stored.traces():
+                trace.start += start
+                self.redirect(page, trace.offset, trace)
 
     def materialize(self, page: CodePage) -> None:
         """Make objects of a page's traces that came from the store."""
@@ -247,7 +269,10 @@ class Translator:
             for trace in placed.traces:
                 trace.start += placed.start
                 trace.forget_code()
-                page.traces.setdefault(trace.offset, trace)
+                if trace.lines:
+                    page.traces.setdefault(trace.offset, trace)
+                else:
+                    page.dead.setdefault(trace.offset, []).append(trace)
         page.pending.clear()
 
     def redirect(self, page: CodePage, offset: int, trace: Trace) -> None:
@@ -255,6 +280,19 @@ class Translator:
         for dead in page.dead.get(offset, ()):
             self.aim(dead.start + dead.checked, trace.start + trace.checked)
             self.aim(dead.start + dead.local, trace.start + trace.local)
+        if page.killed:
+            start = trace.start
+            for placed in page.pending:
+                assert placed.stored is not None
+                self._redirect_stored(
+                    self.block,
+                    placed.start,
+                    _address(placed.stored.rows),
+                    placed.stored.count,
+                    trace.offset,
+                    start + trace.checked,
+                    start + trace.local,
+                )
 
     def following(self, page: CodePage, mode: int) -> CodePage | None:
         """The code page behind one, for an instruction across the boundary; None if it faults."""
@@ -293,7 +331,7 @@ class Translator:
             start + trace.checked,
             start + trace.indirect,
         )
-        if page.dead:
+        if page.dead or page.killed:
             self.redirect(page, offset, trace)
         self.instructions += trace.instructions
         self.blocks += 1
@@ -329,7 +367,18 @@ class Translator:
         """The guest wrote to ``lines`` of a RAM page: drop the traces that depend on them."""
         left = 0
         for page in self.by_index[index]:
-            self.materialize(page)
+            for placed in page.pending:
+                assert placed.stored is not None
+                page.killed = True
+                left |= self._kill_stored(
+                    self.block,
+                    page.number,
+                    placed.start,
+                    _address(placed.stored.rows),
+                    placed.stored.count,
+                    lines,
+                    THUNK["indirect_miss"] & 0xFFFFFFFF,
+                )
             for offset, trace in list(page.traces.items()):
                 if trace.lines & lines:
                     del page.traces[offset]
@@ -398,7 +447,7 @@ class Translator:
             "blocks": self.blocks,
             "recalled": self.recalled,
             "host_bytes": self.bytes,
-            "invalidated": self.invalidated,
+            "invalidated": self.invalidated + self.view.killed,
             "full_flushes": self.full_flushes,
             "code_pages": len(self.pages),
             "recipes": sum(len(b.recipes.known) for b in self.builders.values()),
@@ -411,8 +460,10 @@ class Translator:
         self.cache.close()
 
 
-def _address(data: bytes) -> int:
-    """Host address of a bytes object's content."""
+def _address(data: bytes | bytearray) -> int:
+    """Host address of an object's content."""
+    if isinstance(data, bytearray):
+        return ctypes.addressof(ctypes.c_char.from_buffer(data)) if data else 0
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
