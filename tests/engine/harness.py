@@ -40,6 +40,7 @@ from engine.native import (
     initial_vector,
     normal_vector,
 )
+from ringfence.chipset.board import GatheredPorts
 from ringfence.cpu import state
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.engine import EngineConfig
@@ -87,12 +88,19 @@ class Board:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.tsc = host_tsc()
+        self.gathered = GatheredPorts(0x3F8, 0x3FD)
         self.engine: TranslateEngine
         self.last = -1
         self.pending: list[int] = []
         self.taken_at = 0
         self.mmio: dict[int, int] = {}
         self.mmio_writes: list[tuple[int, int, int]] = []
+
+    def on_input(self) -> None:
+        """Nobody types."""
+
+    def quiet_status(self) -> None:
+        """Every access matters here."""
 
     def set_wake(self, cpu: int, wake: Any) -> None:
         """Nobody wakes this CPU."""

@@ -212,6 +212,33 @@ def test_statistics_during_resets() -> None:
             made.stats()
 
 
+# --- output of a guest that never leaves translated code again ------------------------------------
+
+
+def test_output_of_a_guest_that_spins() -> None:
+    """Console bytes are gathered, but not kept: they come out although nothing exits any more."""
+    source = """
+        lea rsi, [rip + text]
+        mov ecx, 13
+    next:
+        mov dx, 0x3fd
+        in al, dx
+        test al, 0x20
+        jz next
+        mov dx, 0x3f8
+        lodsb
+        out dx, al
+        dec ecx
+        jnz next
+        cli
+        jmp $
+    text: .ascii "spinning away"
+    """
+    with machine(kernel(source.replace("jmp $", "9: jmp 9b"))) as made:
+        made.start()
+        assert made.console.wait_for("spinning away", 10)
+
+
 # --- the files that keep translations ------------------------------------------------------------
 
 GREETING = kernel(

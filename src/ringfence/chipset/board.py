@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ringfence.chipset.apicbus import ApicBus, Delivery
@@ -38,12 +39,23 @@ from ringfence.chipset.state import State, check_version
 from ringfence.chipset.uart import BASE as UART_BASE
 from ringfence.chipset.uart import IRQ as UART_IRQ
 from ringfence.chipset.uart import LENGTH as UART_LENGTH
-from ringfence.chipset.uart import Uart
+from ringfence.chipset.uart import LSR, Uart
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.errors import ImageError, UsageError
 
 MAXIMUM_CPUS = 64
 PAGE_MASK = 0xFFF
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredPorts:
+    """Two byte ports that an engine may serve itself while `Board.quiet_status` has a value.
+
+    Bytes written to ``write`` may be handed over later, in order; ``read`` gives that value.
+    """
+
+    write: int
+    read: int
 
 
 def _nothing() -> None:
@@ -106,6 +118,9 @@ class Board:
 
         self.apics = ApicBus()
         self.tsc = tsc
+        self.gathered = GatheredPorts(UART_BASE, UART_BASE + LSR)
+        self.on_input: Callable[[], None] = _nothing
+        """Called, with the lock held, when host input ends a state in which ports were gathered."""
         self.lapics = [Lapic(cpu, self.apics, self.timers, tsc) for cpu in range(cpus)]
         self.apics.lapics = self.lapics
         self.ioapic = IoApic(self.apics)
@@ -239,6 +254,11 @@ class Board:
         """Type bytes at COM1."""
         with self.lock:
             self.uart.receive(data)
+            self.on_input()
+
+    def quiet_status(self) -> int | None:
+        """What the gathered port reads as, if the board is not needed (the lock is held)."""
+        return self.uart.quiet_status()
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down."""

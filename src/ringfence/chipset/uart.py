@@ -83,6 +83,12 @@ class Uart(Saved):
         self.queue.extend(data)
         self._refill()
 
+    def quiet_status(self) -> int | None:
+        """LSR, if reading it changes nothing and a byte written to THR does nothing but go out."""
+        if self.lcr & LCR_DLAB or self.mcr & MCR_LOOP or self.ier & IER_THRI:
+            return None
+        return None if self.lsr & LSR_BREAKS else self.lsr
+
     def pending_input(self) -> int:
         """Return how many received bytes the guest has not read yet."""
         return len(self.queue) + len(self.fifo)

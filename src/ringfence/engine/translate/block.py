@@ -12,6 +12,7 @@ from ringfence.memory.mmu import Mmu
 from ringfence.native.layout import Array, u8, u16, u32, u64
 
 JUMP_ENTRIES = 1 << 16
+GATHER_MAX = 256
 EFFECTS_MAX = 160
 THUNKS_MAX = 32
 
@@ -54,6 +55,15 @@ class Vcpu(Mmu):
     """Non-zero: the next trace head leaves guest code. Any thread may set it."""
     irq_request: Annotated[int, u8]
     """An external interrupt is deliverable by the interrupt controllers. Set by any thread."""
+    gather: Annotated[int, u8]
+    """Whether the gathered ports may be served here (see ``gather``). Cleared by any thread."""
+    service_request: Annotated[int, u8]
+    """Gathered bytes have waited long enough. Set by the timer thread."""
+    gather_value: Annotated[int, u8]
+    gather_write: Annotated[int, u16]
+    gather_read: Annotated[int, u16]
+    gathered_count: Annotated[int, u32]
+    gathered: Annotated[Array, u8, 256]
     stop_request: Annotated[int, u8]
     """The owner wants ``run`` to return. Set by any thread."""
     parked: Annotated[int, u16]

@@ -332,6 +332,14 @@ def link(vcpu: Vcpu, site: int, within: int) -> int:
     return OK
 
 
+@native_inline
+def wanted(vcpu: Vcpu) -> int:
+    """Whether the VMM has something to do for which guest code must be left."""
+    if vcpu.stop_request or vcpu.service_request:
+        return 1
+    return 1 if vcpu.irq_request and vcpu.flag_if else 0
+
+
 @native
 def attention(vcpu: Vcpu) -> int:
     """A trace head saw ``attention``: OK to go on in the trace, EXIT when the VMM is wanted."""
@@ -339,13 +347,13 @@ def attention(vcpu: Vcpu) -> int:
     if vcpu.interrupt_shadow:
         vcpu.interrupt_shadow = 0
         return OK
-    if vcpu.stop_request or (vcpu.irq_request and vcpu.flag_if):
+    if wanted(vcpu):
         vcpu.exit_reason = EXIT_ATTENTION
         return EXIT
     # Other threads set their request before ``attention``. So clear with a locked operation and
     # look again: what came in between is seen here, what comes later sets ``attention`` anew.
     atomic_and64(address_of(vcpu.mode), ATTENTION_CLEAR)
-    if vcpu.stop_request or (vcpu.irq_request and vcpu.flag_if):
+    if wanted(vcpu):
         vcpu.attention = 1
     return OK
 

@@ -34,6 +34,8 @@ from ringfence.memory import strings
 if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
 
+GATHER_NS = 3_000_000
+"""How long console output may wait for the guest to leave translated code by itself."""
 TRACE_ROWS = 1 << 19
 PAGE_ROWS = 1 << 17
 MASK64 = (1 << 64) - 1
@@ -86,6 +88,12 @@ class TranslateEngine:
             view.thunks[number] = library.address(f"rf_{name}")
         for name, number in natives.EFFECT_NUMBERS.items():
             view.effects[number] = library.address(name)
+        # Console ports are served on the spot while nothing can come of it.
+        for name in ("fx_in", "fx_out"):
+            view.effects[natives.EFFECT_NUMBERS[name]] = library.address(f"{name}_gathered")
+        view.gather_write, view.gather_read = board.gathered.write, board.gathered.read
+        self._gather_timer = False
+        board.on_input = self._stop_gathering
         self._find = library.address("rf_find")
         self._follow = library.address("rf_follow")
         self._resume = library.address("rf_resume")
@@ -201,6 +209,7 @@ class TranslateEngine:
             elapsed = self.board.tsc.read() - self._paused_tsc
             self.view.tsc_offset = (self.view.tsc_offset - elapsed) & MASK64
             self._paused_tsc = None
+        view = self.view
         enter, handlers, block, clock = (
             self._enter,
             self._handlers,
@@ -218,6 +227,8 @@ class TranslateEngine:
                 code = enter(block)
                 left = clock()
                 self._guest_ns += left - entered
+                if view.gathered_count:
+                    self._hand_over()
                 outcome = handlers[code]()
                 if outcome is not None:
                     if outcome is StopReason.PAUSED:
@@ -401,6 +412,7 @@ class TranslateEngine:
         if stopped is not None:
             return stopped
         vector = -1
+        view.service_request = 0
         with self.board.lock:
             view.attention = 0
             if self.board.interrupt_pending(0) and view.flag_if:
@@ -445,10 +457,52 @@ class TranslateEngine:
         self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
         return self._on_attention()
 
+    def _gather_ports(self) -> None:
+        """After an access to the board: may the console's ports be served without it?"""
+        with self.board.lock:
+            status = self.board.quiet_status()
+            if status is None:
+                return
+            self.view.gather_value = status
+            self.view.gather = 1
+            if not self._gather_timer:
+                self._gather_timer = True
+                timers = self.board.timers
+                timers.arm(self.board.clock.now() + GATHER_NS, self._gathered_long_enough)
+
+    def _gathered_long_enough(self) -> None:
+        """Fetch bytes that have waited (the timer thread, with the board's lock)."""
+        self._gather_timer = False
+        view = self.view
+        if view is None:
+            return
+        view.gather = 0  # the next access arms the timer anew
+        if view.gathered_count:
+            view.service_request = 1
+            view.attention = 1
+
+    def _stop_gathering(self) -> None:
+        """The board's state changes by itself (any thread, with the board's lock)."""
+        if self.view is not None:
+            self.view.gather = 0
+
+    def _hand_over(self) -> None:
+        """Give the board the bytes gathered since the last exit."""
+        view = self.view
+        count = view.gathered_count
+        view.gathered_count = 0
+        view.service_request = 0
+        began = time.perf_counter_ns()
+        with self.board.lock:
+            for value in view.gathered[:count]:
+                self.board.port_write(view.gather_write, 1, value)
+        self.counters.add(Reason.PORT_OUT, time.perf_counter_ns() - began)
+
     def _on_port_in(self) -> StopReason | None:
         began = time.perf_counter_ns()
         view = self.view
         port, size = view.exit_data[0], view.exit_data[1]
+        view.gather = 0
         value = self.board.port_read(port, size)
         if size == 4:
             view.gpr[0] = value & 0xFFFFFFFF
@@ -456,6 +510,8 @@ class TranslateEngine:
             mask = (1 << 8 * size) - 1
             view.gpr[0] = view.gpr[0] & ~mask & MASK64 | value & mask
         self._count(Reason.PORT_IN, began, lambda: vocabulary.PortIn(port, size))
+        if port == view.gather_read:
+            self._gather_ports()
         self._continue()
         return None
 
@@ -463,6 +519,7 @@ class TranslateEngine:
         began = time.perf_counter_ns()
         view = self.view
         port, size, value = view.exit_data[0], view.exit_data[1], view.exit_data[2]
+        view.gather = 0
         self.board.port_write(port, size, value)
         self._count(Reason.PORT_OUT, began, lambda: vocabulary.PortOut(port, size, value))
         self._continue()

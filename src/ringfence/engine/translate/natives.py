@@ -9,7 +9,7 @@ from typing import Any
 
 from ringfence.cpu import library as cpu_library
 from ringfence.cpu.exceptions import deliver_exception, deliver_interrupt, deliver_nmi
-from ringfence.engine.translate import block, dispatch, thunks
+from ringfence.engine.translate import block, dispatch, gather, thunks
 from ringfence.memory import mmu, strings, walk, walk_state, xstate
 from ringfence.native.library import Library, source_key
 
@@ -31,9 +31,12 @@ _MODULES = (
     xstate,
     block,
     dispatch,
+    gather,
     thunks,
 )
 _ROOTS = (
+    gather.fx_in_gathered,
+    gather.fx_out_gathered,
     dispatch.lookup,
     dispatch.lookup_slow,
     dispatch.lookup_careful,
