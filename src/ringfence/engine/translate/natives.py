@@ -75,9 +75,20 @@ _ROOTS = (
 
 def version(model: bytes) -> str:
     """What stored translations depend on besides guest code; ``model`` is the CPUID table."""
-    from ringfence.engine.translate import emit, recipe, special, store, trace, x86
+    from ringfence.engine.translate import (
+        builder,
+        emit,
+        groups,
+        recipe,
+        special,
+        store,
+        trace,
+        writer,
+        x86,
+    )
 
-    sources = source_key((*_MODULES, emit, recipe, special, store, trace, x86))
+    own = (builder, emit, groups, recipe, special, store, trace, writer, x86)
+    sources = source_key((*_MODULES, *own))
     parts = (sources, x86.library_identity(), EFFECT_NUMBERS)
     return hashlib.blake2b(repr(parts).encode() + model, digest_size=16).hexdigest()
 

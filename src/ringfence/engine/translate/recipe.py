@@ -518,15 +518,18 @@ class Recipes:
             return self.emulate(i)
         write = access in _WRITES
         read = access in _READS or access == OpAccess.COND_WRITE
-        recipe.before = self.address(i) + self.access(size, write, read, self.on_stack(i))
+        address = self.address(i)
+        recipe.before = address + self.access(size, write, read, self.on_stack(i))
         recipe.clobbers = True
-        recipe.shared = self.shareable(i, size, write, read)
+        recipe.shared = self.shareable(i, size, write, read, address)
         self.substitute(i, recipe, info, registers, homeless, [R10], emit.COMBINE, memory, high)
         if write:
             recipe.after = Piece(self.commit())
         return recipe
 
-    def shareable(self, i: Instruction, size: int, write: bool, read: bool) -> Shared | None:
+    def shareable(
+        self, i: Instruction, size: int, write: bool, read: bool, address: Piece
+    ) -> Shared | None:
         """The operand as one whose look-up can be shared, if it is."""
         base = i.memory_base
         if i.memory_index != Register.NONE or i.memory_segment in (Register.FS, Register.GS):
@@ -540,7 +543,7 @@ class Recipes:
             number = GPR[base][0]
         kind = size | (SLOW_READ if read else 0) | (SLOW_WRITE if write else 0)
         kind |= SLOW_STACK if self.on_stack(i) else 0
-        return Shared(number, displacement, size, write, kind, self.address(i))
+        return Shared(number, displacement, size, write, kind, address)
 
     def substitute(
         self,

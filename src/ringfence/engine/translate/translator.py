@@ -25,13 +25,14 @@ from ringfence.engine.translate.block import (
     MODE_SLOW,
     gs,
 )
+from ringfence.engine.translate.builder import Builder
 from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.emit import gs_jump
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
 from ringfence.engine.translate.recipe import Recipes, Swap
 from ringfence.engine.translate.store import Stored, TranslationStore
 from ringfence.engine.translate.thunks import THUNK
-from ringfence.engine.translate.trace import PAGE, Builder, Trace
+from ringfence.engine.translate.trace import PAGE, Trace
 
 if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
