@@ -40,7 +40,7 @@ from ringfence.native.dialect import (
 )
 from ringfence.native.layout import Array, u8, u16, u32, u64
 
-TLB_ENTRIES = 1024
+TLB_ENTRIES = 4096
 READ_TAG, WRITE_TAG, HOST_PAGE = 0, 8, 16
 """Byte offsets of a supervisor entry's words; a user entry's are USER_ENTRY further."""
 USER_ENTRY = 32
@@ -60,7 +60,7 @@ DIRTY_CODE_MAX = 64
 class Mmu(Walker):
     """A virtual CPU with its TLBs (see the module's text for the entries)."""
 
-    tlb: Annotated[Array, u64, 8192, 64]
+    tlb: Annotated[Array, u64, 32768, 64]
     stack_tag: Annotated[Array, u64, 2]
     """Linear address of the page that the stack was last in, for supervisor and user code: a TLB
     of one writable page, found without computing an index."""
