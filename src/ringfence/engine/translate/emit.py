@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 
-from ringfence.cpu.state import CS
 from ringfence.engine.translate.block import gs
 from ringfence.memory.mmu import HOST_PAGE, READ_TAG, TLB_ENTRIES, USER_ENTRY, WRITE_TAG
 
@@ -233,6 +232,3 @@ def swapgs() -> bytes:
     """Exchange GS base and KERNEL_GS_BASE."""
     base, kernel = gs("seg_base", 5), gs("kernel_gs_base")
     return gs_load(R9, base) + gs_load(R10, kernel) + gs_store(R10, base) + gs_store(R9, kernel)
-
-
-assert CS == 1

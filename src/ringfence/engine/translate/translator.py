@@ -47,7 +47,7 @@ LOW_2G, TOP_2G = 0x7FFFF000, 0xFFFFFFFF80000000
 BUILDERS_MAX = 64
 """Modes and arrangements of registers; each keeps recipes."""
 PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
-assert _special.KEEP
+assert _special.KEEP  # importing the module enters its recipes in the table
 
 
 @dataclass(slots=True)
