@@ -9,6 +9,7 @@ written as Python functions marked ``@native``. Their bodies use a small, total 
   ``and``/``or``/``not``, conditional expressions, ``pass``;
 * a parameter annotated with a ``Struct`` gives its fields: ``cpu.rip``, ``cpu.gpr[i] = v``;
 * raw host memory through ``load8`` … ``load64`` and ``store8`` … ``store64``;
+* ``cast(Kind, address)`` where a parameter wants a ``Struct`` and an address is at hand;
 * calls of other ``@native`` functions and of the intrinsics below; names of module-level integer
   constants (also through a module or class attribute) become literals.
 
@@ -453,6 +454,8 @@ class _Function:
                 return self.expression(inner)
             pointer, _ = self.place(inner)
             return self.value(f"ptrtoint ptr {pointer} to i64")
+        if name == "cast":
+            return self.expression(node.args[1])
         values = [self.expression(a) for a in node.args]
         if name.startswith("load") and name[4:].isdigit():
             pointer = self.value(f"inttoptr i64 {values[0]} to ptr")

@@ -4,6 +4,8 @@
 accesses, halts, attention. Nothing else of the guest's life passes through Python. The state that
 emitted code and helpers share is one ``Vcpu`` block (see ``block``); the routines that lead in and
 out are in ``thunks``.
+
+Longer than most files here: the handlers are short, many, and share the loop's state.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from ringfence.cpu import library as cpu_library
 from ringfence.cpu.exceptions import deliver_exception, deliver_interrupt, deliver_nmi
-from ringfence.engine.translate import block, dispatch, gather, thunks
+from ringfence.engine.translate import block, dispatch, gather, stored, thunks
 from ringfence.memory import mmu, strings, walk, walk_state, xstate
 from ringfence.native.library import Library, source_key
 
@@ -32,6 +32,7 @@ _MODULES = (
     block,
     dispatch,
     gather,
+    stored,
     thunks,
 )
 _ROOTS = (
@@ -52,11 +53,11 @@ _ROOTS = (
     dispatch.page_insert,
     dispatch.trace_insert,
     dispatch.jump_forget,
-    dispatch.relocate,
-    dispatch.install_stored,
-    dispatch.kill_stored,
-    dispatch.redirect_stored,
-    dispatch.succeed_stored,
+    stored.relocate,
+    stored.install_stored,
+    stored.kill_stored,
+    stored.redirect_stored,
+    stored.succeed_stored,
     dispatch.mode_changed,
     dispatch.interrupts_enabled,
     mmu.tlb_flush_all,

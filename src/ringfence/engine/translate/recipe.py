@@ -11,6 +11,8 @@ instructions, which become calls of the effect library.
 
 A recipe has two parts: ``before`` may clobber the host's flags, ``op`` must not, apart from what
 the instruction itself does. Between them the trace builder brings the guest's flags back if needed.
+
+Longer than most files here: what can become of an operand is one decision, made in one place.
 """
 
 from __future__ import annotations

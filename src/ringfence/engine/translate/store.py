@@ -25,10 +25,9 @@ from array import array
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
+from ringfence.engine.translate.stored import STORED_BYTES
 from ringfence.engine.translate.trace import Trace
-from ringfence.native.layout import Struct, u32, u64
 
 FILE_NAME = "translations.rft"
 MAXIMUM_BYTES = 1 << 30
@@ -41,32 +40,7 @@ _MAGIC = b"RFT1"
 _BUSY_SECONDS = 5.0
 
 
-class StoredTrace(Struct):
-    """One trace's row; positions count from the trace's own code."""
-
-    lines: Annotated[int, u64]
-    offset: Annotated[int, u32]
-    end: Annotated[int, u32]
-    instructions: Annotated[int, u32]
-    code: Annotated[int, u32]
-    """Where its code starts in the blob's code."""
-    length: Annotated[int, u32]
-    indirect: Annotated[int, u32]
-    checked: Annotated[int, u32]
-    local: Annotated[int, u32]
-    reenter: Annotated[int, u32]
-    reenter_local: Annotated[int, u32]
-    relocation: Annotated[int, u32]
-    """Index of its first relocation pair."""
-    relocations: Annotated[int, u32]
-    mark: Annotated[int, u32]
-    marks: Annotated[int, u32]
-    swaps: Annotated[int, u32]
-    dead: Annotated[int, u32]
-    """Set in memory once the trace was killed."""
-
-
-ROW_BYTES = StoredTrace.size
+ROW_BYTES = STORED_BYTES
 _ROW = struct.Struct("<Q16I")
 assert _ROW.size == ROW_BYTES
 

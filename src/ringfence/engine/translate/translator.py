@@ -451,7 +451,8 @@ class Translator:
             "invalidated": self.invalidated + self.view.killed,
             "full_flushes": self.full_flushes,
             "code_pages": len(self.pages),
-            "recipes": sum(len(b.recipes.known) for b in self.builders.values()),
+            # A copy at once: the vCPU thread may be adding one.
+            "recipes": sum(len(b.recipes.known) for b in list(self.builders.values())),
         }
 
     def close(self) -> None:
