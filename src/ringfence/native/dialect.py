@@ -9,9 +9,11 @@ written as Python functions marked ``@native``. Their bodies use a small, total 
   ``and``/``or``/``not``, conditional expressions, ``pass``;
 * a parameter annotated with a ``Struct`` gives its fields: ``cpu.rip``, ``cpu.gpr[i] = v``;
 * raw host memory through ``load8`` … ``load64`` and ``store8`` … ``store64``;
-* ``cast(Kind, address)`` where a parameter wants a ``Struct`` and an address is at hand;
+* ``cast(Kind, address)`` where a parameter wants a ``Struct`` and an address is at hand, or for
+  a local declared so: ``row: Row = cast(Row, address)``;
 * calls of other ``@native`` functions and of the intrinsics below; names of module-level integer
-  constants (also through a module or class attribute) become literals.
+  constants (also through a module or class attribute) become literals, and so do calls of ordinary
+  Python functions with constant arguments.
 
 Nothing else compiles: a wrong construct is a ``DialectError`` with file and line. No runtime, no
 exceptions, no allocation exist in the result, and no vector register is touched, so emitted guest
@@ -25,7 +27,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ringfence.native.layout import Struct
 
@@ -155,15 +157,13 @@ class _Function:
         parameters = [a.arg for a in tree.args.args]
         hints = self.target.function.__annotations__
         for name in parameters:
-            hint = hints.get(name)
-            if isinstance(hint, str):
-                hint = self.scope.get(hint)
-            if isinstance(hint, type) and issubclass(hint, Struct):
-                self.structs[name] = hint
+            self.declare(name, hints.get(name))
         names = set(parameters)
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 names.add(node.id)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                self.declare(node.target.id, ast.unparse(node.annotation))
         self.locals = names
         signature = ", ".join(f"i64 %arg.{p}" for p in parameters)
         linkage = "internal " if self.target.inline else ""
@@ -177,6 +177,13 @@ class _Function:
         if not self.terminated:
             self.lines.append("  ret i64 0")
         return "\n".join([head, "entry:", *self.lines, "}"])
+
+    def declare(self, name: str, hint: Any) -> None:
+        """Note a parameter or local that points at a structure."""
+        if isinstance(hint, str):
+            hint = self.scope.get(hint)
+        if isinstance(hint, type) and issubclass(hint, Struct):
+            self.structs[name] = hint
 
     def body(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -321,11 +328,23 @@ class _Function:
 
     def is_constant(self, node: ast.expr) -> bool:
         for inner in ast.walk(node):
-            if isinstance(inner, ast.Call):
+            if isinstance(inner, ast.Call) and not self.is_compile_time(inner.func):
                 return False
             if isinstance(inner, ast.Name) and inner.id in self.locals:
                 return False
         return True
+
+    def is_compile_time(self, function: ast.expr) -> bool:
+        """Whether a call is of an ordinary Python function, so that its result is a constant."""
+        if isinstance(function, ast.Name):
+            value = self.scope.get(function.id)
+        elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
+            value = getattr(self.scope.get(function.value.id), function.attr, None)
+        else:
+            return False
+        return callable(value) and value not in (_stub, cast) and not isinstance(
+            value, NativeFunction
+        )
 
     def expression(self, node: ast.expr) -> str:
         if self.is_constant(node):

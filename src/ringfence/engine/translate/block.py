@@ -35,10 +35,11 @@ SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
 """Kinds of a memory access, beside its size in bytes."""
 
 # Exit reasons of the engine itself, beside those of the effects.
-EXIT_TRANSLATE = 64
-"""No translation of ``rip`` yet; ``exit_data`` = physical address, mode."""
+EXIT_ASK = 64
+"""The translator needs a form or a recipe (``Writer.want``); ``exit_data`` = mode."""
 EXIT_ATTENTION = 65
-EXIT_DIRTY_CODE = 66
+EXIT_FLUSH = 66
+"""A table of the translator, or the code cache, is full; ``exit_data`` = mode."""
 EXIT_HOST_FAULT = 67
 EXIT_MMIO_READ = 68
 EXIT_MMIO_WRITE = 69
@@ -105,13 +106,14 @@ class Vcpu(Mmu):
     trace_rows: Annotated[int, u64]
     page_table: Annotated[int, u64]
     page_rows: Annotated[int, u64]
+    writer: Annotated[int, u64]
+    """Host address of the translator's state (``tables.Writer``)."""
     variants: Annotated[int, u64]
     """Host address of two 32-bit words per code page number: the numbers of its careful and of its
     slow variant."""
     mode_kernel: Annotated[int, u32]
     mode_user: Annotated[int, u32]
     """The modes that the two jump tables were filled under."""
-    killed: Annotated[int, u64]
     links: Annotated[int, u64]
     lookups: Annotated[int, u64]
     lookup_misses: Annotated[int, u64]

@@ -1,224 +1,312 @@
-"""From guest bytes to traces: decoding, choosing registers, and the parts that all traces share."""
+"""From a guest address to a finished trace: decoding, flags that are live, registers chosen.
+
+A trace is up to `LIMIT` instructions of one page: it runs through conditional jumps that are not
+taken and ends at an unconditional transfer, a call of an effect, or the page's end.
+"""
 
 from __future__ import annotations
 
-from ringfence.engine.translate import emit
-from ringfence.engine.translate.block import MODE_ENTERED, MODE_SLOW, MODE_TF, gs
-from ringfence.engine.translate.emit import R10
-from ringfence.engine.translate.recipe import (
-    _SHIFTS,
+from typing import cast
+
+from ringfence.engine.translate.block import MODE_CPL, MODE_ENTERED, MODE_SLOW, MODE_TF
+from ringfence.engine.translate.decoding import ASK, DECODED, MORE_BYTES, STATUS, decode
+from ringfence.engine.translate.groups import insn_at
+from ringfence.engine.translate.tables import (
     CANONICAL,
     EFFECT,
-    HOMELESS,
-    MNEMONIC_NAME,
-    STATUS,
-    STI,
-    Recipe,
-    Recipes,
-    Swap,
-    decoder,
-)
-from ringfence.engine.translate.thunks import THUNK
-from ringfence.engine.translate.trace import (
-    ENDS,
+    F_INVALID,
+    INDIRECT,
+    JCC,
+    JMP,
+    LIMIT,
+    LOOP,
+    NONE,
     PAGE,
-    RELOC_VA32,
-    RELOC_VA64,
-    Item,
-    Trace,
-    line_mask,
+    STI,
+    Insn,
+    TraceRow,
+    Writer,
 )
-from ringfence.engine.translate.writer import Head, Tail, TraceWriter
-from ringfence.engine.translate.x86 import DecoderError, FlowControl, Instruction
+from ringfence.engine.translate.writer import ends_trace, write_trace
+from ringfence.native.dialect import address_of, load8, native, native_inline
 
-LIMIT = 48
-"""Instructions of one trace at most."""
 WORTHWHILE = 4
 """Accesses that swapping two registers must save, as it costs two loads and stores each way."""
-_NEVER_DISPLACED = 0x0E1F
+NEVER_DISPLACED = 0x0E1F
 """RAX, RCX, RDX, RBX and RSP, of which instructions make special use, and the homeless ones."""
 PEEK = 8
 """Instructions looked at to learn whether a jump's target reads flags."""
+SWAPS_MAX = 3
+TAIL = 16
+"""Bytes of a page that ``Writer.straddle`` begins with."""
+HOMES_LOW = int.from_bytes(bytes(CANONICAL[:8]), "little")
+HOMES_HIGH = int.from_bytes(bytes(CANONICAL[8:]), "little")
 
-_RIP = gs("rip")
+
+@native_inline
+def line_mask(start: int, end: int) -> int:
+    """Mask of the 64-byte lines of a page that hold bytes [start, end)."""
+    first = start >> 6
+    last = (end - 1) >> 6
+    return ((2 << (last - first)) - 1) << first
 
 
-class Builder:
-    """Builds traces of one mode.
+@native
+def set_mode(w: Writer, mode: int, wide: int) -> int:
+    """Prepare for a trace of a page in a mode."""
+    w.mode = mode
+    w.user = 1 if mode & MODE_CPL == 3 else 0
+    w.slow = 1 if mode & MODE_SLOW else 0
+    w.entered = 1 if mode & MODE_ENTERED else 0
+    w.step = 1 if mode & MODE_TF else 0
+    w.wide = wide
+    return 0
 
-    Parameters
-    ----------
-    recipes : Recipes
-        The recipes of this mode, kind of addresses and speed of memory access.
-    mode : int
-        Bits of ``block.MODE_*``.
-    effects : dict
-        Effect name -> number.
+
+@native
+def set_arrangement(w: Writer, swaps: int) -> int:
+    """Where guest registers live inside the trace."""
+    w.swaps = swaps
+    w.context = w.mode | w.wide << 12 | swaps << 16
+    for n in range(8):
+        w.home[n] = HOMES_LOW >> (8 * n)
+        w.home[n + 8] = HOMES_HIGH >> (8 * n)
+    while swaps:
+        w.home[swaps & 15] = w.home[swaps >> 4 & 15]
+        w.home[swaps >> 4 & 15] = NONE
+        swaps = swaps >> 8
+    return 0
+
+
+# --- reading guest code ------------------------------------------------------------------------------
+
+
+@native_inline
+def place_insn(i: Insn, offset: int) -> int:
+    """Note where an instruction stands; its length."""
+    i.offset = offset
+    return i.length
+
+
+@native_inline
+def kind_of(i: Insn) -> int:
+    """Kind of an instruction."""
+    return i.kind
+
+
+@native
+def decode_trace(w: Writer, offset: int) -> int:
+    """Decode the trace that starts at ``offset`` of the page: DECODED, MORE_BYTES or ASK."""
+    count = 0
+    left = 1 if w.slow or w.step else LIMIT
+    status = DECODED
+    while offset < PAGE and left:
+        left -= 1
+        i = insn_at(w, count)
+        status = decode(w, cast(Insn, i), w.data + offset, PAGE - offset)
+        if status == ASK:
+            return ASK
+        if status == MORE_BYTES:
+            break
+        offset += place_insn(cast(Insn, i), offset)
+        count += 1
+        kind = kind_of(cast(Insn, i))
+        if ends_trace(kind):
+            break
+        if kind == STI and left:
+            left = 1
+    w.count = count
+    return DECODED if count else MORE_BYTES
+
+
+@native
+def decode_straddling(w: Writer, offset: int, following: int) -> int:
+    """Decode the one instruction that begins at ``offset`` and ends in the next page.
+
+    ``following`` is the host address of that page.
     """
+    for n in range(TAIL):
+        w.straddle[n] = load8(w.data + PAGE - TAIL + n)
+        w.straddle[n + TAIL] = load8(following + n)
+    at = address_of(w.straddle[0]) + TAIL - (PAGE - offset)
+    i: Insn = cast(Insn, insn_at(w, 0))
+    status = decode(w, i, at, PAGE - offset + TAIL)
+    i.offset = offset
+    w.count = 1
+    return status
 
-    def __init__(self, recipes: Recipes, mode: int, effects: dict[str, int]) -> None:
-        self.recipes = recipes
-        self.mode = mode
-        self.effects = effects
-        self.slow = bool(mode & MODE_SLOW)
-        self.entered = bool(mode & MODE_ENTERED)
-        self.step = bool(mode & MODE_TF)
-        self.high = not recipes.wide
-        self.swap_in = self.swap_out = b""
-        for homeless, displaced in recipes.swaps:
-            host = CANONICAL[displaced]
-            aside, own = gs("displaced", displaced), gs("gpr", homeless)
-            self.swap_in += emit.gs_store(host, aside) + emit.gs_load(host, own)
-            self.swap_out += emit.gs_store(host, own) + emit.gs_load(host, aside)
-        self.miss_stubs: dict[tuple[bool, int], tuple[bytes, int]] = {}
-        self.address = RELOC_VA32 if self.high else RELOC_VA64
-        self.heads: dict[bool, Head] = {}
-        self.tail = self.make_tail()
-        self.link_stubs = (self.make_link_stub("link_page"), self.make_link_stub("link_local"))
 
-    # --- reading guest code ---------------------------------------------------------------
+@native
+def peek(w: Writer, row: TraceRow, offset: int) -> int:
+    """Status flags that code at ``offset`` may read before writing; the trace depends on it."""
+    if offset >= PAGE:
+        return STATUS
+    i: Insn = cast(Insn, address_of(w.peeked[0]))
+    start = offset
+    live = 0
+    killed = 0
+    for n in range(PEEK):
+        if offset >= PAGE or decode(w, i, w.data + offset, PAGE - offset) != DECODED:
+            # What is unknown may read everything; so may what the next page begins with.
+            offset = offset + 15
+            break
+        offset += i.length
+        live = live | (i.reads & ~killed)
+        killed = killed | i.kills
+        if killed == STATUS or ends_trace(i.kind) or i.kind == JCC or i.kind == LOOP:
+            break
+    row.lines = row.lines | line_mask(start, offset if offset < PAGE else PAGE)
+    return live | (STATUS & ~killed)
 
-    def decode(self, data: bytes, offset: int) -> list[Item]:
-        """Instructions of the trace that starts at ``offset`` of the page ``data``.
 
-        ``data`` may hold the start of the next page, for an instruction across the boundary: then
-        that instruction makes a trace of its own. An empty list asks for those bytes.
-        """
-        found: list[Item] = []
-        source = decoder(data, offset)
-        decode = source.decode_out
-        instruction = Instruction()
-        recipes = self.recipes
-        known = recipes.known
-        left = 1 if self.slow or self.step else LIMIT
-        while offset < PAGE and left:
-            left -= 1
-            decode(instruction)
-            length = instruction.len
-            end = offset + length
-            if end > PAGE and found:
-                break
-            raw = data[offset:end]
-            pair = known.get(raw)
-            if pair is None:
-                if instruction.is_invalid and source.last_error == DecoderError.NO_MORE_BYTES:
-                    break
-                pair = recipes.make(instruction, raw, source)
-            recipe, value = pair
-            found.append((offset, recipe, value))
-            offset = end
-            kind = recipe.kind
-            if kind in ENDS:
-                break
-            if kind == STI:
-                left = min(left, 1)
-        return found
+@native_inline
+def last_live(w: Writer, row: TraceRow, i: Insn) -> int:
+    """Status flags live behind the last instruction."""
+    if i.kind == JMP:
+        return peek(w, row, i.offset + i.value)
+    if not ends_trace(i.kind) and not w.slow:
+        return peek(w, row, row.end)
+    return STATUS
 
-    def peek(self, data: bytes, offset: int) -> tuple[int, int]:
-        """Status flags that code at ``offset`` may read before writing; where the look ended."""
-        if not 0 <= offset < PAGE:
-            return STATUS, 0
-        source = decoder(data, offset)
-        instruction = Instruction()
-        live = killed = 0
-        for _ in range(PEEK):
-            source.decode_out(instruction)
-            if instruction.is_invalid:
-                return live | STATUS & ~killed, min(PAGE, offset + 15)
-            offset += instruction.len
-            live |= instruction.rflags_read & STATUS & ~killed
-            if instruction.flow_control != FlowControl.NEXT:
-                break
-            modified: int = instruction.rflags_modified & STATUS
-            # A count of zero, in a shift or a repeated comparison, leaves the flags as they were.
-            if instruction.has_rep_prefix or instruction.has_repne_prefix:
-                modified = 0
-            if modified and MNEMONIC_NAME[instruction.mnemonic] not in _SHIFTS:
-                killed |= modified
-                if killed == STATUS:
-                    return live, min(PAGE, offset)
-        return live | STATUS & ~killed, min(PAGE, offset)
 
-    # --- building ---------------------------------------------------------------------------
+@native_inline
+def live_before(w: Writer, row: TraceRow, i: Insn, live: int) -> int:
+    """Status flags live before an instruction, given those behind it."""
+    i.live = live
+    if (i.kind == JCC or i.kind == LOOP) and live != STATUS:
+        live = live | peek(w, row, i.offset + i.value)
+    return (live & ~i.kills) | i.reads
 
-    def arrangement(self, items: list[Item]) -> tuple[Swap, ...]:
-        """Registers to be swapped in a trace: busy homeless ones for idle ones that have a home."""
-        if self.entered or self.step:
-            return ()
-        if sum([recipe.homeless for _, recipe, _ in items]) < WORTHWHILE:
-            return ()
-        uses = [0] * 16
-        fixed = _NEVER_DISPLACED
-        for _, recipe, _ in items:
-            fixed |= recipe.fixed
-            for number in recipe.named:
-                uses[number] += 1
-        busy = sorted((n for n in HOMELESS if uses[n] >= WORTHWHILE), key=lambda n: -uses[n])
-        if not busy:
-            return ()
-        idle = sorted((n for n in range(16) if not fixed >> n & 1), key=lambda n: uses[n])
-        return tuple(
-            (b, i) for b, i in zip(busy, idle, strict=False) if uses[b] - uses[i] >= WORTHWHILE
-        )
 
-    def build(self, items: list[Item], data: bytes, second: int = 0) -> Trace:
-        """Build the trace of ``items``, decoded from the page ``data``.
+@native
+def find_live(w: Writer, row: TraceRow) -> int:
+    """Fill in the flags live behind each instruction; those live before the first."""
+    live = last_live(w, row, cast(Insn, insn_at(w, w.count - 1)))
+    for n in range(w.count):
+        live = live_before(w, row, cast(Insn, insn_at(w, w.count - 1 - n)), live)
+    return live
 
-        ``second`` is the identity of the following code page, for an instruction across the
-        boundary.
-        """
-        if items[-1][1].kind == STI:
-            at, recipe, _ = items.pop()
-            last = Recipe(recipe.length, EFFECT, STATUS, clobbers=True, effect="fx_sti")
-            items.append((at, last, 0))
-        offset = items[0][0]
-        end = items[-1][0] + items[-1][1].length
-        trace = Trace(offset, end, bytearray(), instructions=len(items))
-        for n, (homeless, displaced) in enumerate(self.recipes.swaps):
-            trace.swaps |= (homeless | displaced << 4) << (8 * n)
-        trace.lines = line_mask(offset, min(end, PAGE))
-        if end > PAGE:
-            trace.next_lines = line_mask(0, end - PAGE)
-        TraceWriter(self, trace, data, second).run(items)
-        trace.length = len(trace.code)
-        return trace
 
-    def rip_code(self) -> tuple[bytes, int]:
-        """Code that sets ``Cpu.rip``, and the position in it of the word to relocate."""
-        if self.high:
-            return emit.gs_store_imm(_RIP, 0), 9
-        return emit.mov_imm64(R10, 0) + emit.gs_store(R10, _RIP), 2
+# --- registers -----------------------------------------------------------------------------------
 
-    def make_link_stub(self, thunk: str) -> tuple[bytes, int, int]:
-        """A stub for a jump not linked yet: code, positions of RIP's and of the site's word."""
-        code, rip = self.rip_code()
-        lea = len(code) + 3
-        code += b"\x4c\x8d\x15\0\0\0\0"  # lea r10, [rip + site]
-        return code + emit.gs_jump(THUNK[thunk]), rip, lea
 
-    def make_tail(self) -> Tail:
-        """See ``Tail``; ends with the displacement of the jump back to the trace's body."""
-        set_rip, rip = self.rip_code()
-        code = emit.PARK
-        first_rip = len(code) + rip
-        code += set_rip
-        lookup = len(code)
-        code += emit.gs_jump(THUNK["lookup"])
-        wrong_address = len(code)
-        code += emit.gs_jump(THUNK["indirect_miss"])
-        attention = len(code)
-        second_rip = attention + rip
-        code += set_rip + emit.gs_call(THUNK["attention"]) + b"\xe9\0\0\0\0"
-        return Tail(code, first_rip, lookup, wrong_address, attention, second_rip)
+@native_inline
+def named_in(i: Insn) -> int:
+    """See ``Insn.named``."""
+    return i.named
 
-    def miss_stub(self, write: bool, kind: int) -> tuple[bytes, int]:
-        """A stub for a missed TLB look-up: code up to its jump back, position of RIP's word."""
-        key = (write, kind)
-        made = self.miss_stubs.get(key)
-        if made is None:
-            head = emit.tlb_recover(write, self.recipes.user) + self.swap_out
-            set_rip, rip = self.rip_code()
-            tail = emit.mov_imm32(R10, kind) + emit.gs_call(THUNK["miss"])
-            tail += self.swap_in + b"\xe9\0\0\0\0"
-            made = self.miss_stubs[key] = (head + set_rip + tail, len(head) + rip)
-        return made
+
+@native_inline
+def fixed_in(i: Insn) -> int:
+    """See ``Insn.fixed``."""
+    return i.fixed
+
+
+@native
+def count_uses(w: Writer, number: int) -> int:
+    """How often the trace's operands name a guest register."""
+    uses = 0
+    for n in range(w.count):
+        named = named_in(cast(Insn, insn_at(w, n)))
+        for k in range(4):
+            if (named >> (8 * k)) & 0xFF == number:
+                uses += 1
+    return uses
+
+
+@native
+def arrangement(w: Writer) -> int:
+    """Registers to be swapped in a trace: busy homeless ones for idle ones that have a home.
+
+    A byte each, as in ``TraceRow.swaps``; 0 where it does not pay.
+    """
+    if w.entered or w.step:
+        return 0
+    first = count_uses(w, 9)
+    second = count_uses(w, 10)
+    third = count_uses(w, 11)
+    if first + second + third < WORTHWHILE:
+        return 0
+    fixed = NEVER_DISPLACED
+    for n in range(w.count):
+        fixed = fixed | fixed_in(cast(Insn, insn_at(w, n)))
+    swaps = 0
+    for n in range(SWAPS_MAX):
+        # The busiest homeless register left.
+        busy = 9
+        uses = first
+        if second > uses:
+            busy = 10
+            uses = second
+        if third > uses:
+            busy = 11
+            uses = third
+        if uses < WORTHWHILE:
+            break
+        idle = least_used(w, fixed)
+        if idle == NONE or count_uses(w, idle) + WORTHWHILE > uses:
+            break
+        fixed = fixed | 1 << idle
+        swaps = swaps | (busy | idle << 4) << (8 * n)
+        if busy == 9:
+            first = 0
+        elif busy == 10:
+            second = 0
+        else:
+            third = 0
+    return swaps
+
+
+@native
+def least_used(w: Writer, fixed: int) -> int:
+    """The register named least among those not ``fixed``, or NONE."""
+    best = NONE
+    fewest = 1 << 16
+    for number in range(16):
+        if not fixed >> number & 1:
+            uses = count_uses(w, number)
+            if uses < fewest:
+                fewest = uses
+                best = number
+    return best
+
+
+# --- the whole --------------------------------------------------------------------------------------
+
+
+@native_inline
+def end_of(i: Insn) -> int:
+    """Offset behind an instruction."""
+    return i.offset + i.length
+
+
+@native_inline
+def settle_sti(w: Writer, i: Insn) -> int:
+    """STI as the last instruction of a trace: its shadow is the effect's to cast."""
+    if i.kind == STI:
+        i.kind = EFFECT
+        i.form_kind = F_INVALID
+        i.effect = w.effect_sti
+        i.reads = STATUS
+        i.clobbers = 1
+    return 0
+
+
+@native
+def build(w: Writer, row: TraceRow, offset: int) -> int:
+    """Write the decoded trace and fill in its row."""
+    settle_sti(w, cast(Insn, insn_at(w, w.count - 1)))
+    end = end_of(cast(Insn, insn_at(w, w.count - 1)))
+    row.offset = offset
+    row.end = end
+    row.instructions = w.count
+    row.swaps = w.swaps
+    row.lines = line_mask(offset, end if end < PAGE else PAGE)
+    row.next_lines = line_mask(0, end - PAGE) if end > PAGE else 0
+    alive = find_live(w, row)
+    row.mark = w.mark_count
+    w.relocation_count = 0
+    write_trace(w, row, alive)
+    row.length = w.out - w.code
+    row.marks = w.mark_count - row.mark
+    return 0

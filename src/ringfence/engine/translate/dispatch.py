@@ -1,9 +1,7 @@
 """Native helpers of the engine: finding translations, linking them, leaving them.
 
 All are written in the native dialect and called from the thunks with the block as first argument.
-The two tables are open-addressed and live in anonymous memory: ``page_table`` maps (linear page,
-physical page, mode) to a code page's number, ``trace_table`` maps (code page, offset) to a trace's
-two entries. Python inserts, these functions look up.
+The tables that traces are found by, and the translator that makes them, are in ``pages``.
 """
 
 from __future__ import annotations
@@ -26,11 +24,9 @@ from ringfence.cpu.state import (
 from ringfence.engine.translate.block import (
     ATTENTION_CLEAR,
     EXIT_ATTENTION,
-    EXIT_DIRTY_CODE,
     EXIT_FETCH_OUTSIDE,
     EXIT_MMIO_READ,
     EXIT_MMIO_WRITE,
-    EXIT_TRANSLATE,
     JUMP_ENTRIES,
     MODE_AVX,
     MODE_CAREFUL,
@@ -47,6 +43,7 @@ from ringfence.engine.translate.block import (
     SLOW_WRITE,
     Vcpu,
 )
+from ringfence.engine.translate.pages import drop_dirty_code, page_find, trace_row, translate
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.memory.mmu import (
     ITLB_ENTRIES,
@@ -74,72 +71,7 @@ from ringfence.native.dialect import (
     store64,
 )
 
-ROW_BYTES = 32
-# Row of the trace table: key, local entry, checked entry, indirect entry.
-# Row of the page table: linear page | mode in the low bits, physical page, number.
 T_INDIRECT_MISS = THUNKS.index("indirect_miss")
-
-
-@native_inline
-def mix(value: int) -> int:
-    """Spread a key's bits (a multiplicative hash)."""
-    product = value * 0x9E3779B97F4A7C15
-    return product ^ (product >> 29)
-
-
-@native
-def page_find(vcpu: Vcpu, linear_mode: int, physical: int) -> int:
-    """Number of a code page, or 0."""
-    mask = vcpu.page_rows - 1
-    slot = mix(linear_mode ^ mix(physical)) & mask
-    while 1:
-        row = vcpu.page_table + slot * ROW_BYTES
-        number = load64(row + 16)
-        if number == 0:
-            return 0
-        if load64(row) == linear_mode and load64(row + 8) == physical:
-            return number
-        slot = (slot + 1) & mask
-    return 0
-
-
-@native
-def page_insert(vcpu: Vcpu, linear_mode: int, physical: int, number: int) -> int:
-    """Enter a code page."""
-    mask = vcpu.page_rows - 1
-    slot = mix(linear_mode ^ mix(physical)) & mask
-    while load64(vcpu.page_table + slot * ROW_BYTES + 16):
-        slot = (slot + 1) & mask
-    row = vcpu.page_table + slot * ROW_BYTES
-    store64(row, linear_mode)
-    store64(row + 8, physical)
-    store64(row + 16, number)
-    return 0
-
-
-@native
-def trace_row(vcpu: Vcpu, key: int) -> int:
-    """Host address of a trace's row, or of the free row where it belongs."""
-    mask = vcpu.trace_rows - 1
-    slot = mix(key) & mask
-    while 1:
-        row = vcpu.trace_table + slot * ROW_BYTES
-        found = load64(row)
-        if found == key or found == 0:
-            return row
-        slot = (slot + 1) & mask
-    return 0
-
-
-@native
-def trace_insert(vcpu: Vcpu, key: int, local: int, checked: int, indirect: int) -> int:
-    """Enter a trace, or replace it; entries of 0 remove it."""
-    row = trace_row(vcpu, key)
-    store64(row, key)
-    store64(row + 8, local)
-    store64(row + 16, checked)
-    store64(row + 24, indirect)
-    return 0
 
 
 @native
@@ -207,8 +139,35 @@ def interrupts_enabled(cpu: Vcpu) -> int:
 
 
 @native
+def find_known(vcpu: Vcpu, mode: int, physical: int) -> int:
+    """Find the trace at ``rip`` if there is one: OK with ``jump_target`` set, or EXIT."""
+    address = vcpu.rip
+    user = 4 if vcpu.cpl == 3 else 0
+    number = page_find(vcpu, (address & PAGE_MASK) | mode, physical & PAGE_MASK)
+    if number == 0:
+        return EXIT
+    if not mode & MODE_ENTERED:
+        code = (address >> 12) & (ITLB_ENTRIES - 1)
+        if user:
+            vcpu.itlb_user[code] = number
+        else:
+            vcpu.itlb_kernel[code] = number
+            if not vcpu.walk_global and vcpu.code_filled_count < 256:
+                vcpu.code_filled[vcpu.code_filled_count] = code
+                vcpu.code_filled_count += 1
+    row = trace_row(vcpu, (number << 12) | (address & OFFSET_MASK))
+    if load64(row + 16) == 0:
+        return EXIT
+    vcpu.jump_target = load64(row + 16)
+    vcpu.found_local = load64(row + 8)
+    if not mode & MODE_ENTERED:
+        store64(vcpu.jump_current + (address & 0xFFFF) * 8, load64(row + 24))
+    return OK
+
+
+@native
 def find_code(vcpu: Vcpu, mode: int) -> int:
-    """Find the translation of ``rip``: OK with ``jump_target`` set, FAULT or EXIT."""
+    """Find or make the translation of ``rip``: OK with ``jump_target`` set, FAULT or EXIT."""
     address = vcpu.rip
     user = 4 if vcpu.cpl == 3 else 0
     if walk(vcpu, address, user | 16) != OK:
@@ -219,29 +178,15 @@ def find_code(vcpu: Vcpu, mode: int) -> int:
         vcpu.exit_data[0] = physical
         return EXIT
     note_large(vcpu, address)
-    number = page_find(vcpu, (address & PAGE_MASK) | mode, physical & PAGE_MASK)
-    if number and not mode & MODE_ENTERED:
-        code = (address >> 12) & (ITLB_ENTRIES - 1)
-        if user:
-            vcpu.itlb_user[code] = number
-        else:
-            vcpu.itlb_kernel[code] = number
-            if not vcpu.walk_global and vcpu.code_filled_count < 256:
-                vcpu.code_filled[vcpu.code_filled_count] = code
-                vcpu.code_filled_count += 1
-    if number:
-        row = trace_row(vcpu, (number << 12) | (address & OFFSET_MASK))
-        if load64(row + 16):
-            vcpu.jump_target = load64(row + 16)
-            vcpu.found_local = load64(row + 8)
-            if not mode & MODE_ENTERED:
-                store64(vcpu.jump_current + (address & 0xFFFF) * 8, load64(row + 24))
-            return OK
+    is_global = vcpu.walk_global
+    if find_known(vcpu, mode, physical) == OK:
+        return OK
     vcpu.lookup_misses += 1
-    vcpu.exit_reason = EXIT_TRANSLATE
-    vcpu.exit_data[0] = physical
-    vcpu.exit_data[1] = mode
-    return EXIT
+    status = translate(vcpu, physical, mode)
+    if status != OK or mode & MODE_ENTERED:
+        return status
+    vcpu.walk_global = is_global  # translating may have walked to the following page
+    return find_known(vcpu, mode, physical)
 
 
 @native
@@ -250,8 +195,7 @@ def lookup(vcpu: Vcpu) -> int:
     vcpu.lookups += 1
     while 1:
         if vcpu.dirty_code_count:
-            vcpu.exit_reason = EXIT_DIRTY_CODE
-            return EXIT
+            drop_dirty_code(vcpu)
         status = find_code(vcpu, vcpu.mode)
         if status != FAULT:
             return status
@@ -287,8 +231,7 @@ def find_variant(vcpu: Vcpu, which: int) -> int:
 def lookup_variant(vcpu: Vcpu, which: int) -> int:
     """As ``lookup``, for a variant; after a fault, for the handler's ordinary code."""
     if vcpu.dirty_code_count:
-        vcpu.exit_reason = EXIT_DIRTY_CODE
-        return EXIT
+        drop_dirty_code(vcpu)
     status = find_variant(vcpu, which)
     if status != FAULT:
         return status
@@ -495,11 +438,10 @@ def straddle(vcpu: Vcpu, wanted: int) -> int:
         return deliver_and_lookup(vcpu)
     number = page_find(vcpu, address | vcpu.mode, vcpu.walk_pa & PAGE_MASK)
     if number != wanted:
-        vcpu.exit_reason = EXIT_TRANSLATE
+        # The page changed: translate anew, which replaces the trace.
         walk(vcpu, vcpu.rip, user | 16)
-        vcpu.exit_data[0] = vcpu.walk_pa
-        vcpu.exit_data[1] = vcpu.mode
-        return EXIT
+        status = translate(vcpu, vcpu.walk_pa, vcpu.mode)
+        return deliver_and_lookup(vcpu) if status == FAULT else status
     code = (address >> 12) & (ITLB_ENTRIES - 1)
     if user:
         vcpu.itlb_user[code] = number

@@ -24,10 +24,9 @@ from ringfence.cpu.faults import GeneralProtection
 from ringfence.engine import EngineConfig, MsrDevice, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
-from ringfence.engine.translate import block, dispatch, natives, signals
-from ringfence.engine.translate.block import GS_BIAS, MODE_ENTERED, Vcpu
+from ringfence.engine.translate import block, natives, pages, signals
+from ringfence.engine.translate.block import GS_BIAS, Vcpu
 from ringfence.engine.translate.emulate import emulate
-from ringfence.engine.translate.store import TranslationStore
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
 from ringfence.errors import GuestCrash, HostError
@@ -96,6 +95,7 @@ class TranslateEngine:
         view.gather_write, view.gather_read = board.gathered.write, board.gathered.read
         self._gather_timer = False
         board.on_input = self._stop_gathering
+        self._find_code = library.function("find_code", 2)
         self._find = library.address("rf_find")
         self._follow = library.address("rf_follow")
         self._resume = library.address("rf_resume")
@@ -104,9 +104,9 @@ class TranslateEngine:
         view.ram_low = memory.regions[0].size
         view.ram_high = memory.regions[1].size if len(memory.regions) > 1 else 0
         view.code_lines = self._allocate((memory.size >> 12) * 8)
-        view.trace_table = self._allocate(TRACE_ROWS * dispatch.ROW_BYTES)
+        view.trace_table = self._allocate(TRACE_ROWS * pages.ROW_BYTES)
         view.trace_rows = TRACE_ROWS
-        view.page_table = self._allocate(PAGE_ROWS * dispatch.ROW_BYTES)
+        view.page_table = self._allocate(PAGE_ROWS * pages.ROW_BYTES)
         view.page_rows = PAGE_ROWS
         view.variants = self._allocate((NUMBER_MAX + 1) * 8)
         self._init_host_state()
@@ -119,11 +119,8 @@ class TranslateEngine:
         view.cpuid_rows = len(rows)
         view.reserved_bits = ((1 << 52) - 1) & ~((1 << cpuid.PHYSICAL_BITS) - 1)
         reset.reset(view)
-        store = None
-        if config.cache_dir is not None:
-            store = TranslationStore(config.cache_dir, natives.version(packed))
         self.translator = Translator(
-            memory, view, library, lambda feature: cpuid.offers(feature, rows), store
+            memory, view, library, lambda feature: cpuid.offers(feature, rows)
         )
         view.code_start = self.translator.cache.base
         view.code_end = self.translator.cache.base + self.translator.cache.size
@@ -137,13 +134,13 @@ class TranslateEngine:
         self._msrs: dict[int, MsrDevice] = {}
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
-        self._guest_ns = self._vmm_ns = self._idle_ns = self._translation_ns = 0
+        self._guest_ns = self._vmm_ns = self._idle_ns = self._asking_ns = 0
         self._crash = ""
         self._paused_tsc: int | None = None
         self._handlers: dict[int, Callable[[], StopReason | None]] = {
-            block.EXIT_TRANSLATE: self._on_translate,
+            block.EXIT_ASK: self._on_translator,
+            block.EXIT_FLUSH: self._on_translator,
             block.EXIT_ATTENTION: self._on_attention,
-            block.EXIT_DIRTY_CODE: self._on_dirty_code,
             block.EXIT_HOST_FAULT: self._on_host_fault,
             block.EXIT_MMIO_READ: self._on_mmio_read,
             block.EXIT_MMIO_WRITE: self._on_mmio_write,
@@ -352,8 +349,8 @@ class TranslateEngine:
             },
             "time": {
                 "guest": self._guest_ns,
-                "vmm": self._vmm_ns - self._idle_ns - self._translation_ns,
-                "translation": self._translation_ns,
+                "vmm": self._vmm_ns - self._idle_ns - self._asking_ns,
+                "translation": self._asking_ns,
                 "idle": self._idle_ns,
             },
         }
@@ -384,27 +381,25 @@ class TranslateEngine:
         view.exc_vector, view.exc_error = vector, error
         view.jump_target = self._deliver
 
-    def _on_translate(self) -> StopReason | None:
-        began = time.perf_counter_ns()
+    def _on_translator(self) -> StopReason | None:
+        """The translator met something for the first time, or a table of its is full."""
         view = self.view
-        mode = view.exit_data[1]
-        if not self.translator.translate(view.rip, view.exit_data[0], mode):
-            view.jump_target = self._deliver
-            return self._stopped()
-        if mode & MODE_ENTERED:
-            view.jump_target = self.translator.last_entry
-        else:
-            view.jump_target = self._find
-        self._translation_ns += time.perf_counter_ns() - began
-        return None
-
-    def _on_dirty_code(self) -> StopReason | None:
-        view = self.view
-        for n in range(view.dirty_code_count):
-            self.translator.invalidate(view.dirty_code[n], view.dirty_code_lines[n])
-        view.dirty_code_count = 0
-        view.jump_target = self._find
-        return None
+        mode = view.exit_data[0]
+        while True:
+            if view.exit_reason == block.EXIT_ASK:
+                began = time.perf_counter_ns()
+                self.translator.answer(mode)
+                self._asking_ns += time.perf_counter_ns() - began
+            elif view.exit_reason == block.EXIT_FLUSH:
+                self.translator.flush()
+            else:
+                return self._handlers[view.exit_reason]()
+            status = self._find_code(self.block, mode)
+            if status == state.OK:
+                return None
+            if status == state.FAULT:
+                view.jump_target = self._deliver
+                return self._stopped()
 
     def _on_attention(self) -> StopReason | None:
         began = time.perf_counter_ns()

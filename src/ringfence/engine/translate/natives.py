@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from ringfence.cpu import library as cpu_library
 from ringfence.cpu.exceptions import deliver_exception, deliver_interrupt, deliver_nmi
-from ringfence.engine.translate import block, dispatch, gather, stored, thunks
+from ringfence.engine.translate import (
+    assembling,
+    block,
+    builder,
+    copying,
+    decoding,
+    dispatch,
+    gather,
+    groups,
+    pages,
+    tables,
+    thunks,
+    writer,
+)
 from ringfence.memory import mmu, strings, walk, walk_state, xstate
-from ringfence.native.library import Library, source_key
+from ringfence.native.library import Library
 
 EFFECTS: dict[str, Any] = {
     **cpu_library.EFFECTS,
@@ -29,11 +41,18 @@ _MODULES = (
     walk,
     walk_state,
     xstate,
+    assembling,
     block,
+    builder,
+    copying,
+    decoding,
     dispatch,
     gather,
-    stored,
+    groups,
+    pages,
+    tables,
     thunks,
+    writer,
 )
 _ROOTS = (
     gather.fx_in_gathered,
@@ -50,14 +69,11 @@ _ROOTS = (
     dispatch.tlb_reset,
     dispatch.straddle,
     dispatch.deliver_and_lookup,
-    dispatch.page_insert,
-    dispatch.trace_insert,
+    dispatch.find_code,
     dispatch.jump_forget,
-    stored.relocate,
-    stored.install_stored,
-    stored.kill_stored,
-    stored.redirect_stored,
-    stored.succeed_stored,
+    decoding.form_insert,
+    decoding.recipe_insert,
+    pages.invalidate,
     dispatch.mode_changed,
     dispatch.interrupts_enabled,
     mmu.tlb_flush_all,
@@ -72,26 +88,6 @@ _ROOTS = (
     deliver_interrupt,
     deliver_nmi,
 )
-
-
-def version(model: bytes) -> str:
-    """What stored translations depend on besides guest code; ``model`` is the CPUID table."""
-    from ringfence.engine.translate import (
-        builder,
-        emit,
-        groups,
-        recipe,
-        special,
-        store,
-        trace,
-        writer,
-        x86,
-    )
-
-    own = (builder, emit, groups, recipe, special, store, trace, writer, x86)
-    sources = source_key((*_MODULES, *own))
-    parts = (sources, x86.library_identity(), EFFECT_NUMBERS)
-    return hashlib.blake2b(repr(parts).encode() + model, digest_size=16).hexdigest()
 
 
 @functools.cache

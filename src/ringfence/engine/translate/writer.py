@@ -1,545 +1,655 @@
-"""Writing one trace: entries, instructions with their look-ups and flags, exits, stubs."""
+"""Writing one trace: entries, instructions with their look-ups and flags, exits, stubs.
+
+A *trace* is a run of guest instructions inside one page, as one piece of host code. It has one entry
+for each way of getting there, in this order in memory:
+
+* *indirect*: R9 holds the guest address wanted; the trace checks that it is its own;
+* *checked*: from another code page by a direct jump; the trace checks that its linear page still
+  leads to the code page it was made for (one comparison with ``itlb_*``);
+* *local*: from the same code page; nothing to check.
+
+All then look at ``attention``. At the indirect and the checked entry the guest's status flags are
+parked in the block (or dead); at the local entry they are in the host's flags. A trace knows
+whether its own code reads the flags it enters with, so these checks cost no flag juggling almost
+everywhere.
+
+Inside, flags move between host and block on demand: a TLB comparison clobbers the host's flags, so
+live ones are parked before it and brought back before an instruction that needs them.
+"""
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import cast
 
 from ringfence.cpu.state import RSP
-from ringfence.engine.translate import emit
+from ringfence.engine.translate.assembling import (
+    GS_COMPARE_BYTE,
+    GS_MOVE_BYTE,
+    T_CHECKED,
+    T_DELTA,
+    T_DELTA_WRITE,
+    T_INDIRECT,
+    T_PARK,
+    T_PARK_R10,
+    T_READ,
+    T_RECOVER,
+    T_RECOVER_WRITE,
+    T_STACK,
+    T_UNPARK,
+    T_WRITE,
+    add_link,
+    aim,
+    copy_bytes,
+    gs_byte,
+    gs_call,
+    gs_jump,
+    gs_load,
+    gs_store,
+    gs_store_immediate,
+    lea,
+    load_address,
+    move_r10,
+    park,
+    put,
+    put_template,
+    set_rip,
+    word,
+)
 from ringfence.engine.translate.block import EXIT_EMULATE, gs
-from ringfence.engine.translate.emit import R9, R10
-from ringfence.engine.translate.groups import Group, find_groups
-from ringfence.engine.translate.recipe import (
+from ringfence.engine.translate.copying import (
+    after,
+    before,
+    guest,
+    needs_after,
+    operand_address,
+    operation,
+)
+from ringfence.engine.translate.emit import PARK, R9, R10
+from ringfence.engine.translate.groups import find_groups, group_at, insn_at
+from ringfence.engine.translate.tables import (
     ABSOLUTE,
     CALL,
     EFFECT,
-    ESCAPE,
+    HOST,
     INDIRECT,
     JCC,
     JMP,
     LOOP,
-    MISS,
-    PLAIN,
-    STATUS,
-    STI,
-    Piece,
-    Recipe,
-)
-from ringfence.engine.translate.thunks import THUNK
-from ringfence.engine.translate.trace import (
-    ENDS,
-    HOST,
+    NONE,
     PAGE,
     PARKED,
-    RELOC_FAR,
+    PLAIN,
     RELOC_ITLB,
     RELOC_PAGE,
-    RELOC_VA32,
-    RELOC_VA64,
-    Item,
-    Trace,
-    line_mask,
+    STI,
+    Escape,
+    Group,
+    Insn,
+    Link,
+    Miss,
+    RawRecipe,
+    Template,
+    TraceRow,
+    Writer,
+)
+from ringfence.engine.translate.thunks import THUNK
+from ringfence.native.dialect import (
+    address_of,
+    native,
+    native_inline,
+    store8,
+    store32,
 )
 
-if TYPE_CHECKING:
-    from ringfence.engine.translate.builder import Builder
-
-_RIP = gs("rip")
-_ATTENTION = gs("attention")
-
-
-@dataclass(slots=True)
-class Head:
-    """The entries of a trace, the same but for some words in all of a mode."""
-
-    code: bytes
-    start_word: int
-    """Relocation of the trace's own address."""
-    page_words: tuple[int, ...]
-    """Relocations of the page check."""
-    wrong_address: int
-    page_checks: list[int]
-    attention: int
-    checked: int
-    local: int
+EFFECT_EMULATE = 0xFFFF
+"""Number that stands for leaving the instruction to the VMM."""
+_PARK_BYTES = len(PARK)
+_RIP, _ATTENTION = gs("rip"), gs("attention")
+_T_EFFECT, _T_EFFECT_VECTOR = THUNK["effect"], THUNK["effect_vector"]
+_T_EMULATE, _T_LOOKUP, _T_MISS = THUNK["emulate"], THUNK["lookup"], THUNK["miss"]
+_T_STACK_MISS, _T_CAREFUL = THUNK["stack_miss"], THUNK["careful"]
+_T_ATTENTION, _T_INDIRECT_MISS = THUNK["attention"], THUNK["indirect_miss"]
+_T_STRADDLE, _T_LINK_PAGE, _T_LINK_LOCAL = (
+    THUNK["straddle"], THUNK["link_page"], THUNK["link_local"],
+)  # fmt: skip
 
 
-@dataclass(slots=True)
-class Tail:
-    """What the entries' checks jump to when they fail; positions count from its start."""
-
-    code: bytes
-    first_rip: int
-    lookup: int
-    wrong_address: int
-    attention: int
-    second_rip: int
+@native_inline
+def ends_trace(kind: int) -> int:
+    """Whether an instruction of this kind ends a trace."""
+    return kind == JMP or kind == CALL or kind == INDIRECT or kind == EFFECT
 
 
-class TraceWriter:
-    """The state of building one trace."""
+@native
+def mark(w: Writer, position: int, parked: int, offset: int) -> int:
+    """Note where an instruction's code starts, for whoever looks up a host address."""
+    store32(w.marks + w.mark_count * 4, (position - w.code) << 16 | parked << 15 | offset)
+    w.mark_count += 1
+    return 0
 
-    def __init__(self, builder: Builder, trace: Trace, data: bytes, second: int) -> None:
-        self.b = builder
-        self.trace = trace
-        self.out = trace.code
-        self.relocations = trace.relocations
-        self.data = data
-        self.second = second
-        self.state = HOST
-        self.misses: list[tuple[int, int, bool, int, int]] = []
-        self.links: list[tuple[int, int, bool, bool, bool]] = []
-        self.back_edges: list[int] = []
-        self.live_head = True
-        self.inside = 0
-        self.escapes: list[tuple[int, int, Recipe]] = []
-        self.groups: dict[int, Group] = {}
-        self.group_misses: list[tuple[int, int, Group, int, Recipe, int]] = []
 
-    # --- words that depend on the place ------------------------------------------------------
+@native
+def swap_in(w: Writer) -> int:
+    """Arrange registers as the trace wants them."""
+    swaps = w.swaps
+    while swaps:
+        homeless = swaps & 15
+        displaced = swaps >> 4 & 15
+        host = w.home[homeless]
+        gs_store(w, host, gs("displaced") + displaced * 8)
+        gs_load(w, host, gs("gpr") + homeless * 8)
+        swaps = swaps >> 8
+    return 0
 
-    def word(self, position: int, kind: int, addend: int) -> None:
-        """Remember a word to be filled in when the trace is placed.
 
-        What a displacement of 2 GiB leads to may be too far from the page's start for a signed
-        word: RELOC_FAR then stands for the difference, 4 GiB.
-        """
-        if addend >= 1 << 31:
-            position |= RELOC_FAR >> 2
-            addend -= 1 << 32
-        self.relocations.append(position << 2 | kind)
-        self.relocations.append(addend)
+@native
+def swap_out(w: Writer) -> int:
+    """Put registers back where they are between traces."""
+    swaps = w.swaps
+    while swaps:
+        homeless = swaps & 15
+        displaced = swaps >> 4 & 15
+        host = w.home[homeless]
+        gs_store(w, host, gs("gpr") + homeless * 8)
+        gs_load(w, host, gs("displaced") + displaced * 8)
+        swaps = swaps >> 8
+    return 0
 
-    def set_rip(self, offset: int) -> None:
-        """``Cpu.rip`` = page + offset; uses R10 for far addresses."""
-        at = len(self.out)
-        if self.b.high:
-            self.out += emit.gs_store_imm(_RIP, 0)
-            self.word(at + 9, RELOC_VA32, offset)
+
+@native
+def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
+    """Write the whole trace at ``w.out``; ``alive`` are the flags live at its start."""
+    first: Insn = cast(Insn, insn_at(w, 0))
+    start = first.offset
+    w.code = w.out
+    w.miss_count = 0
+    w.link_count = 0
+    w.escape_count = 0
+    w.group_miss_count = 0
+    w.back_edge_count = 0
+    w.live_head = 1
+    w.state = HOST
+    row.checked = 0
+    row.local = 0
+    if w.entered:
+        w.state = PARKED
+        if w.slow:
+            set_rip(w, start)
+        for n in range(w.count):
+            forget_group(cast(Insn, insn_at(w, n)))
+    else:
+        w.live_head = 1 if alive else 0
+        write_head(w, row, start)
+        find_groups(w)
+        swap_in(w)
+        w.inside = w.out
+    for n in range(w.count):
+        write_instruction(w, cast(Insn, insn_at(w, n)), n)
+    last: Insn = cast(Insn, insn_at(w, w.count - 1))
+    if not ends_trace(last.kind):
+        write_jump(w, last.offset + last.length, last.live)
+    write_stubs(w, row, start)
+    return 0
+
+
+@native_inline
+def forget_group(i: Insn) -> int:
+    """Every access looks itself up."""
+    i.group = NONE
+    return 0
+
+
+@native
+def write_instruction(w: Writer, i: Insn, n: int) -> int:
+    """One guest instruction: what goes before it, itself, and what follows from it."""
+    kind = i.kind
+    mark(w, w.out, 1, i.offset)
+    if i.group != NONE and group_first(w, i) != n:
+        operand_address(w, i)
+        gs_load(w, R10, group_slot(w, i))
+    else:
+        if i.clobbers and (i.live & ~i.kills | i.reads):
+            park(w)
+        if i.group != NONE:
+            open_look_up(w, i, cast(Group, group_at(w, i.group)))
         else:
-            self.out += emit.mov_imm64(R10, 0) + emit.gs_store(R10, _RIP)
-            self.word(at + 2, RELOC_VA64, offset)
+            before(w, i)
+    if kind == PLAIN:
+        write_plain(w, i)
+    elif kind == JCC:
+        need_flags(w)
+        write_conditional(w, i)
+    elif kind == JMP or kind == CALL:
+        operation(w, i)
+        write_jump(w, i.offset + i.value, i.live)
+    elif kind == INDIRECT:
+        operation(w, i)
+        leave_indirect(w)
+    elif kind == EFFECT:
+        write_effect(w, i)
+    elif kind == STI:
+        write_sti(w, i.live)
+    elif kind == LOOP:
+        if i.reads:
+            need_flags(w)
+        write_counted(w, i)
+    return 0
 
-    def load_address(self, register: int, offset: int) -> None:
-        """``register`` = page + offset."""
-        at = len(self.out)
-        if self.b.high:
-            self.out += emit.mov_simm32(register, 0)
-            self.word(at + 3, RELOC_VA32, offset)
-        else:
-            self.out += emit.mov_imm64(register, 0)
-            self.word(at + 2, RELOC_VA64, offset)
 
-    def place(self, piece: Piece, offset: int, value: int, recipe: Recipe | None = None) -> None:
-        """Append a recipe's code for the instruction at ``offset``."""
-        base = len(self.out)
-        self.out += piece.code
-        for position, what, data in piece.fixes:
-            if what == MISS:
-                retry, write, kind = data
-                self.misses.append((base + position, base + retry, write, kind, offset))
-            elif what == ESCAPE:
-                assert recipe is not None
-                self.escapes.append((base + position, offset, recipe))
-            else:
-                addend = offset + (value if data is None else data)
-                self.word(base + position, self.b.address, addend)
+@native
+def group_first(w: Writer, i: Insn) -> int:
+    """Index of the first instruction of a group."""
+    g: Group = cast(Group, group_at(w, i.group))
+    return g.first
 
-    def park(self) -> None:
-        """Move live flags out of the host's flags."""
-        if self.state == HOST:
-            self.out += emit.PARK
-            self.state = PARKED
 
-    # --- the trace ------------------------------------------------------------------------------
+@native
+def group_slot(w: Writer, i: Insn) -> int:
+    """Displacement of where a group keeps what its look-up found."""
+    g: Group = cast(Group, group_at(w, i.group))
+    return g.slot
 
-    def liveness(self, items: list[Item]) -> list[int]:
-        """Flags live after each instruction, and before the first one (last element)."""
-        trace = self.trace
-        last_offset, last, value = items[-1]
-        live: int = STATUS
-        if last.kind == JMP:
-            live = self.peek(last_offset + value)
-        elif last.kind not in ENDS and not self.b.slow:
-            live = self.peek(trace.end)
-        after: list[int] = []
-        for offset, recipe, value in reversed(items):
-            after.append(live)
-            if recipe.kind in (JCC, LOOP) and live != STATUS:
-                live |= self.peek(offset + value)
-            live = live & ~recipe.kills | recipe.reads
-        after.reverse()
-        after.append(live)
-        return after
 
-    def peek(self, offset: int) -> int:
-        live, end = self.b.peek(self.data, offset)
-        if end:
-            self.trace.lines |= line_mask(offset, end)
-        return live
+@native
+def write_plain(w: Writer, i: Insn) -> int:
+    """An ordinary instruction's own part."""
+    if w.state == PARKED:
+        if i.reads or (i.writes and i.live & ~i.kills):
+            need_flags(w)
+        elif i.writes:
+            w.state = HOST
+    mark(w, w.out, w.state, i.offset)
+    operation(w, i)
+    if needs_after(w, i):
+        if i.live:
+            park(w)
+        after(w, i)
+    return 0
 
-    def run(self, items: list[Item]) -> None:
-        """Emit the whole trace."""
-        after = self.liveness(items)
-        start = items[0][0]
-        if self.b.entered:
-            self.state = PARKED
-            if self.b.slow:
-                self.set_rip(start)
-        else:
-            self.live_head = bool(after[-1])
-            self.head(start, self.live_head)
-            self.groups = find_groups(items, self.b.recipes.user)
-            self.out += self.b.swap_in
-            self.inside = len(self.out)
-        groups = self.groups
-        out = self.out
-        place = self.place
-        marks = self.trace.marks
-        for n, ((offset, recipe, value), live_after) in enumerate(zip(items, after, strict=False)):
-            kind = recipe.kind
-            marks.append(len(out) << 16 | PARKED << 15 | offset)
-            group = groups.get(n)
-            if group is not None and group.first != n:
-                assert recipe.shared is not None
-                place(recipe.shared.address, offset, value)
-                out += emit.gs_load(R10, group.slot)
-            else:
-                if recipe.clobbers and live_after & ~recipe.kills | recipe.reads:
-                    self.park()
-                if group is not None:
-                    self.open_group(group, offset, recipe, value)
-                elif recipe.before.code:
-                    place(recipe.before, offset, value, recipe)
-            if kind == PLAIN:
-                self.plain(offset, recipe, value, live_after)
-            elif kind == JCC:
-                self.need_flags()
-                self.conditional(offset + value, recipe)
-            elif kind in (JMP, CALL):
-                place(recipe.op, offset, value)
-                self.jump(offset + value, bool(live_after))
-            elif kind == INDIRECT:
-                place(recipe.op, offset, value)
-                self.leave_indirect()
-            elif kind == EFFECT:
-                self.effect(offset, recipe)
-            elif kind == STI:
-                self.sti(live_after)
-            elif kind == LOOP:
-                if recipe.reads:
-                    self.need_flags()
-                self.counted(offset + value, recipe)
-        if kind not in ENDS:
-            self.jump(offset + recipe.length, bool(live_after))
-        self.stubs(start)
 
-    # --- shared look-ups ------------------------------------------------------------------------
+@native
+def need_flags(w: Writer) -> int:
+    """Bring parked flags back into the host's flags."""
+    if w.state == PARKED:
+        put_template(w, T_UNPARK)
+        w.state = HOST
+    return 0
 
-    def group_address(self, group: Group) -> None:
-        """R9 = lowest address of a group, as seen from its first member."""
-        if group.base == ABSOLUTE:
-            self.load_address(R9, group.low)
-            return
-        load, host = self.b.recipes.guest(group.base, R9)
-        self.out += load + emit.lea(R9, host, disp=group.low)
 
-    def open_group(self, group: Group, offset: int, recipe: Recipe, value: int) -> None:
-        """The first access of a group: look all of it up."""
-        user = self.b.recipes.user
-        shared = recipe.shared
-        assert shared is not None
-        self.group_address(group)
-        self.group_check(group)
-        position = len(self.out) - 4
-        back = len(self.out)
-        if group.base == RSP:
-            self.place(shared.address, offset, value)
-            self.out += emit.gs_load(R10, group.slot)
-        else:
-            self.out += emit.tlb_delta(group.write, user, group.slot)
-            self.place(shared.address, offset, value)
-        self.group_misses.append((position, back, group, offset, recipe, value))
+# --- shared look-ups -----------------------------------------------------------------------------
 
-    def group_check(self, group: Group) -> None:
-        """Look R9 up for a whole group, up to the displacement of the jump taken on a miss."""
-        user = self.b.recipes.user
-        size = group.high - group.low
-        if group.base == RSP:
-            self.out += emit.stack_check(size, user)
-        else:
-            check, position = emit.tlb_check(size, group.write, user)
-            self.out += check[: position + 4]
 
-    def group_stubs(self) -> None:
-        """A group's look-up missed: enter the page of its first access, try once more."""
-        out = self.out
-        for position, back, group, offset, recipe, value in self.group_misses:
-            self.aim(position)
-            shared = recipe.shared
-            assert shared is not None
-            self.place(shared.address, offset, value)
-            out += self.b.swap_out
-            self.set_rip(offset)
-            thunk = THUNK["stack_miss" if group.base == RSP else "miss"]
-            out += emit.mov_imm32(R10, shared.kind) + emit.gs_call(thunk) + self.b.swap_in
-            self.group_address(group)
-            self.group_check(group)
-            jump = len(out) - 4
-            out += b"\xe9\0\0\0\0"
-            self.aim(len(out) - 4, back)
-            self.aim(jump)
-            out += self.b.swap_out + emit.gs_jump(THUNK["careful"])
+@native
+def group_address(w: Writer, g: Group) -> int:
+    """R9 = lowest address of a group, as seen from its first member."""
+    if g.base == ABSOLUTE:
+        load_address(w, R9, g.low)
+        return 0
+    host = guest(w, g.base, R9)
+    lea(w, R9, host, NONE, 0, g.low, 0)
+    return 0
 
-    def plain(self, offset: int, recipe: Recipe, value: int, live_after: int) -> None:
-        """An ordinary instruction's own part."""
-        if self.state == PARKED:
-            if recipe.reads or (recipe.writes and live_after & ~recipe.kills):
-                self.need_flags()
-            elif recipe.writes:
-                self.state = HOST
-        self.trace.marks.append(len(self.out) << 16 | self.state << 15 | offset)
-        self.place(recipe.op, offset, value)
-        if recipe.after.code:
-            if live_after:
-                self.park()
-            self.place(recipe.after, offset, value)
 
-    def need_flags(self) -> None:
-        """Bring parked flags back into the host's flags."""
-        if self.state == PARKED:
-            self.out += emit.UNPARK
-            self.state = HOST
+@native
+def group_check(w: Writer, g: Group) -> int:
+    """Look R9 up for a whole group; the position of the displacement of the jump on a miss."""
+    number = T_WRITE + w.user if g.write else T_READ + w.user
+    if g.base == RSP:
+        number = T_STACK + w.user
+    start = put_template(w, number)
+    t: Template = cast(Template, w.templates + number * Template.size)
+    store32(start + t.size_word, 0x1000 - (g.high - g.low))
+    w.out = start + t.target_word + 4
+    return w.out - 4
 
-    def head(self, start: int, live: bool) -> None:
-        """The three entries; see the module's text."""
-        out, trace = self.out, self.trace
-        known = self.b.heads.get(live)
-        if known is not None and not self.second:
-            out += known.code
-            self.relocations.extend((known.start_word, start, *known.page_words))
-            self.wrong_address, self.page_checks = known.wrong_address, known.page_checks
-            self.attention, self.body = known.attention, len(out)
-            trace.checked, trace.local = known.checked, known.local
-            if live:
-                self.state = PARKED
-            return
-        trace.indirect = 0
-        at = len(out)
-        if self.b.high:
-            out += b"\x49\x81\xf9\0\0\0\0"  # cmp r9, simm32
-            self.word(at + 3, RELOC_VA32, start)
-        else:
-            self.load_address(R10, start)
-            out += b"\x4d\x39\xd1"  # cmp r9, r10
-        out += b"\x0f\x85\0\0\0\0"
-        self.wrong_address = len(out) - 4
-        trace.checked = len(out)
-        self.page_checks = [self.page_check(0, 0)]
-        if self.second:
-            self.page_checks.append(self.page_check(PAGE, self.second))
+
+@native
+def open_look_up(w: Writer, i: Insn, g: Group) -> int:
+    """The first access of a group: look all of it up."""
+    group_address(w, g)
+    position = group_check(w, g)
+    back = w.out
+    if g.base == RSP:
+        operand_address(w, i)
+        gs_load(w, R10, g.slot)
+    else:
+        number = T_DELTA_WRITE + w.user if g.write else T_DELTA + w.user
+        start = put_template(w, number)
+        t: Template = cast(Template, w.templates + number * Template.size)
+        store32(start + t.size_word, g.slot)
+        operand_address(w, i)
+    n = w.group_miss_count * 3
+    w.group_misses[n] = position
+    w.group_misses[n + 1] = back
+    w.group_misses[n + 2] = address_of(i)
+    w.group_miss_count += 1
+    return 0
+
+
+@native
+def group_stub(w: Writer, i: Insn, g: Group, position: int, back: int) -> int:
+    """A group's look-up missed: enter the page of its first access, try once more."""
+    aim(w, position, w.out)
+    operand_address(w, i)
+    swap_out(w)
+    set_rip(w, i.offset)
+    move_r10(w, i.access)
+    gs_call(w, _T_STACK_MISS if g.base == RSP else _T_MISS)
+    swap_in(w)
+    group_address(w, g)
+    jump = group_check(w, g)
+    write_back_jump(w, back)
+    aim(w, jump, w.out)
+    swap_out(w)
+    gs_jump(w, _T_CAREFUL)
+    return 0
+
+
+@native_inline
+def write_back_jump(w: Writer, target: int) -> int:
+    """``jmp`` to a place in the trace."""
+    put(w, 0xE9, 5)
+    store32(w.out - 4, target - w.out)
+    return 0
+
+
+@native_inline
+def group_of(w: Writer, i: Insn) -> int:
+    """Address of an instruction's group."""
+    return group_at(w, i.group)
+
+
+# --- entries ---------------------------------------------------------------------------------------
+
+
+@native
+def write_head(w: Writer, row: TraceRow, start: int) -> int:
+    """The three entries; see the module's text."""
+    if w.wide:
+        load_address(w, R10, start)
+        put(w, 0xD1394D, 3)  # cmp r9, r10
+    else:
+        put(w, 0xF98149, 7)  # cmp r9, simm32
+        word(w, w.out - 4, 0, start)
+    put(w, 0x850F, 6)
+    w.wrong_address = w.out - 4
+    row.checked = w.out - w.code
+    w.page_checks[0] = page_check(w, 0, 0)
+    if w.second:
+        w.page_checks[1] = page_check(w, PAGE, w.second)
+    if w.live_head:
+        put(w, 0xEB | _PARK_BYTES << 8, 2)
+    row.local = w.out - w.code
+    if w.live_head:
+        put_template(w, T_PARK)
+        w.state = PARKED
+    gs_byte(w, GS_COMPARE_BYTE, _ATTENTION, 0)
+    put(w, 0x850F, 6)
+    w.attention = w.out - 4
+    w.body = w.out
+    return 0
+
+
+@native
+def page_check(w: Writer, distance: int, number: int) -> int:
+    """Compare a linear page's identity; position of the jump taken when it differs."""
+    put(w, 0x253C8165, 4)  # cmp dword gs:[disp], imm32
+    word(w, w.out, RELOC_ITLB, distance)
+    if distance:
+        # The following page's number is not this page's: such traces are never stored.
+        store32(w.out + 4, number)
+    else:
+        word(w, w.out + 4, RELOC_PAGE, 0)
+    w.out += 8
+    put(w, 0x850F, 6)
+    return w.out - 4
+
+
+# --- exits -----------------------------------------------------------------------------------------
+
+
+@native
+def write_effect(w: Writer, i: Insn) -> int:
+    """Leave the trace for the effect library."""
+    swap_out(w)
+    set_rip(w, i.offset)
+    if i.effect == EFFECT_EMULATE:
+        gs_store_immediate(w, gs("exit_reason"), EXIT_EMULATE)
+        gs_jump(w, _T_EMULATE)
+        return 0
+    move_r10(w, i.effect | i.length << 16)
+    vector = i.effect == w.effect_vector_low or i.effect == w.effect_vector_high
+    gs_jump(w, _T_EFFECT_VECTOR if vector else _T_EFFECT)
+    return 0
+
+
+@native
+def write_sti(w: Writer, live: int) -> int:
+    """Set IF; the trace ends behind the next instruction, where interrupts are seen."""
+    gs_byte(w, GS_MOVE_BYTE, gs("flag_if"), 1)
+    if not live or w.state == PARKED:
+        gs_byte(w, GS_COMPARE_BYTE, gs("irq_request"), 0)
+        put(w, 0x0974, 2)  # je behind the next instruction
+    gs_byte(w, GS_MOVE_BYTE, _ATTENTION, 1)
+    return 0
+
+
+@native
+def write_jump(w: Writer, target: int, live: int) -> int:
+    """End of the trace: go on at a known address."""
+    if w.slow:
         if live:
-            out += b"\xeb" + bytes((len(emit.PARK),))
-        trace.local = len(out)
+            park(w)
+        load_address(w, R9, target)
+        put_template(w, T_CHECKED + w.user)
+        return 0
+    if loops(w, target):
+        put(w, 0xE9, 5)
+        add_back_edge(w)
+        return 0
+    swap_out(w)
+    within = target < PAGE
+    if w.state == PARKED or not within:
         if live:
-            out += emit.PARK
-            self.state = PARKED
-        out += emit.gs_compare_byte(_ATTENTION, 0) + b"\x0f\x85\0\0\0\0"
-        self.attention = len(out) - 4
-        self.body = len(out)
-        if not self.second:
-            words = tuple(self.relocations)
-            self.b.heads[live] = Head(
-                bytes(out),
-                words[0],
-                words[2:],
-                self.wrong_address,
-                self.page_checks,
-                self.attention,
-                trace.checked,
-                trace.local,
-            )
+            park(w)
+        within = 0
+    put(w, 0xE9, 5)
+    add_link(w, target, within, 0, 0)
+    return 0
 
-    def page_check(self, distance: int, number: int) -> int:
-        """Compare a linear page's identity; position of the jump taken when it differs."""
-        out = self.out
-        at = len(out)
-        out += b"\x65\x81\x3c\x25\0\0\0\0\0\0\0\0\x0f\x85\0\0\0\0"
-        self.word(at + 4, RELOC_ITLB, distance)
-        if distance:
-            # The following page's number is not this page's: such traces are never stored.
-            struct.pack_into("<I", out, at + 8, number)
-        else:
-            self.word(at + 8, RELOC_PAGE, 0)
-        return len(out) - 4
 
-    def effect(self, offset: int, recipe: Recipe) -> None:
-        """Leave the trace for the effect library."""
-        self.out += self.b.swap_out
-        self.set_rip(offset)
-        if recipe.effect == "emulate":
-            self.out += emit.gs_store_imm(gs("exit_reason"), EXIT_EMULATE)
-            self.out += emit.gs_jump(THUNK["emulate"])
-            return
-        number = self.b.effects[recipe.effect]
-        self.out += emit.mov_imm32(R10, number | recipe.length << 16)
-        thunk = "effect_vector" if recipe.effect in ("fx_xsave", "fx_xrstor") else "effect"
-        self.out += emit.gs_jump(THUNK[thunk])
+@native
+def leave_indirect(w: Writer) -> int:
+    """End of the trace: go on at the guest address in R9."""
+    if w.state == HOST:
+        put_template(w, T_PARK_R10)
+        w.state = PARKED
+    swap_out(w)
+    if w.step:
+        gs_store(w, R9, _RIP)
+        move_r10(w, w.effect_step)
+        gs_jump(w, _T_EFFECT)
+    elif w.slow:
+        put_template(w, T_CHECKED + w.user)
+    else:
+        put_template(w, T_INDIRECT + w.user)
+    return 0
 
-    def sti(self, live_after: int) -> None:
-        """Set IF; the trace ends behind the next instruction, where interrupts are seen."""
-        self.out += emit.gs_store_byte(gs("flag_if"), 1)
-        raise_attention = emit.gs_store_byte(_ATTENTION, 1)
-        if not live_after or self.state == PARKED:
-            self.out += emit.gs_compare_byte(gs("irq_request"), 0)
-            self.out += b"\x74" + bytes((len(raise_attention),))
-        self.out += raise_attention
 
-    def jump(self, target: int, live: bool) -> None:
-        """End of the trace: go on at a known address."""
-        if self.b.slow:
-            if live:
-                self.park()
-            self.load_address(R9, target)
-            self.out += emit.checked_jump(self.b.recipes.user, THUNK["lookup"])
-            return
-        if self.loops(target):
-            self.out += b"\xe9\0\0\0\0"
-            self.back_edges.append(len(self.out) - 4)
-            return
-        self.out += self.b.swap_out
-        within = 0 <= target < PAGE
-        if self.state == PARKED or not within:
-            if live:
-                self.park()
-            within = False
-        self.out += b"\xe9\0\0\0\0"
-        self.links.append((len(self.out) - 4, target, within, False, False))
+@native_inline
+def loops(w: Writer, target: int) -> int:
+    """Whether a jump leads to the trace's own start with its registers arranged already."""
+    first: Insn = cast(Insn, insn_at(w, 0))
+    return w.swaps and target == first.offset and not w.live_head
 
-    def leave_indirect(self) -> None:
-        """End of the trace: go on at the guest address in R9."""
-        if self.state == HOST:
-            self.out += emit.park(R10)
-            self.state = PARKED
-        self.out += self.b.swap_out
-        if self.b.step:
-            self.out += emit.gs_store(R9, _RIP) + emit.mov_imm32(R10, self.b.effects["fx_step"])
-            self.out += emit.gs_jump(THUNK["effect"])
-        elif self.b.slow:
-            self.out += emit.checked_jump(self.b.recipes.user, THUNK["lookup"])
-        else:
-            self.out += emit.indirect_jump(self.b.recipes.user)
 
-    def loops(self, target: int) -> bool:
-        """Whether a jump leads to the trace's own start with its registers arranged already."""
-        return bool(self.b.swap_in) and target == self.trace.offset and not self.live_head
+@native_inline
+def add_back_edge(w: Writer) -> int:
+    """The jump just written leads to the trace's start."""
+    w.back_edges[w.back_edge_count] = w.out - 4
+    w.back_edge_count += 1
+    return 0
 
-    def conditional(self, target: int, recipe: Recipe) -> None:
-        """A conditional jump out of the trace; not taken goes on inside."""
-        self.out += bytes((0x0F, recipe.condition)) + b"\0\0\0\0"
-        if self.loops(target):
-            self.back_edges.append(len(self.out) - 4)
-            return
-        within = 0 <= target < PAGE and not self.b.slow
-        self.links.append((len(self.out) - 4, target, within, not within, True))
 
-    def counted(self, target: int, recipe: Recipe) -> None:
-        """JRCXZ and LOOP have 8-bit displacements only: they jump over a jump."""
-        within = 0 <= target < PAGE and self.state == HOST and not self.b.slow
-        park = self.b.swap_out
-        park += b"" if within or self.state == PARKED else emit.PARK
-        self.out += recipe.op.code + b"\x02" + b"\xeb" + bytes((len(park) + 5,))
-        self.out += park + b"\xe9\0\0\0\0"
-        self.links.append((len(self.out) - 4, target, within, False, False))
+@native
+def write_conditional(w: Writer, i: Insn) -> int:
+    """A conditional jump out of the trace; not taken goes on inside."""
+    target = i.offset + i.value
+    put(w, 0x800F | (i.opcode & 15) << 8, 6)
+    if loops(w, target):
+        add_back_edge(w)
+        return 0
+    within = target < PAGE and not w.slow
+    add_link(w, target, within, not within, 1)
+    return 0
 
-    def loop_stub(self, start: int) -> None:
-        """Where the trace's jumps to its own start go: in again, unless attention is wanted."""
-        out = self.out
-        for position in self.back_edges:
-            self.aim(position)
-        out += emit.gs_compare_byte(_ATTENTION, 0) + b"\x0f\x84\0\0\0\0"
-        self.aim(len(out) - 4, self.inside)
-        out += self.b.swap_out
-        self.set_rip(start)
-        out += emit.gs_call(THUNK["attention"]) + self.b.swap_in + b"\xe9\0\0\0\0"
-        self.aim(len(out) - 4, self.inside)
 
-    # --- what is rarely executed -----------------------------------------------------------------
+@native
+def write_counted(w: Writer, i: Insn) -> int:
+    """JRCXZ and LOOP have 8-bit displacements only: they jump over a jump."""
+    target = i.offset + i.value
+    within = target < PAGE and w.state == HOST and not w.slow
+    operation(w, i)
+    put(w, 0x00EB02, 3)  # to behind the jump that is taken when the loop is not
+    over = w.out
+    swap_out(w)
+    if not within and w.state != PARKED:
+        put_template(w, T_PARK)
+    put(w, 0xE9, 5)
+    store8(over - 1, w.out - over)
+    add_link(w, target, within, 0, 0)
+    return 0
 
-    def aim(self, position: int, target: int | None = None) -> None:
-        """Point the 32-bit displacement at ``position`` to a place in the trace (default: here)."""
-        goal = len(self.out) if target is None else target
-        struct.pack_into("<i", self.out, position, goal - position - 4)
 
-    def stubs(self, start: int) -> None:
-        out, trace = self.out, self.trace
-        pack = struct.pack_into
-        relocate = self.relocations.extend
-        address = self.b.address
-        for position, retry, write, kind, offset in self.misses:
-            at = len(out)
-            pack("<i", out, position, at - position - 4)
-            code, rip = self.b.miss_stub(write, kind)
-            out += code
-            relocate(((at + rip) << 2 | address, offset))
-            end = len(out)
-            pack("<i", out, end - 4, retry - end)
-        self.group_stubs()
-        last = -1
-        for position, offset, recipe in self.escapes:
-            if offset != last:
-                last, stub = offset, len(out)
-                out += recipe.operands
-                self.effect(offset, recipe)
-            self.aim(position, stub)
-        for position, target, within, park, conditional in self.links:
-            self.aim(position)
-            site = position
-            if park or (conditional and self.b.swap_out):
-                out += self.b.swap_out + (emit.PARK if park else b"") + b"\xe9\0\0\0\0"
-                site = len(out) - 4
-                self.aim(site)
-            if self.b.slow:
-                self.load_address(R9, target)
-                out += emit.indirect_jump(self.b.recipes.user)
-                continue
-            if self.b.step:
-                self.set_rip(target)
-                if within:
-                    out += emit.PARK
-                out += emit.mov_imm32(R10, self.b.effects["fx_step"])
-                out += emit.gs_jump(THUNK["effect"])
-                continue
-            at = len(out)
-            code, rip, lea = self.b.link_stubs[within]
-            out += code
-            self.word(at + rip, address, target)
-            pack("<i", out, at + lea, site - at - lea - 4)
-        if self.back_edges:
-            self.loop_stub(start)
-        if self.b.entered:
-            return
-        trace.reenter_local = len(out)
-        trace.reenter = len(out) + len(emit.PARK)
-        for position in self.page_checks:
-            self.aim(position, trace.reenter)
-        tail = self.b.tail
-        self.aim(self.wrong_address, trace.reenter_local + tail.wrong_address)
-        self.aim(self.attention, trace.reenter_local + tail.attention)
-        at = trace.reenter_local
-        out += tail.code
-        relocate(((at + tail.first_rip) << 2 | address, start))
-        relocate(((at + tail.second_rip) << 2 | address, start))
-        self.aim(len(out) - 4, self.body)
-        if self.second:
-            # Both pages are looked up: the jump to the look-up goes to another thunk.
-            self.aim_straddle(at + tail.lookup)
+# --- what is rarely executed -------------------------------------------------------------------------
 
-    def aim_straddle(self, position: int) -> None:
-        """Replace the jump at ``position`` by one out of line to the straddle thunk."""
-        out = self.out
-        out[position] = 0xE9
-        self.aim(position + 1)
-        out += emit.mov_imm32(R10, self.second) + emit.gs_jump(THUNK["straddle"])
+
+@native
+def loop_stub(w: Writer, start: int) -> int:
+    """Where the trace's jumps to its own start go: in again, unless attention is wanted."""
+    for n in range(w.back_edge_count):
+        aim(w, w.back_edges[n], w.out)
+    gs_byte(w, GS_COMPARE_BYTE, _ATTENTION, 0)
+    put(w, 0x840F, 6)
+    aim(w, w.out - 4, w.inside)
+    swap_out(w)
+    set_rip(w, start)
+    gs_call(w, _T_ATTENTION)
+    swap_in(w)
+    write_back_jump(w, w.inside)
+    return 0
+
+
+@native_inline
+def miss_stub(w: Writer, miss: Miss) -> int:
+    """A missed look-up of one access: fill the TLB and try again, or do it by hand."""
+    aim(w, miss.position, w.out)
+    put_template(w, (T_RECOVER_WRITE if miss.write else T_RECOVER) + w.user)
+    swap_out(w)
+    set_rip(w, miss.offset)
+    move_r10(w, miss.kind)
+    gs_call(w, _T_MISS)
+    swap_in(w)
+    write_back_jump(w, miss.retry)
+    return 0
+
+
+@native_inline
+def link_stub(w: Writer, link: Link) -> int:
+    """A direct jump that was not linked yet."""
+    aim(w, link.position, w.out)
+    site = link.position
+    if link.park or (link.conditional and w.swaps):
+        swap_out(w)
+        if link.park:
+            put_template(w, T_PARK)
+        put(w, 0xE9, 5)
+        site = w.out - 4
+        aim(w, site, w.out)
+    if w.slow:
+        load_address(w, R9, link.target)
+        put_template(w, T_INDIRECT + w.user)
+        return 0
+    if w.step:
+        set_rip(w, link.target)
+        if link.within:
+            put_template(w, T_PARK)
+        move_r10(w, w.effect_step)
+        gs_jump(w, _T_EFFECT)
+        return 0
+    set_rip(w, link.target)
+    put(w, 0x158D4C, 3)  # lea r10, [rip + site]
+    put(w, site - w.out - 4, 4)
+    gs_jump(w, _T_LINK_LOCAL if link.within else _T_LINK_PAGE)
+    return 0
+
+
+@native
+def escape_stub(w: Writer, i: Insn) -> int:
+    """Leave a whole instruction to its effect."""
+    recipe: RawRecipe = cast(RawRecipe, i.recipe)
+    copy_bytes(w, recipe.operands, recipe.operands_length)
+    write_effect(w, i)
+    return 0
+
+
+@native
+def escape_stubs(w: Writer) -> int:
+    """One stub for all the escapes of an instruction."""
+    last = 0
+    stub = 0
+    for n in range(w.escape_count):
+        escape: Escape = cast(Escape, address_of(w.escapes[0]) + n * Escape.size)
+        if escape.insn != last:
+            last = escape.insn
+            stub = w.out
+            escape_stub(w, cast(Insn, last))
+        aim(w, escape.position, stub)
+    return 0
+
+
+@native
+def write_stubs(w: Writer, row: TraceRow, start: int) -> int:
+    """All that is reached by jumps out of the trace's straight line."""
+    for n in range(w.miss_count):
+        miss_stub(w, cast(Miss, address_of(w.misses[0]) + n * Miss.size))
+    for n in range(w.group_miss_count):
+        i: Insn = cast(Insn, w.group_misses[n * 3 + 2])
+        g: Group = cast(Group, group_of(w, i))
+        group_stub(w, i, g, w.group_misses[n * 3], w.group_misses[n * 3 + 1])
+    escape_stubs(w)
+    for n in range(w.link_count):
+        link_stub(w, cast(Link, address_of(w.links[0]) + n * Link.size))
+    if w.back_edge_count:
+        loop_stub(w, start)
+    row.reenter = 0
+    row.reenter_local = 0
+    if not w.entered:
+        write_tail(w, row, start)
+    return 0
+
+
+@native
+def write_tail(w: Writer, row: TraceRow, start: int) -> int:
+    """What the entries' checks jump to when they fail."""
+    row.reenter_local = w.out - w.code
+    put_template(w, T_PARK)
+    reenter = w.out
+    row.reenter = reenter - w.code
+    set_rip(w, start)
+    if w.second:
+        # Both pages are looked up.
+        move_r10(w, w.second)
+        gs_jump(w, _T_STRADDLE)
+    else:
+        gs_jump(w, _T_LOOKUP)
+    aim(w, w.page_checks[0], reenter)
+    if w.second:
+        aim(w, w.page_checks[1], reenter)
+    aim(w, w.wrong_address, w.out)
+    gs_jump(w, _T_INDIRECT_MISS)
+    aim(w, w.attention, w.out)
+    set_rip(w, start)
+    gs_call(w, _T_ATTENTION)
+    write_back_jump(w, w.body)
+    return 0

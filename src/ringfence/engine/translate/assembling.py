@@ -1,0 +1,298 @@
+"""Writing host code natively: the few encodings that depend on registers, and the templates.
+
+The bytes of every encoding are those of ``emit``, which writes them for recipes and templates; SDM
+vol. 2 is the source. Instructions are put as little-endian words, one store for most of them, so up
+to eight bytes behind ``Writer.out`` may be overwritten.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ringfence.engine.translate.block import gs
+from ringfence.engine.translate.emit import R10
+from ringfence.engine.translate.tables import (
+    NONE,
+    PARKED,
+    RELOC_FAR,
+    RELOC_VA32,
+    RELOC_VA64,
+    Link,
+    Miss,
+    Template,
+    Writer,
+)
+from ringfence.native.dialect import (
+    address_of,
+    load64,
+    native,
+    native_inline,
+    sext,
+    slt,
+    store8,
+    store32,
+    store64,
+)
+
+(
+    T_PARK,
+    T_PARK_R10,
+    T_UNPARK,
+    T_READ,
+    T_READ_USER,
+    T_WRITE,
+    T_WRITE_USER,
+    T_DELTA,
+    T_DELTA_USER,
+    T_DELTA_WRITE,
+    T_DELTA_WRITE_USER,
+    T_STACK,
+    T_STACK_USER,
+    T_RECOVER,
+    T_RECOVER_USER,
+    T_RECOVER_WRITE,
+    T_RECOVER_WRITE_USER,
+    T_INDIRECT,
+    T_INDIRECT_USER,
+    T_CHECKED,
+    T_CHECKED_USER,
+) = range(21)
+"""Numbers of templates (see ``templates``)."""
+
+_RIP = gs("rip")
+
+
+@native_inline
+def put(w: Writer, value: int, count: int) -> int:
+    """Append ``count`` bytes, the low ones of a word."""
+    store64(w.out, value)
+    w.out += count
+    return 0
+
+
+@native
+def copy_bytes(w: Writer, source: int, count: int) -> int:
+    """Append bytes from host memory."""
+    for n in range((count + 7) >> 3):
+        store64(w.out + n * 8, load64(source + n * 8))
+    w.out += count
+    return 0
+
+
+@native
+def put_template(w: Writer, number: int) -> int:
+    """Append a template; where it starts."""
+    start = w.out
+    t: Template = cast(Template, w.templates + number * Template.size)
+    copy_bytes(w, address_of(t.code[0]), t.length)
+    return start
+
+
+@native
+def aim(w: Writer, position: int, target: int) -> int:
+    """Point the 32-bit displacement at ``position`` to an address in the trace."""
+    store32(position, target - position - 4)
+    return 0
+
+
+@native
+def gs_load(w: Writer, register: int, displacement: int) -> int:
+    """``mov r64, gs:[disp]``."""
+    store64(w.out, 0x25048B4865 | (register >> 3) << 10 | (register & 7) << 27)
+    store32(w.out + 5, displacement)
+    w.out += 9
+    return 0
+
+
+@native
+def gs_store(w: Writer, register: int, displacement: int) -> int:
+    """``mov gs:[disp], r64``."""
+    store64(w.out, 0x2504894865 | (register >> 3) << 10 | (register & 7) << 27)
+    store32(w.out + 5, displacement)
+    w.out += 9
+    return 0
+
+
+@native
+def gs_store_immediate(w: Writer, displacement: int, value: int) -> int:
+    """``mov qword gs:[disp], simm32``."""
+    store64(w.out, 0x2504C74865)
+    store32(w.out + 5, displacement)
+    store32(w.out + 9, value)
+    w.out += 13
+    return 0
+
+
+@native
+def gs_byte(w: Writer, operation: int, displacement: int, value: int) -> int:
+    """An instruction on ``byte gs:[disp], imm8``: GS_MOVE_BYTE or GS_COMPARE_BYTE."""
+    store32(w.out, operation)
+    store32(w.out + 4, displacement)
+    store8(w.out + 8, value)
+    w.out += 9
+    return 0
+
+
+GS_MOVE_BYTE, GS_COMPARE_BYTE = 0x2504C665, 0x253C8065
+
+
+@native
+def gs_jump(w: Writer, displacement: int) -> int:
+    """``jmp gs:[disp]``."""
+    store32(w.out, 0x2524FF65)
+    store32(w.out + 4, displacement)
+    w.out += 8
+    return 0
+
+
+@native
+def gs_call(w: Writer, displacement: int) -> int:
+    """``call gs:[disp]``."""
+    store32(w.out, 0x2514FF65)
+    store32(w.out + 4, displacement)
+    w.out += 8
+    return 0
+
+
+@native_inline
+def move(w: Writer, target: int, source: int) -> int:
+    """``mov r64, r64``."""
+    rex = 0x48 | (source >> 3) << 2 | target >> 3
+    put(w, rex | 0x8900 | (0xC0 | (source & 7) << 3 | target & 7) << 16, 3)
+    return 0
+
+
+@native_inline
+def move_r10(w: Writer, value: int) -> int:
+    """``mov r10d, imm32``."""
+    put(w, 0xBA41 | (value & 0xFFFFFFFF) << 16, 6)
+    return 0
+
+
+@native
+def move_simm32(w: Writer, register: int, value: int) -> int:
+    """``mov r64, simm32``."""
+    store32(w.out, 0xC0C748 | register >> 3 | (register & 7) << 16)
+    store32(w.out + 3, value)
+    w.out += 7
+    return 0
+
+
+@native
+def move_imm64(w: Writer, register: int, value: int) -> int:
+    """``mov r64, imm64``."""
+    put(w, 0xB848 | register >> 3 | (register & 7) << 8, 2)
+    put(w, value, 8)
+    return 0
+
+
+@native
+def lea(w: Writer, target: int, base: int, index: int, scale: int, disp: int, narrow: int) -> int:
+    """``lea r, [base + (index << scale) + disp]``; NONE for no base or index, but not both.
+
+    ``narrow`` writes the 32-bit register.
+    """
+    rex = (0x40 if narrow else 0x48) | (target >> 3) << 2
+    reg = (target & 7) << 3
+    if index != NONE:
+        rex = rex | (index >> 3) << 1
+    if base == NONE:
+        put(w, rex | 0x8D00 | (4 | reg) << 16 | (scale << 6 | (index & 7) << 3 | 5) << 24, 4)
+        put(w, disp, 4)
+        return 0
+    rex = rex | base >> 3
+    mode = 0x80
+    size = 4
+    if disp == 0 and base & 7 != 5:
+        mode = 0
+        size = 0
+    elif sext(disp, 8) == disp:
+        mode = 0x40
+        size = 1
+    if index == NONE and base & 7 != 4:
+        put(w, rex | 0x8D00 | (mode | reg | base & 7) << 16, 3)
+    else:
+        sib = 0x20 | base & 7
+        if index != NONE:
+            sib = scale << 6 | (index & 7) << 3 | base & 7
+        put(w, rex | 0x8D00 | (mode | reg | 4) << 16 | sib << 24, 4)
+    put(w, disp, size)
+    return 0
+
+
+# --- words that depend on the place ------------------------------------------------------------
+
+
+@native
+def word(w: Writer, position: int, kind: int, addend: int) -> int:
+    """Remember a word to be filled in when the trace is placed.
+
+    What a displacement of 2 GiB leads to may be too far from the page's start for a signed word:
+    RELOC_FAR then stands for the difference, 4 GiB.
+    """
+    at = w.relocations + w.relocation_count * 8
+    far = RELOC_FAR if slt(0x7FFFFFFF, addend) else 0
+    store32(at, (position - w.code) << 2 | kind | far)
+    store32(at + 4, addend)
+    w.relocation_count += 1
+    return 0
+
+
+@native
+def set_rip(w: Writer, offset: int) -> int:
+    """``Cpu.rip`` = page + offset; uses R10 for far addresses."""
+    if w.wide:
+        word(w, w.out + 2, RELOC_VA64, offset)
+        move_imm64(w, R10, 0)
+        gs_store(w, R10, _RIP)
+    else:
+        word(w, w.out + 9, RELOC_VA32, offset)
+        gs_store_immediate(w, _RIP, 0)
+    return 0
+
+
+@native
+def load_address(w: Writer, register: int, offset: int) -> int:
+    """``register`` = page + offset."""
+    if w.wide:
+        word(w, w.out + 2, RELOC_VA64, offset)
+        move_imm64(w, register, 0)
+    else:
+        word(w, w.out + 3, RELOC_VA32, offset)
+        move_simm32(w, register, 0)
+    return 0
+
+
+@native
+def park(w: Writer) -> int:
+    """Move live flags out of the host's flags."""
+    if w.state != PARKED:
+        put_template(w, T_PARK)
+        w.state = PARKED
+    return 0
+
+
+@native_inline
+def add_miss(w: Writer, position: int, retry: int, write: int, kind: int, offset: int) -> int:
+    """Remember a look-up's jump that goes to a stub."""
+    miss: Miss = cast(Miss, address_of(w.misses[0]) + w.miss_count * Miss.size)
+    miss.position = position
+    miss.retry = retry
+    miss.write = write
+    miss.kind = kind
+    miss.offset = offset
+    w.miss_count += 1
+    return 0
+
+
+@native
+def add_link(w: Writer, target: int, within: int, parks: int, conditional: int) -> int:
+    """Remember the direct jump just written, whose displacement are the last four bytes."""
+    link: Link = cast(Link, address_of(w.links[0]) + w.link_count * Link.size)
+    link.position = w.out - 4
+    link.target = target
+    link.within = within
+    link.park = parks
+    link.conditional = conditional
+    w.link_count += 1
+    return 0

@@ -1,0 +1,709 @@
+"""From one guest instruction to the host code that carries it out: copied, with what must change.
+
+Nearly every instruction is *copied*. What changes: memory operands (effective address into R9, look-up,
+then the access at R9 + R10) and registers that have no host register of their own where the trace
+runs (guest RSP is in R11; the homeless ones are in the block). Each instruction is written in two
+parts, as a recipe has them (`recipe`): what goes *before* may clobber the host's flags, the
+*operation* must not, apart from what the instruction itself does.
+
+Sensitive and odd instructions have recipes that Python wrote; their code is placed here.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ringfence.cpu.state import FS, RBP, RSP
+from ringfence.engine.translate.assembling import (
+    GS_MOVE_BYTE,
+    T_READ,
+    T_WRITE,
+    add_miss,
+    copy_bytes,
+    gs_byte,
+    gs_call,
+    gs_load,
+    gs_store,
+    lea,
+    load_address,
+    move,
+    move_imm64,
+    move_r10,
+    move_simm32,
+    put,
+    put_template,
+)
+from ringfence.engine.translate.block import SLOW_STACK, SLOW_WRITE, gs
+from ringfence.engine.translate.emit import R9, R10, R11
+from ringfence.engine.translate.tables import (
+    ABSOLUTE,
+    EFFECTIVE,
+    F_CALL,
+    F_CALL_MEMORY,
+    F_CALL_REGISTER,
+    F_CLI,
+    F_COPY,
+    F_DIRECTION,
+    F_INVALID,
+    F_JMP_MEMORY,
+    F_JMP_REGISTER,
+    F_LEA,
+    F_LEAVE,
+    F_POP,
+    F_PUSH,
+    F_PUSH_IMMEDIATE,
+    F_PUSH_MEMORY,
+    F_RAW,
+    F_RET,
+    FIX_ESCAPE,
+    FIX_MISS,
+    LINEAR,
+    NONE,
+    P66,
+    P67,
+    ROLE_READ,
+    ROLE_WRITE,
+    Escape,
+    Fix,
+    Form,
+    Insn,
+    RawRecipe,
+    Template,
+    Writer,
+)
+from ringfence.engine.translate.thunks import THUNK
+from ringfence.native.dialect import (
+    address_of,
+    load8,
+    native,
+    native_inline,
+    sext,
+    slt,
+    store32,
+)
+
+_FS_OVERRIDE = FS + 1
+_KEEP = gs("scratch", 2)
+"""Where a value waits while a second memory operand is prepared."""
+_SLOW, _COMMIT = THUNK["slow"], THUNK["commit"]
+_COMBINE = 0x110C8D4F
+"""``lea r9, [r9 + r10]``"""
+_LOAD_R9 = 0x110C8B4F
+"""``mov r9, [r9 + r10]``"""
+_TRUNCATE = 0xC98945
+"""``mov r9d, r9d``"""
+_STORE_R10 = 0x11894D
+"""``mov [r9], r10``"""
+_STORE_R10W = 0x11894566
+"""``mov [r9], r10w``"""
+
+
+@native_inline
+def slot_of(number: int) -> int:
+    """Displacement of the block's place for a guest register without a host register."""
+    if number >= 9 and number <= 11:
+        return gs("gpr") + number * 8
+    return gs("displaced") + number * 8
+
+
+@native
+def guest(w: Writer, number: int, scratch: int) -> int:
+    """Host register that has a guest register's value, ``scratch`` if it must be loaded."""
+    host = w.home[number]
+    if host == NONE:
+        gs_load(w, scratch, slot_of(number))
+        return scratch
+    return host
+
+
+@native
+def set_guest(w: Writer, number: int, register: int) -> int:
+    """Copy a host register into a guest register."""
+    host = w.home[number]
+    if host == NONE:
+        gs_store(w, register, slot_of(number))
+    else:
+        move(w, host, register)
+    return 0
+
+
+# --- memory operands -----------------------------------------------------------------------------
+
+
+@native
+def effective_address(w: Writer, i: Insn) -> int:
+    """R9 = effective address of the memory operand, without a segment; the flags survive."""
+    narrow = i.prefixes & P67
+    if i.base == ABSOLUTE:
+        load_address(w, R9, i.offset + i.value)
+        if narrow:
+            put(w, _TRUNCATE, 3)
+        return 0
+    disp = i.displacement
+    base = NONE
+    index = NONE
+    if i.base != NONE:
+        base = guest(w, i.base, R9)
+    if i.index != NONE:
+        index = guest(w, i.index, R10)
+    if base == NONE and index == NONE:
+        if narrow:
+            disp = disp & 0xFFFFFFFF
+        if sext(disp, 32) == disp:
+            move_simm32(w, R9, disp)
+        else:
+            move_imm64(w, R9, disp)
+    elif index == NONE and disp == 0:
+        if narrow:
+            # mov r9d, base
+            put(w, 0x8941 | (base >> 3) << 2 | (0xC1 | (base & 7) << 3) << 16, 3)
+        elif base != R9:
+            move(w, R9, base)
+    else:
+        lea(w, R9, base, index, i.scale, disp, narrow)
+    return 0
+
+
+@native
+def operand_address(w: Writer, i: Insn) -> int:
+    """R9 = linear address of the operand whose look-up `before` does; the flags survive."""
+    kind = i.form_kind
+    if kind == F_PUSH or kind == F_PUSH_IMMEDIATE or kind == F_CALL:
+        lea(w, R9, R11, NONE, 0, i.shared_displacement, 0)
+    elif kind == F_POP or kind == F_RET:
+        move(w, R9, R11)
+    elif kind == F_LEAVE:
+        move(w, R9, RBP)
+    else:
+        effective_address(w, i)
+        if i.segment >= _FS_OVERRIDE:
+            gs_load(w, R10, gs("seg_base") + (i.segment - 1) * 8)
+            lea(w, R9, R9, R10, 0, 0, 0)
+    return 0
+
+
+@native
+def look_up(w: Writer, i: Insn, kind: int) -> int:
+    """R9 = linear address; then R9 + R10 is where to access as ``kind`` says."""
+    if w.slow:
+        move_r10(w, kind)
+        gs_call(w, _SLOW)
+        move_r10(w, 0)
+        return 0
+    write = 1 if kind & SLOW_WRITE else 0
+    number = (T_WRITE if write else T_READ) + w.user
+    start = put_template(w, number)
+    t: Template = cast(Template, w.templates + number * Template.size)
+    store32(start + t.size_word, 0x1000 - (kind & 0xFFF))
+    add_miss(w, start + t.target_word, start, write, kind, i.offset)
+    return 0
+
+
+@native_inline
+def commit(w: Writer) -> int:
+    """After a write in a slow trace."""
+    if w.slow:
+        gs_call(w, _COMMIT)
+    return 0
+
+
+@native
+def push_look_up(w: Writer, i: Insn, size: int) -> int:
+    """R9 + R10 = where a push goes."""
+    lea(w, R9, R11, NONE, 0, 0 - size, 0)
+    look_up(w, i, size | SLOW_WRITE | SLOW_STACK)
+    return 0
+
+
+@native
+def before(w: Writer, i: Insn) -> int:
+    """What goes before the operation and may clobber the flags."""
+    kind = i.form_kind
+    if kind == F_RAW:
+        recipe: RawRecipe = cast(RawRecipe, i.recipe)
+        place(w, i, recipe.lead, recipe.lead_length, recipe.lead_fixes)
+        if recipe.addressing == LINEAR:
+            operand_address(w, i)
+        elif recipe.addressing == EFFECTIVE:
+            effective_address(w, i)
+        place(w, i, recipe.before, recipe.before_length, recipe.before_fixes)
+        return 0
+    if not i.clobbers or kind == F_INVALID:
+        return 0
+    if kind == F_CALL_REGISTER:
+        load_target(w, i)
+        return push_return_address(w, i)
+    operand_address(w, i)
+    look_up(w, i, i.access)
+    if kind == F_JMP_MEMORY:
+        put(w, _LOAD_R9, 4)
+    elif kind == F_CALL_MEMORY:
+        put(w, _LOAD_R9, 4)
+        push_return_address(w, i)
+    elif kind == F_PUSH_MEMORY:
+        f: Form = cast(Form, i.form)
+        load_r9(w, f.size)
+        gs_store(w, R9, _KEEP)
+        push_look_up(w, i, f.size)
+    return 0
+
+
+@native
+def load_target(w: Writer, i: Insn) -> int:
+    """R9 = the guest register that a call or jump goes to."""
+    host = guest(w, i.rm, R9)
+    if host != R9:
+        move(w, R9, host)
+    return 0
+
+
+@native
+def push_return_address(w: Writer, i: Insn) -> int:
+    """Keep R9, a call's target, and push the return address."""
+    gs_store(w, R9, _KEEP)
+    push_look_up(w, i, 8)
+    put(w, _COMBINE, 4)
+    load_address(w, R10, i.offset + i.length)
+    put(w, _STORE_R10, 3)
+    commit(w)
+    move_stack(w, 0 - 8)
+    return 0
+
+
+@native_inline
+def move_stack(w: Writer, distance: int) -> int:
+    """RSP += distance; the flags survive."""
+    lea(w, R11, R11, NONE, 0, distance, 0)
+    return 0
+
+
+@native
+def load_r9(w: Writer, size: int) -> int:
+    """``mov r9, [r9 + r10]``, zero-extended from 2 or 8 bytes."""
+    if size == 8:
+        put(w, _LOAD_R9, 4)
+    else:
+        put(w, 0x110CB70F47, 5)
+    return 0
+
+
+# --- operations ------------------------------------------------------------------------------------
+
+
+@native
+def operation(w: Writer, i: Insn) -> int:
+    """The instruction itself, its operand at R9 + R10."""
+    kind = i.form_kind
+    f: Form = cast(Form, i.form)
+    if kind == F_COPY:
+        copy_instruction(w, i, f)
+    elif kind == F_RAW:
+        recipe: RawRecipe = cast(RawRecipe, i.recipe)
+        place(w, i, recipe.op, recipe.op_length, recipe.op_fixes)
+    elif kind == F_LEA:
+        load_effective(w, i, f)
+    elif kind == F_PUSH:
+        push_register(w, i, f.size)
+    elif kind == F_PUSH_IMMEDIATE:
+        if f.size == 8:
+            put(w, 0x1104C74B | i.immediate << 32, 8)
+        else:
+            put(w, 0x1104C74366, 5)
+            put(w, i.immediate, 2)
+        commit(w)
+        move_stack(w, 0 - f.size)
+    elif kind == F_PUSH_MEMORY:
+        put(w, _COMBINE, 4)
+        gs_load(w, R10, _KEEP)
+        store_r10(w, f.size)
+        commit(w)
+        move_stack(w, 0 - f.size)
+    elif kind == F_POP:
+        pop_register(w, i, f.size)
+    elif kind == F_LEAVE:
+        put(w, _LOAD_R9, 4)
+        lea(w, R11, RBP, NONE, 0, 8, 0)
+        move(w, RBP, R9)
+    elif kind == F_RET:
+        put(w, _LOAD_R9, 4)
+        move_stack(w, 8 + (i.immediate & 0xFFFF))
+    elif kind == F_CALL:
+        put(w, _COMBINE, 4)
+        load_address(w, R10, i.offset + i.length)
+        put(w, _STORE_R10, 3)
+        commit(w)
+        move_stack(w, 0 - 8)
+    elif kind == F_JMP_REGISTER:
+        load_target(w, i)
+    elif kind == F_CALL_REGISTER or kind == F_CALL_MEMORY:
+        gs_load(w, R9, _KEEP)
+    elif kind == F_CLI:
+        gs_byte(w, GS_MOVE_BYTE, gs("flag_if"), 0)
+    elif kind == F_DIRECTION:
+        gs_byte(w, GS_MOVE_BYTE, gs("flag_df"), i.opcode & 1)
+    return 0
+
+
+@native
+def after(w: Writer, i: Insn) -> int:
+    """What goes behind the operation; it may clobber the flags, so only where they are safe."""
+    if i.form_kind == F_RAW:
+        recipe: RawRecipe = cast(RawRecipe, i.recipe)
+        place(w, i, recipe.after, recipe.after_length, recipe.after_fixes)
+    elif needs_after(w, i):
+        gs_call(w, _COMMIT)
+    return 0
+
+
+@native_inline
+def needs_after(w: Writer, i: Insn) -> int:
+    """Whether `after` writes anything."""
+    if i.form_kind == F_RAW:
+        recipe: RawRecipe = cast(RawRecipe, i.recipe)
+        return recipe.after_length
+    if i.form_kind == F_COPY and w.slow and i.clobbers and i.access & SLOW_WRITE:
+        return 1
+    return 0
+
+
+@native
+def store_r10(w: Writer, size: int) -> int:
+    """``mov [r9], r10`` of 2 or 8 bytes."""
+    if size == 8:
+        put(w, _STORE_R10, 3)
+    else:
+        put(w, _STORE_R10W, 4)
+    return 0
+
+
+@native
+def push_register(w: Writer, i: Insn, size: int) -> int:
+    """PUSH of a general register."""
+    host = w.home[i.rm]
+    if host == NONE:
+        put(w, _COMBINE, 4)
+        gs_load(w, R10, slot_of(i.rm))
+        store_r10(w, size)
+    else:
+        # mov [r9 + r10], host
+        if size == 2:
+            put(w, 0x66, 1)
+        rex = (0x4B if size == 8 else 0x43) | (host >> 3) << 2
+        put(w, rex | 0x8900 | (4 | (host & 7) << 3) << 16 | 0x11000000, 4)
+    commit(w)
+    move_stack(w, 0 - size)
+    return 0
+
+
+@native
+def pop_register(w: Writer, i: Insn, size: int) -> int:
+    """POP of a general register."""
+    number = i.rm
+    host = w.home[number]
+    if host == NONE:
+        load_r9(w, size)
+        if size == 2:
+            gs_load(w, R10, slot_of(number))
+            put(w, 0xCA894566, 4)  # mov r10w, r9w
+            gs_store(w, R10, slot_of(number))
+        else:
+            gs_store(w, R9, slot_of(number))
+    elif size == 2 and number == RSP:
+        load_r9(w, 2)
+        move_stack(w, 2)
+        put(w, 0xCB894566, 4)  # mov r11w, r9w
+        return 0
+    else:
+        # mov host, [r9 + r10]
+        if size == 2:
+            put(w, 0x66, 1)
+        rex = (0x4B if size == 8 else 0x43) | (host >> 3) << 2
+        put(w, rex | 0x8B00 | (4 | (host & 7) << 3) << 16 | 0x11000000, 4)
+        if number == RSP:
+            return 0
+    move_stack(w, size)
+    return 0
+
+
+@native
+def load_effective(w: Writer, i: Insn, f: Form) -> int:
+    """LEA, straight into its host register where all its registers have one."""
+    size = f.reg_role >> 2
+    number = i.reg
+    host = w.home[number]
+    plain = host != NONE and size != 2 and not i.prefixes & P67
+    base = NONE
+    index = NONE
+    if i.base == ABSOLUTE or i.base == NONE or not plain:
+        plain = 0
+    else:
+        base = w.home[i.base]
+        plain = base != NONE
+        if i.index != NONE:
+            index = w.home[i.index]
+            plain = plain and index != NONE
+    if plain:
+        lea(w, host, base, index, i.scale, i.displacement, size == 4)
+        return 0
+    effective_address(w, i)
+    if size == 4:
+        put(w, _TRUNCATE, 3)
+    if size != 2:
+        return set_guest(w, number, R9)
+    if host == NONE:
+        gs_load(w, R10, slot_of(number))
+        put(w, 0xCA894566, 4)  # mov r10w, r9w
+        gs_store(w, R10, slot_of(number))
+    else:
+        # mov host16, r9w
+        put(w, 0x66 | (0x44 | host >> 3) << 8 | 0x890000 | (0xC8 | host & 7) << 24, 4)
+    return 0
+
+
+# --- the copied instruction ------------------------------------------------------------------------
+
+
+@native
+def is_high_byte(i: Insn, role: int, number: int) -> int:
+    """Whether a register operand is AH, CH, DH or BH."""
+    return role >> 2 == 1 and not i.rex and not i.vex and number & 0xC == 4
+
+
+@native
+def copy_instruction(w: Writer, i: Insn, f: Form) -> int:
+    """Copy an instruction, with its memory operand and registers replaced as needed."""
+    w.substitute_count = 0
+    memory = i.mod != 3 and i.mod != NONE
+    high = 0
+    if f.reg_role and is_high_byte(i, f.reg_role, i.reg):
+        high = 1
+    registers = (not memory and i.mod == 3) or f.low
+    if f.rm_role and registers and is_high_byte(i, f.rm_role, i.rm):
+        high = 1
+    moved = 0
+    if f.reg_role:
+        moved = moved | note_operand(w, i, f.reg_role, i.reg)
+    if f.rm_role and registers:
+        moved = moved | note_operand(w, i, f.rm_role, i.rm)
+    if f.vvvv_role:
+        moved = moved | note_operand(w, i, f.vvvv_role, i.vvvv)
+    if not memory and not moved:
+        return copy_bytes(w, i.bytes, i.length)
+    return substitute(w, i, f, memory, high)
+
+
+@native
+def note_operand(w: Writer, i: Insn, role: int, number: int) -> int:
+    """Remember a general register operand; whether its host register is another or none."""
+    if is_high_byte(i, role, number):
+        return 0
+    # Writing less than 32 bits keeps the rest.
+    access = role & 3
+    if role >> 2 < 4:
+        access = access | ROLE_READ
+    for n in range(w.substitute_count):
+        if w.substitutes[n] == number:
+            w.substitute_roles[n] = w.substitute_roles[n] | access
+            return w.stand_ins[n] != number
+    n = w.substitute_count
+    w.substitutes[n] = number
+    w.stand_ins[n] = w.home[number]
+    w.substitute_roles[n] = access
+    w.borrowed[n] = 0
+    w.substitute_count = n + 1
+    return w.home[number] != number
+
+
+@native
+def borrow(w: Writer, f: Form) -> int:
+    """A host register below 8 that the instruction does not use, to be given back."""
+    used = 0
+    for number in range(16):
+        if f.implicit >> number & 1 and w.home[number] != NONE:
+            used = used | 1 << w.home[number]
+    for n in range(w.substitute_count):
+        if w.stand_ins[n] != NONE:
+            used = used | 1 << w.stand_ins[n]
+    if not used & 0x40:
+        return 6
+    if not used & 0x80:
+        return 7
+    if not used & 0x08:
+        return 3
+    if not used & 0x02:
+        return 1
+    return 2
+
+
+@native
+def stand_in(w: Writer, number: int) -> int:
+    """The host register that an operand has in the instruction being written."""
+    for n in range(w.substitute_count):
+        if w.substitutes[n] == number:
+            return w.stand_ins[n]
+    return number
+
+
+@native
+def substitute(w: Writer, i: Insn, f: Form, memory: int, high: int) -> int:
+    """Write the instruction with host registers in place of guest ones.
+
+    Scratch registers serve the homeless ones; when they run out, host registers that the
+    instruction does not use are borrowed and given back. AH-BH exclude a REX prefix, so beside
+    them whatever needs one has to borrow, too.
+    """
+    free = 2
+    combined = high
+    for n in range(w.substitute_count):
+        if w.stand_ins[n] == NONE:
+            combined = 1
+    combined = combined and memory
+    if memory:
+        free = 1
+    if combined:
+        put(w, _COMBINE, 4)
+    slot = gs("scratch", 1)  # one is enough: there are two scratch registers and three operands
+    for n in range(w.substitute_count):
+        if w.stand_ins[n] == NONE:
+            if free:
+                # R9 first where it does not hold the operand's address, then R10.
+                w.stand_ins[n] = R10 if free == 1 else R9
+                free -= 1
+            else:
+                w.stand_ins[n] = borrow(w, f)
+                w.borrowed[n] = 1
+                gs_store(w, w.stand_ins[n], slot)
+            if w.substitute_roles[n] & ROLE_READ:
+                gs_load(w, w.stand_ins[n], slot_of(w.substitutes[n]))
+        elif high and w.stand_ins[n] == R11:
+            w.stand_ins[n] = NONE
+            w.stand_ins[n] = borrow(w, f)
+            w.borrowed[n] = 2
+            gs_store(w, w.stand_ins[n], slot)
+            move(w, w.stand_ins[n], R11)
+    address = NONE
+    if memory:
+        address = R9
+        if high:
+            address = borrow(w, f)
+            gs_store(w, address, slot)
+            move(w, address, R9)
+        elif not combined:
+            address = R10
+    encode(w, i, f, address)
+    if high and memory:
+        gs_load(w, address, slot)
+    give_back(w)
+    return 0
+
+
+@native
+def give_back(w: Writer) -> int:
+    """Behind the instruction: homeless registers to the block, borrowed ones to their owners."""
+    for k in range(w.substitute_count):
+        n = w.substitute_count - 1 - k
+        number = w.substitutes[n]
+        host = w.stand_ins[n]
+        if w.borrowed[n] == 2:
+            move(w, R11, host)
+            gs_load(w, host, gs("scratch", 1))
+        elif w.home[number] == NONE:
+            if w.substitute_roles[n] & ROLE_WRITE:
+                gs_store(w, host, slot_of(number))
+            if w.borrowed[n]:
+                gs_load(w, host, gs("scratch", 1))
+    return 0
+
+
+@native
+def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
+    """Write the instruction with its operands' stand-ins.
+
+    ``address``: NONE without memory operand, R10 for [R9 + R10], else the register that holds it.
+    """
+    reg = i.reg
+    rm = i.rm
+    vvvv = i.vvvv
+    bare = 0
+    if f.reg_role and not is_high_byte(i, f.reg_role, reg):
+        reg = stand_in(w, reg)
+        bare = bare | needs_rex(f.reg_role, reg)
+    if f.rm_role and (f.low or i.mod == 3) and not is_high_byte(i, f.rm_role, rm):
+        rm = stand_in(w, rm)
+        bare = bare | needs_rex(f.rm_role, rm)
+    if f.vvvv_role:
+        vvvv = stand_in(w, vvvv)
+    extension = 0
+    if address == R10:
+        extension = 3
+    elif address != NONE:
+        extension = address >> 3
+    else:
+        extension = rm >> 3
+    extension = extension | (reg >> 3) << 2
+    if i.vex:
+        payload = i.vex_payload & 0x87 | (vvvv ^ 15) << 3
+        put(w, 0xC4 | ((extension ^ 7) << 5 | i.map) << 8 | payload << 16 | i.opcode << 24, 4)
+    else:
+        for n in range(i.rex_at):
+            put_prefix(w, load8(i.bytes + n))
+        if i.rex or extension or bare:
+            put(w, 0x40 | i.rex & 8 | extension, 1)
+        if i.map:
+            put(w, 0x0F, 1)
+        if i.map == 2:
+            put(w, 0x38, 1)
+        elif i.map == 3:
+            put(w, 0x3A, 1)
+        put(w, i.opcode & 0xF8 | rm & 7 if f.low else i.opcode, 1)
+    if i.mod != NONE:
+        if address == R10:
+            put(w, 0x1104 | (reg & 7) << 3, 2)
+        elif address != NONE:
+            put(w, (reg & 7) << 3 | address & 7, 1)
+        else:
+            put(w, 0xC0 | (reg & 7) << 3 | rm & 7, 1)
+    copy_bytes(w, i.bytes + i.immediate_at, i.length - i.immediate_at)
+    return 0
+
+
+@native_inline
+def needs_rex(role: int, host: int) -> int:
+    """Whether a byte register needs a REX prefix to be what it is."""
+    return role >> 2 == 1 and host & 0xC == 4
+
+
+@native_inline
+def put_prefix(w: Writer, byte: int) -> int:
+    """Keep a legacy prefix, unless it was about the address."""
+    if byte == 0x66 or byte == 0xF2 or byte == 0xF3 or byte == 0xF0:
+        put(w, byte, 1)
+    return 0
+
+
+# --- recipes ---------------------------------------------------------------------------------------
+
+
+@native
+def place(w: Writer, i: Insn, code: int, length: int, fixes: int) -> int:
+    """Append a recipe's code; its ``fixes`` stand behind it, at a multiple of 8."""
+    base = w.out
+    copy_bytes(w, code, length)
+    at = code + ((length + 7) & ~7)
+    for n in range(fixes):
+        place_fix(w, i, cast(Fix, at + n * Fix.size), base)
+    return 0
+
+
+@native_inline
+def place_fix(w: Writer, i: Insn, fix: Fix, base: int) -> int:
+    """Fill in, or note for later, what depends on the place."""
+    position = base + fix.position
+    if fix.what == FIX_MISS:
+        add_miss(w, position, base + fix.retry, fix.write, fix.kind, i.offset)
+    elif fix.what == FIX_ESCAPE:
+        escape: Escape = cast(Escape, address_of(w.escapes[0]) + w.escape_count * Escape.size)
+        escape.position = position
+        escape.insn = address_of(i)
+        w.escape_count += 1
+    return 0

@@ -1,0 +1,615 @@
+"""Reading guest instructions natively: prefixes, opcode, operands; what is to be done is the form's.
+
+The encoding is that of SDM vol. 2 ch. 2. A decoder for all of x86 would be a table of thousands of
+rows; here the opcode's few bits that decide what an instruction *is* make a key, and the `Form`
+found by it says how to go on. A key seen for the first time goes to Python, which asks iced-x86
+(`forms`); some hundred keys are all that an operating system uses.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ringfence.cpu.state import FS, GS, RBP, RSP, SS
+from ringfence.engine.translate.block import (
+    MODE_CPL,
+    SLOW_READ,
+    SLOW_STACK,
+    SLOW_WRITE,
+)
+from ringfence.engine.translate.tables import (
+    ABSOLUTE,
+    CALL,
+    DROP,
+    EFFECT,
+    F_CALL,
+    F_CALL_MEMORY,
+    F_CALL_REGISTER,
+    F_CLI,
+    F_COPY,
+    F_DROP,
+    F_GROUP,
+    F_INVALID,
+    F_JCC,
+    F_JMP,
+    F_JMP_MEMORY,
+    F_JMP_REGISTER,
+    F_LEA,
+    F_LEAVE,
+    F_POP,
+    F_PUSH,
+    F_PUSH_IMMEDIATE,
+    F_PUSH_MEMORY,
+    F_RAW,
+    F_RET,
+    F_STI,
+    FORM_ROWS,
+    INDIRECT,
+    JCC,
+    JMP,
+    LOCK,
+    LOOP,
+    MOVE_ADD,
+    MOVE_DEC,
+    MOVE_INC,
+    MOVE_SUB,
+    NONE,
+    P66,
+    P67,
+    PF2,
+    PF3,
+    PLAIN,
+    RAW_BYTES,
+    RECIPE_ROWS,
+    ROLE_READ,
+    ROLE_SIZE,
+    ROLE_WRITE,
+    STI,
+    WANT_FORM,
+    WANT_RECIPE,
+    Form,
+    Insn,
+    RawRecipe,
+    Writer,
+)
+from ringfence.native.dialect import (
+    address_of,
+    load8,
+    load16,
+    load32,
+    load64,
+    native,
+    native_inline,
+    sext,
+    store64,
+)
+
+DECODED, MORE_BYTES, ASK = range(3)
+"""Results of `decode`; ASK leaves the question in ``Writer.want…``."""
+LENGTH_MAX = 15
+STATUS = 0x3F
+"""All status flags, as iced-x86's ``RflagsBits``."""
+KEY_VEX, KEY_W, KEY_L, KEY_REGISTERS, KEY_LOCK, KEY_P67, KEY_B = (
+    1 << 10, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21,
+)  # fmt: skip
+KEY_PREFIX_SHIFT, KEY_REG_SHIFT, KEY_MODE_SHIFT = 12, 24, 32
+KEY_VALID = 1 << 63
+"""Parts of a form's key; opcode in the low byte, map in bits 8-9. KEY_P67 and KEY_B are for opcodes without
+ModRM only: absolute addresses, and 90h."""
+_FS_OVERRIDE, _SS_OVERRIDE = FS + 1, SS + 1
+_NOT_NAMED = 0xFFFFFFFF
+_HIGH_BYTE_FIXED = 0xE0
+"""RBP, RSI, RDI: one may have to stand in where AH-BH exclude others."""
+
+
+@native_inline
+def hash_key(key: int) -> int:
+    """Spread a key's bits."""
+    product = key * 0x9E3779B97F4A7C15
+    return product >> 40
+
+
+@native
+def find_form(w: Writer, key: int) -> int:
+    """Address of the form of a key, 0 if it is not known."""
+    slot = hash_key(key) & (FORM_ROWS - 1)
+    while 1:
+        row: Form = cast(Form, w.forms + slot * Form.size)
+        if row.key == key:
+            return address_of(row)
+        if row.key == 0:
+            return 0
+        slot = (slot + 1) & (FORM_ROWS - 1)
+    return 0
+
+
+@native_inline
+def hash_raw(context: int, low: int, high: int) -> int:
+    """Spread an instruction's bytes and what else its recipe depends on."""
+    return hash_key(context ^ (low * 3) ^ hash_key(high) ^ (high << 7))
+
+
+@native
+def find_recipe(w: Writer, low: int, high: int) -> int:
+    """Address of the recipe for 16 bytes (padded with zeros) in the present context, or 0."""
+    slot = hash_raw(w.context, low, high) & (RECIPE_ROWS - 1)
+    while 1:
+        found = load64(w.recipes + slot * 8)
+        if found == 0:
+            return 0
+        row: RawRecipe = cast(RawRecipe, found)
+        at = address_of(row.raw[0])
+        if row.context == w.context and load64(at) == low and load64(at + 8) == high:
+            return found
+        slot = (slot + 1) & (RECIPE_ROWS - 1)
+    return 0
+
+
+@native
+def recipe_insert(w: Writer, address: int) -> int:
+    """Enter a recipe in the table."""
+    row: RawRecipe = cast(RawRecipe, address)
+    at = address_of(row.raw[0])
+    slot = hash_raw(row.context, load64(at), load64(at + 8)) & (RECIPE_ROWS - 1)
+    while load64(w.recipes + slot * 8):
+        slot = (slot + 1) & (RECIPE_ROWS - 1)
+    store64(w.recipes + slot * 8, address)
+    return 0
+
+
+@native
+def form_insert(w: Writer, address: int) -> int:
+    """Where to put the form with a key: its row, or a free one."""
+    key = load64(address)
+    slot = hash_key(key) & (FORM_ROWS - 1)
+    while 1:
+        row = w.forms + slot * Form.size
+        if load64(row) == 0 or load64(row) == key:
+            return row
+        slot = (slot + 1) & (FORM_ROWS - 1)
+    return 0
+
+
+@native
+def ask_form(w: Writer, key: int, at: int, length: int) -> int:
+    """Leave a question for Python: what becomes of this opcode?"""
+    w.want = WANT_FORM
+    w.want_key = key
+    w.want_length = length
+    for n in range(RAW_BYTES):
+        w.want_bytes[n] = load8(at + n) if n < length else 0
+    return ASK
+
+
+@native
+def load_signed(at: int, size: int) -> int:
+    """A signed little-endian number of 0, 1, 2, 4 or 8 bytes."""
+    if size == 1:
+        return sext(load8(at), 8)
+    if size == 4:
+        return sext(load32(at), 32)
+    if size == 2:
+        return sext(load16(at), 16)
+    if size == 8:
+        return load64(at)
+    return 0
+
+
+@native
+def decode(w: Writer, i: Insn, at: int, available: int) -> int:
+    """Decode the instruction at host address ``at``, of which ``available`` bytes may be read."""
+    i.bytes = at
+    prefixes = 0
+    segment = 0
+    rex = 0
+    n = 0
+    byte = 0
+    limit = available if available < LENGTH_MAX else LENGTH_MAX
+    while 1:
+        if n >= limit:
+            return too_long(w, i, available)
+        byte = load8(at + n)
+        if byte & 0xF0 == 0x40:
+            rex = byte
+        else:
+            if byte == 0x66:
+                prefixes = prefixes | P66
+            elif byte == 0xF2:
+                prefixes = (prefixes & ~PF3) | PF2
+            elif byte == 0xF3:
+                prefixes = (prefixes & ~PF2) | PF3
+            elif byte == 0x67:
+                prefixes = prefixes | P67
+            elif byte == 0xF0:
+                prefixes = prefixes | LOCK
+            elif byte & 0xFE == 0x64:
+                segment = byte - 0x64 + _FS_OVERRIDE
+            elif byte & 0xE7 == 0x26:
+                # ES, CS, SS, DS: without effect in 64-bit mode, but for what a fault is called.
+                if segment < _FS_OVERRIDE:
+                    segment = ((byte >> 3) & 3) + 1
+            else:
+                break
+            rex = 0
+        n += 1
+    i.rex = rex
+    i.rex_at = n - 1 if rex else n
+    i.prefixes = prefixes
+    i.segment = segment
+    i.vex = 0
+    i.mod = NONE
+    i.base = NONE
+    i.index = NONE
+    i.recipe = 0
+    i.displacement_size = 0
+    map = 0
+    w_bit = (rex >> 3) & 1
+    key = 0
+    if byte == 0x0F:
+        map = 1
+        n += 1
+        if n >= limit:
+            return too_long(w, i, available)
+        byte = load8(at + n)
+        if byte == 0x38 or byte == 0x3A:
+            map = 2 + ((byte >> 1) & 1)
+            n += 1
+            if n >= limit:
+                return too_long(w, i, available)
+            byte = load8(at + n)
+    elif byte == 0xC4 or byte == 0xC5:
+        i.vex = 2 if byte == 0xC5 else 3
+        if n + i.vex >= limit:
+            return too_long(w, i, available)
+        payload = load8(at + n + 1)
+        rex = ((payload >> 5) ^ 4) & 4
+        map = 1
+        if byte == 0xC4:
+            map = payload & 0x1F
+            rex = ((payload >> 5) & 7) ^ 7
+            payload = load8(at + n + 2)
+            w_bit = payload >> 7
+        else:
+            payload = payload & 0x7F
+        n += i.vex
+        if map == 0 or map > 3 or prefixes & (P66 | PF2 | PF3 | LOCK) or i.rex:
+            return invalid(w, i, n)
+        i.vex_payload = payload
+        i.vvvv = ((payload >> 3) & 15) ^ 15
+        # pp counts 66, F3, F2.
+        prefixes = 0
+        if payload & 3 == 1:
+            prefixes = P66
+        elif payload & 3 == 2:
+            prefixes = PF3
+        elif payload & 3 == 3:
+            prefixes = PF2
+        key = KEY_VEX | (KEY_L if payload & 4 else 0)
+        byte = load8(at + n)
+    elif byte == 0x62:
+        return invalid(w, i, n + 1)  # EVEX: no AVX-512
+    elif byte == 0x8F:
+        if n + 1 >= limit:
+            return too_long(w, i, available)
+        if load8(at + n + 1) & 0x1F >= 8:
+            return invalid(w, i, n + 1)  # XOP
+    n += 1
+    i.map = map
+    i.opcode = byte
+    key = key | KEY_VALID | byte | (map << 8) | ((prefixes & 7) << KEY_PREFIX_SHIFT)
+    key = key | (KEY_W if w_bit else 0) | (KEY_LOCK if prefixes & LOCK else 0)
+    key = key | (((w.mode >> 3) & 7) << KEY_MODE_SHIFT)
+    i.reg = 0
+    i.rm = (byte & 7) | ((rex & 1) << 3)
+    reg_field = 0
+    if map > 1 or (i.vex and byte != 0x77) or w.has_modrm[(map << 8) | byte]:
+        if n >= limit:
+            return too_long(w, i, available)
+        modrm = load8(at + n)
+        n += 1
+        mod = modrm >> 6
+        if map == 1 and byte & 0xFC == 0x20:
+            mod = 3  # MOV from and to CR and DR look at no more
+        rm = modrm & 7
+        reg_field = (modrm >> 3) & 7
+        i.mod = mod
+        i.reg = reg_field | ((rex & 4) << 1)
+        i.rm = rm | ((rex & 1) << 3)
+        if mod == 3:
+            key = key | KEY_REGISTERS
+        else:
+            size = 1 if mod == 1 else 4 if mod == 2 else 0
+            i.base = i.rm
+            if rm == 4:
+                if n >= limit:
+                    return too_long(w, i, available)
+                sib = load8(at + n)
+                n += 1
+                index = ((sib >> 3) & 7) | ((rex & 2) << 2)
+                if index != 4:
+                    i.index = index
+                    i.scale = sib >> 6
+                i.base = (sib & 7) | ((rex & 1) << 3)
+                if sib & 7 == 5 and mod == 0:
+                    i.base = NONE
+                    size = 4
+            elif rm == 5 and mod == 0:
+                i.base = ABSOLUTE
+                size = 4
+            if n + size > limit:
+                return too_long(w, i, available)
+            i.displacement = load_signed(at + n, size)
+            i.displacement_at = n
+            i.displacement_size = size
+            n += size
+    elif prefixes & P67:
+        key = key | KEY_P67
+    elif byte == 0x90 and map == 0 and rex & 1:
+        key = key | KEY_B  # XCHG, not NOP
+    form = find_form(w, key)
+    if form == 0:
+        return ask_form(w, key, at, limit)
+    if load8(form + Form.offset_of("kind")) == F_GROUP:
+        key = key | ((reg_field + 1) << KEY_REG_SHIFT)
+        form = find_form(w, key)
+        if form == 0:
+            return ask_form(w, key, at, limit)
+    i.form = form
+    i.immediate_at = n
+    return apply_form(w, i, cast(Form, form), n, limit, available)
+
+
+@native
+def apply_form(w: Writer, i: Insn, f: Form, n: int, limit: int, available: int) -> int:
+    """The second half of decoding: what the form says of an instruction parsed up to ``n``."""
+    if f.kind == F_INVALID or (
+        i.vex and f.kind != F_RAW and not f.vvvv_used and i.vvvv
+    ):
+        return invalid(w, i, n)
+    at = i.bytes
+    end = n + f.immediate
+    if end > limit:
+        return too_long(w, i, available)
+    i.length = end
+    i.immediate = load_signed(at + n, f.immediate)
+    i.value = i.immediate + end
+    if i.base == ABSOLUTE:
+        i.value = i.displacement + end
+        if i.prefixes & P67:
+            i.value = sext(i.value, 32)
+    i.form_kind = f.kind
+    if f.kind == F_RAW:
+        return apply_recipe(w, i)
+    i.reads = f.reads
+    i.writes = f.writes
+    i.kills = f.kills
+    if f.counted and i.immediate & 0x1F == 0:
+        i.kills = 0
+    i.kind = PLAIN
+    i.clobbers = 0
+    i.shared_base = NONE
+    i.adjusted = NONE
+    i.fixed = f.implicit
+    i.written = f.implicit_written
+    i.named = _NOT_NAMED
+    memory = f.memory_access
+    if i.base != NONE and i.base != ABSOLUTE:
+        name_register(i, i.base)
+    if i.index != NONE:
+        name_register(i, i.index)
+    if memory and i.mod != 3 and i.mod != NONE:
+        i.clobbers = 1
+        describe_access(i, f)
+    if f.reg_role:
+        use_register(i, f.reg_role, i.reg)
+    if f.rm_role and (i.mod == 3 or f.low):
+        use_register(i, f.rm_role, i.rm)
+    if f.vvvv_role:
+        use_register(i, f.vvvv_role, i.vvvv)
+    if f.move:
+        note_move(i, f)
+    if f.kind != F_COPY:
+        describe_special(w, i, f)
+    return DECODED
+
+
+@native
+def name_register(i: Insn, number: int) -> int:
+    """Note that an operand names a guest register."""
+    i.named = (i.named << 8) | number
+    return 0
+
+
+@native
+def use_register(i: Insn, role: int, number: int) -> int:
+    """Note a register operand."""
+    if role >> 2 == 1 and not i.rex and not i.vex and number & 0xC == 4:
+        # AH, CH, DH, BH
+        number = number & 3
+        i.fixed = i.fixed | (1 << number) | _HIGH_BYTE_FIXED
+    else:
+        name_register(i, number)
+    if role & ROLE_WRITE:
+        i.written = i.written | (1 << number)
+    return 0
+
+
+@native
+def describe_access(i: Insn, f: Form) -> int:
+    """What the memory operand's access is, and whether its look-up can be shared."""
+    size = f.memory_size
+    read = f.memory_access & ROLE_READ
+    write = f.memory_access & ROLE_WRITE
+    access = size | (SLOW_READ if read else 0) | (SLOW_WRITE if write else 0)
+    if i.segment == _SS_OVERRIDE or (i.segment == 0 and (i.base == RSP or i.base == RBP)):
+        access = access | SLOW_STACK
+    i.access = access
+    if i.index != NONE or i.base == NONE or i.segment >= _FS_OVERRIDE or i.prefixes & P67:
+        return 0
+    i.shared_base = i.base
+    i.shared_displacement = i.displacement
+    i.shared_size = size
+    i.shared_write = 1 if write else 0
+    return 0
+
+
+@native
+def note_move(i: Insn, f: Form) -> int:
+    """An instruction that moves a whole register by a constant."""
+    if i.mod == 3:
+        number = i.rm
+        if f.rm_role >> 2 != 8:
+            return 0
+    else:
+        return 0
+    i.adjusted = number
+    if f.move == MOVE_ADD:
+        i.adjustment = i.immediate
+    elif f.move == MOVE_SUB:
+        i.adjustment = 0 - i.immediate
+    elif f.move == MOVE_INC:
+        i.adjustment = 1
+    elif f.move == MOVE_DEC:
+        i.adjustment = 0 - 1
+    return 0
+
+
+@native_inline
+def stack_slot(i: Insn, base: int, distance: int, size: int, write: int) -> int:
+    """The memory operand is the stack's slot at a constant distance from a register."""
+    i.clobbers = 1
+    i.access = size | SLOW_STACK | (SLOW_WRITE if write else SLOW_READ)
+    i.shared_base = base
+    i.shared_displacement = distance
+    i.shared_size = size
+    i.shared_write = write
+    return 0
+
+
+@native_inline
+def moves_stack(i: Insn, distance: int) -> int:
+    """RSP moves by a constant."""
+    i.written = i.written | (1 << RSP)
+    i.adjusted = RSP
+    i.adjustment = distance
+    return 0
+
+
+@native
+def describe_special(w: Writer, i: Insn, f: Form) -> int:
+    """What instructions are about that are not simply copied."""
+    kind = f.kind
+    size = f.size
+    if kind == F_LEA:
+        if i.base == i.reg and i.index == NONE and f.reg_role >> 2 == 8 and not i.prefixes & P67:
+            i.adjusted = i.base
+            i.adjustment = i.displacement
+    elif kind == F_DROP:
+        i.kind = DROP
+    elif kind == F_PUSH or kind == F_PUSH_IMMEDIATE:
+        stack_slot(i, RSP, 0 - size, size, 1)
+        moves_stack(i, 0 - size)
+    elif kind == F_PUSH_MEMORY:
+        i.shared_base = NONE
+        moves_stack(i, 0 - size)
+    elif kind == F_POP:
+        stack_slot(i, RSP, 0, size, 0)
+        if i.rm != RSP:
+            moves_stack(i, size)
+    elif kind == F_LEAVE:
+        stack_slot(i, RBP, 0, 8, 0)
+        i.fixed = i.fixed | (1 << RBP)
+        i.written = i.written | (1 << RBP) | (1 << RSP)
+    elif kind == F_RET:
+        stack_slot(i, RSP, 0, 8, 0)
+        i.kind = INDIRECT
+        i.written = 1 << RSP
+    elif kind == F_CALL:
+        stack_slot(i, RSP, 0 - 8, 8, 1)
+        i.kind = CALL
+        i.written = 1 << RSP
+    elif kind == F_JMP:
+        i.kind = JMP
+    elif kind == F_JCC:
+        i.kind = JCC
+    elif kind == F_CALL_REGISTER or kind == F_CALL_MEMORY:
+        i.kind = INDIRECT
+        i.clobbers = 1
+        i.shared_base = NONE
+        i.written = 1 << RSP
+    elif kind == F_JMP_REGISTER:
+        i.kind = INDIRECT
+    elif kind == F_JMP_MEMORY:
+        i.kind = INDIRECT
+        i.shared_base = NONE
+    elif kind == F_CLI:
+        if w.mode & MODE_CPL:
+            return to_effect(i, w.effect_cli)
+    elif kind == F_STI:
+        if w.mode & MODE_CPL:
+            return to_effect(i, w.effect_sti)
+        i.kind = STI
+    return 0
+
+
+@native
+def to_effect(i: Insn, effect: int) -> int:
+    """The instruction is a call of an effect without operands."""
+    i.kind = EFFECT
+    i.form_kind = F_INVALID
+    i.effect = effect
+    i.reads = STATUS
+    i.writes = 0
+    i.kills = 0
+    i.clobbers = 1
+    i.written = 0
+    i.fixed = 0
+    i.named = _NOT_NAMED
+    i.shared_base = NONE
+    i.adjusted = NONE
+    return DECODED
+
+
+@native
+def invalid(w: Writer, i: Insn, length: int) -> int:
+    """An instruction that is none, or not on this CPU: #UD."""
+    i.length = length
+    return to_effect(i, w.effect_ud)
+
+
+@native
+def too_long(w: Writer, i: Insn, available: int) -> int:
+    """The bytes ran out: at the page's end, or after the 15 that an instruction may have."""
+    if available < LENGTH_MAX:
+        return MORE_BYTES
+    return invalid(w, i, LENGTH_MAX)
+
+
+@native
+def apply_recipe(w: Writer, i: Insn) -> int:
+    """Find what Python has written for just this instruction, or one at another displacement."""
+    at = i.bytes
+    for n in range(RAW_BYTES):
+        w.want_bytes[n] = load8(at + n) if n < i.length else 0
+    for n in range(i.displacement_size):
+        w.want_bytes[i.displacement_at + n] = 0
+    packed = address_of(w.want_bytes[0])
+    found = find_recipe(w, load64(packed), load64(packed + 8))
+    if found == 0:
+        w.want = WANT_RECIPE
+        w.want_length = i.length
+        return ASK
+    i.recipe = found
+    row: RawRecipe = cast(RawRecipe, found)
+    i.kind = row.kind
+    i.reads = row.reads
+    i.writes = row.writes
+    i.kills = row.kills
+    i.clobbers = row.clobbers
+    i.effect = row.effect
+    i.written = row.written
+    i.fixed = row.fixed
+    i.named = row.named
+    i.shared_base = NONE
+    i.adjusted = NONE
+    return DECODED

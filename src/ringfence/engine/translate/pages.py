@@ -1,0 +1,494 @@
+"""Code pages and their traces: made known, made unreachable, succeeded; all natively.
+
+A *code page* is one linear page that leads to one physical page in one CPU mode; all its traces are
+valid together and reach each other without checks. When the guest writes to translated bytes, the
+traces that depend on those lines die: their entries are overwritten with jumps to the look-up, and
+once the same address is translated again, with jumps to its new trace.
+
+All addresses of code in rows are executable ones; ``Vcpu.code_alias`` leads to where they can be
+written.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ringfence.cpu.state import EXIT, FAULT, OK, UD
+from ringfence.engine.translate.block import (
+    EXIT_ASK,
+    EXIT_FLUSH,
+    MODE_CAREFUL,
+    MODE_CPL,
+    MODE_ENTERED,
+    MODE_SLOW,
+    Vcpu,
+    gs,
+)
+from ringfence.engine.translate.builder import (
+    arrangement,
+    build,
+    decode_straddling,
+    decode_trace,
+    set_arrangement,
+    set_mode,
+)
+from ringfence.engine.translate.decoding import ASK, MORE_BYTES
+from ringfence.engine.translate.tables import (
+    PAGE,
+    RELOC_FAR,
+    RELOC_ITLB,
+    RELOC_VA32,
+    RELOC_VA64,
+    PageRow,
+    TraceRow,
+    Writer,
+)
+from ringfence.memory.mmu import ITLB_ENTRIES, OFFSET_MASK, PAGE_MASK, tlb_protect_page
+from ringfence.memory.walk import walk
+from ringfence.memory.walk_state import ram_pointer
+from ringfence.native.dialect import (
+    address_of,
+    load32,
+    load64,
+    native,
+    native_inline,
+    rdtsc,
+    sext,
+    store8,
+    store32,
+    store64,
+)
+
+ROW_BYTES = 32
+"""Of a row of the page table: linear page | mode in the low bits, physical page, number; and of the
+trace table: key, local entry, checked entry, indirect entry."""
+DEAD_LED = 3
+"""Dead traces of an address that are led straight to its newest one: an older one leads to them."""
+DEAD_SEEN = 64
+"""Dead traces looked at for that."""
+ROOM = 1 << 17
+"""Bytes of code and marks that any trace fits in."""
+LOW_2G, TOP_2G = 0x7FFFF000, 0xFFFFFFFF80000000
+"""Outside of these, addresses of code need more than a sign-extended 32-bit word."""
+_ITLB_USER, _ITLB_KERNEL = gs("itlb_user"), gs("itlb_kernel")
+
+
+@native_inline
+def mix(value: int) -> int:
+    """Spread a key's bits (a multiplicative hash)."""
+    product = value * 0x9E3779B97F4A7C15
+    return product ^ (product >> 29)
+
+
+# --- the two tables that guest code is found by ----------------------------------------------------
+
+
+@native
+def page_find(vcpu: Vcpu, linear_mode: int, physical: int) -> int:
+    """Number of a code page, or 0."""
+    mask = vcpu.page_rows - 1
+    slot = mix(linear_mode ^ mix(physical)) & mask
+    while 1:
+        row = vcpu.page_table + slot * ROW_BYTES
+        number = load64(row + 16)
+        if number == 0:
+            return 0
+        if load64(row) == linear_mode and load64(row + 8) == physical:
+            return number
+        slot = (slot + 1) & mask
+    return 0
+
+
+@native
+def page_insert(vcpu: Vcpu, linear_mode: int, physical: int, number: int) -> int:
+    """Enter a code page."""
+    mask = vcpu.page_rows - 1
+    slot = mix(linear_mode ^ mix(physical)) & mask
+    while load64(vcpu.page_table + slot * ROW_BYTES + 16):
+        slot = (slot + 1) & mask
+    row = vcpu.page_table + slot * ROW_BYTES
+    store64(row, linear_mode)
+    store64(row + 8, physical)
+    store64(row + 16, number)
+    return 0
+
+
+@native
+def trace_row(vcpu: Vcpu, key: int) -> int:
+    """Host address of a trace's row, or of the free row where it belongs."""
+    mask = vcpu.trace_rows - 1
+    slot = mix(key) & mask
+    while 1:
+        row = vcpu.trace_table + slot * ROW_BYTES
+        found = load64(row)
+        if found == key or found == 0:
+            return row
+        slot = (slot + 1) & mask
+    return 0
+
+
+@native
+def trace_insert(vcpu: Vcpu, key: int, local: int, checked: int, indirect: int) -> int:
+    """Enter a trace, or replace it; entries of 0 remove it."""
+    row = trace_row(vcpu, key)
+    store64(row, key)
+    store64(row + 8, local)
+    store64(row + 16, checked)
+    store64(row + 24, indirect)
+    return 0
+
+
+# --- rows --------------------------------------------------------------------------------------------
+
+
+@native_inline
+def page_at(w: Writer, number: int) -> int:
+    """Address of a code page's row."""
+    return w.pages + number * PageRow.size
+
+
+@native_inline
+def trace_at(w: Writer, number: int) -> int:
+    """Address of a trace's row; they count from 1, and 0 means none."""
+    return w.traces + number * TraceRow.size
+
+
+@native
+def code_page(vcpu: Vcpu, w: Writer, linear: int, physical: int, mode: int) -> int:
+    """The number of the code page of an address, made if it is new."""
+    number = page_find(vcpu, linear | mode, physical)
+    if number:
+        return number
+    number = w.page_count
+    w.page_count = number + 1
+    index = (ram_pointer(vcpu, physical) - vcpu.ram_host) >> 12
+    page: PageRow = cast(PageRow, page_at(w, number))
+    page.linear = linear
+    page.index = index
+    page.mode = mode
+    page.wide = 1 if linear >= LOW_2G and linear < TOP_2G else 0
+    page.live = 0
+    page.dead = 0
+    page.across = 0
+    page.next_of_index = load32(w.page_of_index + index * 4)
+    store32(w.page_of_index + index * 4, number)
+    page_insert(vcpu, linear | mode, physical, number)
+    if mode & MODE_ENTERED:
+        normal = page_find(vcpu, linear | (mode & ~MODE_ENTERED), physical)
+        if normal:
+            slow = 4 if mode & MODE_SLOW else 0
+            store32(vcpu.variants + normal * 8 + slow, number)
+    return number
+
+
+@native
+def mark_lines(vcpu: Vcpu, index: int, lines: int) -> int:
+    """Note which lines of a RAM page hold translated code; the first one protects the page."""
+    at = vcpu.code_lines + index * 8
+    known = load64(at)
+    if known == 0 and lines:
+        tlb_protect_page(vcpu, vcpu.ram_host + (index << 12))
+    store64(at, known | lines)
+    return 0
+
+
+# --- placing -----------------------------------------------------------------------------------------
+
+
+@native
+def relocate(w: Writer, page: PageRow, number: int) -> int:
+    """Fill in the words of a trace that depend on its place (see ``tables.RELOC_*``).
+
+    Returns 1 where an address does not fit the 32 bits that it has.
+    """
+    bad = 0
+    itlb = _ITLB_USER if page.mode & MODE_CPL == 3 else _ITLB_KERNEL
+    for i in range(w.relocation_count):
+        pair = load64(w.relocations + i * 8)
+        position = w.code + ((pair & (RELOC_FAR - 1)) >> 2)
+        addend = sext(pair >> 32, 32) + (1 << 32 if pair & RELOC_FAR else 0)
+        kind = pair & 3
+        value = page.linear + addend
+        if kind == RELOC_VA32:
+            if sext(value, 32) != value:
+                bad = 1
+            store32(position, value)
+        elif kind == RELOC_VA64:
+            store64(position, value)
+        elif kind == RELOC_ITLB:
+            store32(position, itlb + ((value >> 12) & (ITLB_ENTRIES - 1)) * 4)
+        else:
+            store32(position, number)
+    return bad
+
+
+@native_inline
+def write_jump(vcpu: Vcpu, address: int, target: int) -> int:
+    """Overwrite placed code with a jump; both are executable addresses."""
+    store8(address + vcpu.code_alias, 0xE9)
+    store32(address + vcpu.code_alias + 1, target - address - 5)
+    return 0
+
+
+@native
+def install(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow, number: int) -> int:
+    """Make a relocated trace known; ``number`` is its row's. A living one of its address dies."""
+    key = (row.page << 12) | row.offset
+    if load64(trace_row(vcpu, key) + 16):
+        retire(vcpu, w, page, row.offset, 0 - 1)
+    row.next = page.live
+    page.live = number
+    mark_lines(vcpu, page.index, row.lines)
+    start = row.start
+    trace_insert(vcpu, key, start + row.local, start + row.checked, start)
+    if page.dead:
+        succeed(vcpu, w, page, row)
+    return 0
+
+
+@native
+def succeed(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
+    """Lead the dead traces of an address to its new one."""
+    led = 0
+    number = page.dead
+    for n in range(DEAD_SEEN):
+        if number == 0 or led >= DEAD_LED:
+            break
+        old: TraceRow = cast(TraceRow, trace_at(w, number))
+        if old.offset == row.offset and not page.mode & MODE_ENTERED:
+            write_jump(vcpu, old.start + old.checked, row.start + row.checked)
+            write_jump(vcpu, old.start + old.local, row.start + row.local)
+            led += 1
+        number = old.next
+    return 0
+
+
+@native
+def kill(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
+    """Make a trace unreachable; its code stays until the cache is flushed."""
+    w.invalidated += 1
+    row.dead = 1
+    start = row.start
+    if not page.mode & MODE_ENTERED:
+        indirect = start + vcpu.code_alias
+        store32(indirect, 0x2524FF65)  # jmp gs:[disp32]
+        store32(indirect + 4, w.indirect_miss)
+        write_jump(vcpu, start + row.checked, start + row.reenter)
+        write_jump(vcpu, start + row.local, start + row.reenter_local)
+    key = (row.page << 12) | row.offset
+    if load64(trace_row(vcpu, key) + 16) == start + row.checked:
+        trace_insert(vcpu, key, 0, 0, 0)
+    return 0
+
+
+@native
+def retire(vcpu: Vcpu, w: Writer, page: PageRow, offset: int, lines: int) -> int:
+    """Kill a page's traces that depend on ``lines``; the lines that the others depend on.
+
+    ``offset`` limits it to the traces of one address, unless it is PAGE.
+    """
+    left = 0
+    number = page.live
+    previous = 0
+    while number:
+        row: TraceRow = cast(TraceRow, trace_at(w, number))
+        following = row.next
+        if row.lines & lines and (offset == PAGE or row.offset == offset):
+            kill(vcpu, w, page, row)
+            if previous:
+                unlink_behind(cast(TraceRow, trace_at(w, previous)), following)
+            else:
+                page.live = following
+            row.next = page.dead
+            page.dead = number
+        else:
+            left = left | row.lines
+            previous = number
+        number = following
+    return left
+
+
+@native_inline
+def unlink_behind(row: TraceRow, following: int) -> int:
+    """Take the next trace out of a page's list."""
+    row.next = following
+    return 0
+
+
+@native
+def retire_across(vcpu: Vcpu, w: Writer, page: PageRow, lines: int) -> int:
+    """The same for instructions that only end in a page; the lines still depended on."""
+    left = 0
+    number = page.across
+    kept = 0
+    while number:
+        row: TraceRow = cast(TraceRow, trace_at(w, number))
+        following = row.next_across
+        if not row.dead and row.next_lines & lines:
+            retire_one(vcpu, w, cast(PageRow, page_at(w, row.page)), row)
+        elif not row.dead:
+            left = left | row.next_lines
+            row.next_across = kept
+            kept = number
+        number = following
+    page.across = kept
+    return left
+
+
+@native
+def retire_one(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
+    """Kill a trace for the sake of the bytes that it has in the following page."""
+    return retire(vcpu, w, page, row.offset, row.lines)
+
+
+@native_inline
+def next_of_index(page: PageRow) -> int:
+    """See ``PageRow``."""
+    return page.next_of_index
+
+
+@native
+def invalidate(vcpu: Vcpu, index: int, lines: int) -> int:
+    """The guest wrote to ``lines`` of a RAM page: drop the traces that depend on them."""
+    w: Writer = cast(Writer, vcpu.writer)
+    left = 0
+    number = load32(w.page_of_index + index * 4)
+    while number:
+        page = page_at(w, number)
+        left = left | retire(vcpu, w, cast(PageRow, page), PAGE, lines)
+        left = left | retire_across(vcpu, w, cast(PageRow, page), lines)
+        number = next_of_index(cast(PageRow, page))
+    store64(vcpu.code_lines + index * 8, left)
+    return 0
+
+
+@native
+def drop_dirty_code(vcpu: Vcpu) -> int:
+    """Invalidate what the guest has written over since the last time."""
+    for n in range(vcpu.dirty_code_count):
+        invalidate(vcpu, vcpu.dirty_code[n], vcpu.dirty_code_lines[n])
+    vcpu.dirty_code_count = 0
+    return 0
+
+
+# --- a new trace --------------------------------------------------------------------------------------
+
+
+@native_inline
+def leave(vcpu: Vcpu, reason: int, mode: int) -> int:
+    """Python is wanted."""
+    vcpu.exit_reason = reason
+    vcpu.exit_data[0] = mode
+    return EXIT
+
+
+@native_inline
+def is_full(vcpu: Vcpu, w: Writer) -> int:
+    """Whether any table or the code cache may not take another trace."""
+    return (
+        w.cache_used + ROOM > w.cache_size
+        or w.page_count + 2 > w.page_limit
+        or w.trace_count + 1 > w.trace_limit
+        or w.mark_count + ROOM > w.mark_limit
+    )
+
+
+@native
+def translate(vcpu: Vcpu, physical: int, mode: int) -> int:
+    """Translate the code at RIP, at guest-physical address ``physical``, and make it known.
+
+    OK with ``jump_target`` and ``found_local`` set; FAULT where fetching its last bytes faults, with
+    the exception pending; EXIT where Python is wanted first.
+    """
+    began = rdtsc()
+    w: Writer = cast(Writer, vcpu.writer)
+    if is_full(vcpu, w):
+        return leave(vcpu, EXIT_FLUSH, mode)
+    linear = vcpu.rip & PAGE_MASK
+    number = code_page(vcpu, w, linear, physical & PAGE_MASK, mode)
+    status = translate_in(vcpu, w, cast(PageRow, page_at(w, number)), number, mode)
+    w.translation_ticks += rdtsc() - began
+    return status
+
+
+@native
+def translate_in(vcpu: Vcpu, w: Writer, page: PageRow, number: int, mode: int) -> int:
+    """The same within a code page."""
+    w.data = vcpu.ram_host + (page.index << 12)
+    offset = vcpu.rip & OFFSET_MASK
+    set_mode(w, mode, page.wide)
+    set_arrangement(w, 0)
+    w.number = number
+    w.second = 0
+    status = decode_trace(w, offset)
+    if status == MORE_BYTES:
+        status = fetch_across(vcpu, w, page, offset, mode)
+        if status == FAULT:
+            return FAULT
+    if status == ASK:
+        return leave(vcpu, EXIT_ASK, mode)
+    swaps = arrangement(w)
+    if swaps and not w.second:
+        set_arrangement(w, swaps)
+        if decode_trace(w, offset) == ASK:
+            return leave(vcpu, EXIT_ASK, mode)
+    return finish(vcpu, w, page, number, offset)
+
+
+@native
+def fetch_across(vcpu: Vcpu, w: Writer, page: PageRow, offset: int, mode: int) -> int:
+    """Decode an instruction that ends in the following page; FAULT if that can't be fetched."""
+    address = page.linear + PAGE
+    user = 4 if mode & MODE_CPL == 3 else 0
+    if walk(vcpu, address, user | 16) != OK:
+        return FAULT
+    following = vcpu.walk_pa & PAGE_MASK
+    host = ram_pointer(vcpu, following)
+    if host == 0:
+        # What is not RAM reads as all ones, as where the engine fetches from there.
+        vcpu.exc_vector = UD
+        vcpu.exc_error = 0
+        return FAULT
+    w.second = code_page(vcpu, w, address, following, mode)
+    return decode_straddling(w, offset, host)
+
+
+@native
+def finish(vcpu: Vcpu, w: Writer, page: PageRow, number: int, offset: int) -> int:
+    """Write the decoded trace to the cache and make it known."""
+    fresh = w.trace_count
+    row: TraceRow = cast(TraceRow, trace_at(w, fresh))
+    row.page = number
+    row.dead = 0
+    w.out = w.cache_start + w.cache_used
+    build(w, row, offset)
+    if relocate(w, page, number):
+        # A relative address needs more than 32 bits after all: again, with 64-bit constants.
+        w.mark_count = row.mark
+        page.wide = 1
+        return translate_in(vcpu, w, page, number, page.mode)
+    start = w.code - vcpu.code_alias
+    row.start = start
+    w.cache_used += (row.length + 15) & ~15
+    w.trace_count = fresh + 1
+    w.instructions += row.instructions
+    w.blocks += 1
+    w.bytes += row.length
+    install(vcpu, w, page, row, fresh)
+    if w.second:
+        cross(vcpu, w, cast(PageRow, page_at(w, w.second)), row, fresh)
+        if w.entered:
+            # Entered without a check of the second page: good for this once only.
+            trace_insert(vcpu, (number << 12) | offset, 0, 0, 0)
+    vcpu.jump_target = start + row.checked
+    vcpu.found_local = start + row.local
+    return OK
+
+
+@native
+def cross(vcpu: Vcpu, w: Writer, second: PageRow, row: TraceRow, number: int) -> int:
+    """A trace whose instruction ends in a second page depends on that, too."""
+    row.next_across = second.across
+    second.across = number
+    mark_lines(vcpu, second.index, row.next_lines)
+    return 0
