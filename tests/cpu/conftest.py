@@ -14,7 +14,7 @@ import pytest
 
 from ringfence.cpu.state import NO_EXCEPTION, Cpu
 from ringfence.native.dialect import NativeFunction
-from ringfence.native.library import Library
+from ringfence.native.library import Library, compile_object
 
 
 def _flat() -> ModuleType:
@@ -107,7 +107,7 @@ def build_natives() -> Build:
                 for value in vars(module).values()
                 if isinstance(value, NativeFunction) and not value.external and not value.inline
             ]
-            made[key] = Library(roots, modules)
+            made[key] = Library(compile_object(roots))
         return made[key]
 
     return build

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from engine.harness import HIGH, P, W
 from hostile.support import DONE, PAGE, HostileGuest, code
-from ringfence.engine.translate import engine, store, translator
+from ringfence.engine.translate import engine, translator
 from ringfence.engine.translate.codecache import CodeCache
 
 AT = 0x4000_0000
@@ -22,6 +20,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostileGuest]:
     """A guest with a code cache of 4 MiB and a table for 8192 traces."""
     monkeypatch.setattr(translator, "CodeCache", lambda: CodeCache(4 << 20))
     monkeypatch.setattr(engine, "TRACE_ROWS", 1 << 13)
+    monkeypatch.setattr(translator, "TRACES_MAX", 6 << 10)
     made = HostileGuest()
     yield made
     made.close()
@@ -82,13 +81,13 @@ def test_more_code_than_the_cache_holds(small: HostileGuest) -> None:
     assert end.rax == 2 * (4 * PAGE // 121 - 2) * 820
 
 
-def test_more_code_pages_than_numbers(guest: HostileGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_code_pages_than_numbers(guest: HostileGuest) -> None:
     """One page of RAM at very many linear addresses: numbers run out, everything is dropped."""
     page = guest.page()
     guest.put(page, code("inc rax; ret"))
     for n in range(600):
         guest.map(AT + n * PAGE, page, P | W)
-    monkeypatch.setattr(guest.engine.translator, "next_number", 59900)
+    guest.engine.translator.writer.page_count = 59900
     source = f"""
         xor eax, eax
         mov r12d, {AT}
@@ -208,52 +207,18 @@ def test_rewriting_the_same_instruction(guest: HostileGuest) -> None:
 
 def test_new_instructions_without_end(guest: HostileGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes are not kept for ever."""
-    from ringfence.engine.translate import recipe
-
-    monkeypatch.setattr(recipe, "KNOWN_MAX", 500)
-    guest.engine.translator.builders.clear()
+    monkeypatch.setattr(translator, "RECIPES_MAX", 500)
     source = f"""
-        lea rdi, [rip + target + 2]
+        mov rbp, rsp
+        lea rdi, [rip + target + 1]
     again:
-        mov [rdi], rcx
+        mov [rdi], cx
     target:
-        movabs rax, 0
-        lea rbx, [rbx + rdx + 0x11223344]
-        add r8, 0x44332211
-        mov dword ptr [rsp + 0x100], 0x11223344
+        enter 0, 0
+        leave
         dec ecx
         jnz again
         {DONE}
     """
     assert guest.kernel(source, rcx=3000).trap == -1
-    for builder in guest.engine.translator.builders.values():
-        assert len(builder.recipes.known) <= 501
-        assert len(builder.recipes.shared) <= 1000
-
-
-def test_what_is_kept_for_the_disk_is_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A guest that rewrites itself does not fill host memory or the disk."""
-    monkeypatch.setattr(store, "SPILL_BYTES", 1 << 16)
-    made = store.TranslationStore(tmp_path, "1")
-    other = HostileGuest()
-    try:
-        other.engine.translator.store = made
-        source = f"""
-            lea rdi, [rip + target + 1]
-        again:
-            mov [rdi], ecx
-        target:
-            mov eax, 0
-            dec ecx
-            jnz again
-            {DONE}
-        """
-        assert other.kernel(source, rcx=3000).trap == -1
-        other.engine.translator.flush()
-        gc.collect()
-        kept = sum(len(traces) for traces in made.fresh.values())
-        assert kept < 1500, f"{kept} translations of one instruction wait for the disk"
-    finally:
-        other.close()
+    assert guest.engine.translator.recipe_count <= 500

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import pytest
 
@@ -20,7 +19,7 @@ from ringfence.native.dialect import (
     slt,
 )
 from ringfence.native.layout import Array, Struct, u8, u16, u32, u64
-from ringfence.native.library import Library
+from ringfence.native.library import Library, compile_object, read_object, write_object
 
 MASK = (1 << 64) - 1
 VALUES = (0, 1, 2, 63, 64, 0x7F, 0x80, 0xFFFFFFFF, 1 << 63, MASK, 0x123456789ABCDEF0)
@@ -83,10 +82,30 @@ def fields(box: Box, value: int) -> int:
     return box.small + box.half + box.words[3]
 
 
-@pytest.fixture(scope="module")
-def library() -> Library:
+@native
+def pointed(address: int) -> int:
+    """A local that points at a structure, another one in each round."""
+    total = 0
+    for i in range(3):
+        box: Box = cast(Box, address + i * Box.size)
+        total += box.half
+        box.small = Box.offset_of("words")
+    return total
+
+
+@native
+def counted(limit: int) -> int:
+    """Calls that are made while compiling."""
+    if limit in (5, 6):
+        return 0
+    return limit + int("7") + max(2, 3)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["quick", "optimized"])
+def library(request: pytest.FixtureRequest) -> Library:
     """The functions above, compiled."""
-    return Library([arithmetic, signed, control, fields], [sys.modules[__name__]])
+    roots = [arithmetic, signed, control, fields, pointed, counted]
+    return Library(compile_object(roots, optimize=request.param))
 
 
 def expected_arithmetic(a: int, b: int) -> int:
@@ -167,11 +186,32 @@ def test_refusals_name_file_and_function(function: object) -> None:
         Unit([function]).ir()
 
 
-def test_a_damaged_object_is_compiled_anew(tmp_path: Path) -> None:
-    modules = [sys.modules[__name__]]
-    Library([control], modules, tmp_path)
-    (stored,) = tmp_path.iterdir()
-    whole = stored.read_bytes()
-    stored.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert Library([control], modules, tmp_path).function("control", 1)(10) > 0
-    assert stored.read_bytes() == whole
+def test_locals_that_point_at_structures(library: Library) -> None:
+    block = ctypes.create_string_buffer(Box.size * 3)
+    boxes = [Box.at(ctypes.addressof(block) + n * Box.size) for n in range(3)]
+    for n, box in enumerate(boxes):
+        box.half = 1000 * n
+    assert library.function("pointed", 1)(ctypes.addressof(block)) == 3000
+    assert [box.small for box in boxes] == [Box.offset_of("words")] * 3
+
+
+def test_calls_of_ordinary_functions_are_constants(library: Library) -> None:
+    assert [library.function("counted", 1)(n) for n in (4, 5, 6, 100)] == [14, 0, 0, 110]
+
+
+def test_a_damaged_object_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "object"
+    write_object(path, b"code")
+    assert read_object(path) == b"code"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert read_object(path) is None
+    path.write_bytes(whole)
+    path.chmod(0o666)
+    assert read_object(path) is None, "anybody could have written it"
+    assert read_object(tmp_path / "none") is None
+
+
+def test_an_object_that_can_t_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    write_object(tmp_path / "file" / "object", b"code")

@@ -6,7 +6,7 @@ written as Python functions marked ``@native``. Their bodies use a small, total 
 * every value is an unsigned 64-bit integer; ``+ - * << >> & | ^ ~`` wrap, ``// % < <= > >=`` are
   unsigned; signed meaning is spelled out (``slt``, ``sar``, ``sext``);
 * ``if``/``elif``/``else``, ``while``, ``for i in range(...)``, ``break``, ``continue``, ``return``,
-  ``and``/``or``/``not``, conditional expressions, ``pass``;
+  ``and``/``or``/``not``, ``in`` a tuple, conditional expressions, ``pass``;
 * a parameter annotated with a ``Struct`` gives its fields: ``cpu.rip``, ``cpu.gpr[i] = v``;
 * raw host memory through ``load8`` … ``load64`` and ``store8`` … ``store64``;
 * ``cast(Kind, address)`` where a parameter wants a ``Struct`` and an address is at hand, or for
@@ -24,6 +24,7 @@ general-purpose Python compilers do it for mixed integers, can't happen here.
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable
@@ -76,7 +77,7 @@ def external(function: F) -> F:
 
 
 # Intrinsics: name -> number of arguments. Bodies are below, in _Compiler.intrinsic.
-def _stub(*_: int) -> int:
+def _stub(*_: Any) -> int:
     raise DialectError("an intrinsic of the native dialect was called from Python")
 
 
@@ -337,14 +338,13 @@ class _Function:
     def is_compile_time(self, function: ast.expr) -> bool:
         """Whether a call is of an ordinary Python function, so that its result is a constant."""
         if isinstance(function, ast.Name):
-            value = self.scope.get(function.id)
+            value = self.scope.get(function.id, getattr(builtins, function.id, None))
         elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
             value = getattr(self.scope.get(function.value.id), function.attr, None)
         else:
             return False
-        return callable(value) and value not in (_stub, cast) and not isinstance(
-            value, NativeFunction
-        )
+        native = value in (_stub, cast) or isinstance(value, NativeFunction)
+        return callable(value) and not native
 
     def expression(self, node: ast.expr) -> str:
         if self.is_constant(node):
@@ -426,6 +426,9 @@ class _Function:
     def compare(self, node: ast.Compare) -> str:
         if len(node.ops) != 1:
             raise self.error(node, "one comparison at a time")
+        if isinstance(node.ops[0], ast.In) and isinstance(node.comparators[0], ast.Tuple):
+            tests = [ast.Compare(node.left, [ast.Eq()], [one]) for one in node.comparators[0].elts]
+            return self.truth_value(ast.copy_location(ast.BoolOp(ast.Or(), list(tests)), node))
         kind = _COMPARE.get(type(node.ops[0]))
         if kind is None:
             raise self.error(node, "unknown comparison")

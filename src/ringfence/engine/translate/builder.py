@@ -15,7 +15,6 @@ from ringfence.engine.translate.tables import (
     CANONICAL,
     EFFECT,
     F_INVALID,
-    INDIRECT,
     JCC,
     JMP,
     LIMIT,
@@ -78,7 +77,7 @@ def set_arrangement(w: Writer, swaps: int) -> int:
     return 0
 
 
-# --- reading guest code ------------------------------------------------------------------------------
+# --- reading guest code ---------------------------------------------------------------------------
 
 
 @native_inline
@@ -145,7 +144,7 @@ def peek(w: Writer, row: TraceRow, offset: int) -> int:
     start = offset
     live = 0
     killed = 0
-    for n in range(PEEK):
+    for _n in range(PEEK):
         if offset >= PAGE or decode(w, i, w.data + offset, PAGE - offset) != DECODED:
             # What is unknown may read everything; so may what the next page begins with.
             offset = offset + 15
@@ -271,7 +270,7 @@ def least_used(w: Writer, fixed: int) -> int:
     return best
 
 
-# --- the whole --------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------
 
 
 @native_inline

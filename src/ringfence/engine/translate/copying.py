@@ -1,9 +1,9 @@
 """From one guest instruction to the host code that carries it out: copied, with what must change.
 
-Nearly every instruction is *copied*. What changes: memory operands (effective address into R9, look-up,
-then the access at R9 + R10) and registers that have no host register of their own where the trace
-runs (guest RSP is in R11; the homeless ones are in the block). Each instruction is written in two
-parts, as a recipe has them (`recipe`): what goes *before* may clobber the host's flags, the
+Nearly every instruction is *copied*. What changes: memory operands (effective address into R9,
+look-up, then the access at R9 + R10) and registers that have no host register of their own where
+the trace runs (guest RSP is in R11; the homeless ones are in the block). Each instruction is
+written in two parts, as a recipe has them (`recipe`): what goes *before* may clobber the host's flags, the
 *operation* must not, apart from what the instruction itself does.
 
 Sensitive and odd instructions have recipes that Python wrote; their code is placed here.
@@ -59,7 +59,6 @@ from ringfence.engine.translate.tables import (
     FIX_MISS,
     LINEAR,
     NONE,
-    P66,
     P67,
     ROLE_READ,
     ROLE_WRITE,
@@ -78,7 +77,6 @@ from ringfence.native.dialect import (
     native,
     native_inline,
     sext,
-    slt,
     store32,
 )
 
@@ -168,9 +166,9 @@ def effective_address(w: Writer, i: Insn) -> int:
 def operand_address(w: Writer, i: Insn) -> int:
     """R9 = linear address of the operand whose look-up `before` does; the flags survive."""
     kind = i.form_kind
-    if kind == F_PUSH or kind == F_PUSH_IMMEDIATE or kind == F_CALL:
+    if kind in (F_PUSH, F_PUSH_IMMEDIATE, F_CALL):
         lea(w, R9, R11, NONE, 0, i.shared_displacement, 0)
-    elif kind == F_POP or kind == F_RET:
+    elif kind in (F_POP, F_RET):
         move(w, R9, R11)
     elif kind == F_LEAVE:
         move(w, R9, RBP)
@@ -242,9 +240,9 @@ def before(w: Writer, i: Insn) -> int:
         push_return_address(w, i)
     elif kind == F_PUSH_MEMORY:
         f: Form = cast(Form, i.form)
-        load_r9(w, f.size)
+        load_r9(w, f.operand_size)
         gs_store(w, R9, _KEEP)
-        push_look_up(w, i, f.size)
+        push_look_up(w, i, f.operand_size)
     return 0
 
 
@@ -287,7 +285,7 @@ def load_r9(w: Writer, size: int) -> int:
     return 0
 
 
-# --- operations ------------------------------------------------------------------------------------
+# --- operations -----------------------------------------------------------------------------------
 
 
 @native
@@ -303,23 +301,23 @@ def operation(w: Writer, i: Insn) -> int:
     elif kind == F_LEA:
         load_effective(w, i, f)
     elif kind == F_PUSH:
-        push_register(w, i, f.size)
+        push_register(w, i, f.operand_size)
     elif kind == F_PUSH_IMMEDIATE:
-        if f.size == 8:
+        if f.operand_size == 8:
             put(w, 0x1104C74B | i.immediate << 32, 8)
         else:
             put(w, 0x1104C74366, 5)
             put(w, i.immediate, 2)
         commit(w)
-        move_stack(w, 0 - f.size)
+        move_stack(w, 0 - f.operand_size)
     elif kind == F_PUSH_MEMORY:
         put(w, _COMBINE, 4)
         gs_load(w, R10, _KEEP)
-        store_r10(w, f.size)
+        store_r10(w, f.operand_size)
         commit(w)
-        move_stack(w, 0 - f.size)
+        move_stack(w, 0 - f.operand_size)
     elif kind == F_POP:
-        pop_register(w, i, f.size)
+        pop_register(w, i, f.operand_size)
     elif kind == F_LEAVE:
         put(w, _LOAD_R9, 4)
         lea(w, R11, RBP, NONE, 0, 8, 0)
@@ -335,7 +333,7 @@ def operation(w: Writer, i: Insn) -> int:
         move_stack(w, 0 - 8)
     elif kind == F_JMP_REGISTER:
         load_target(w, i)
-    elif kind == F_CALL_REGISTER or kind == F_CALL_MEMORY:
+    elif kind in (F_CALL_REGISTER, F_CALL_MEMORY):
         gs_load(w, R9, _KEEP)
     elif kind == F_CLI:
         gs_byte(w, GS_MOVE_BYTE, gs("flag_if"), 0)
@@ -431,20 +429,11 @@ def load_effective(w: Writer, i: Insn, f: Form) -> int:
     size = f.reg_role >> 2
     number = i.reg
     host = w.home[number]
-    plain = host != NONE and size != 2 and not i.prefixes & P67
-    base = NONE
-    index = NONE
-    if i.base == ABSOLUTE or i.base == NONE or not plain:
-        plain = 0
-    else:
+    if host != NONE and size != 2 and not i.prefixes & P67 and i.base not in (ABSOLUTE, NONE):
         base = w.home[i.base]
-        plain = base != NONE
-        if i.index != NONE:
-            index = w.home[i.index]
-            plain = plain and index != NONE
-    if plain:
-        lea(w, host, base, index, i.scale, i.displacement, size == 4)
-        return 0
+        index = NONE if i.index == NONE else w.home[i.index]
+        if base != NONE and (index != NONE or i.index == NONE):
+            return lea(w, host, base, index, i.scale, i.displacement, size == 4)
     effective_address(w, i)
     if size == 4:
         put(w, _TRUNCATE, 3)
@@ -460,7 +449,7 @@ def load_effective(w: Writer, i: Insn, f: Form) -> int:
     return 0
 
 
-# --- the copied instruction ------------------------------------------------------------------------
+# --- the copied instruction -----------------------------------------------------------------------
 
 
 @native
@@ -681,7 +670,7 @@ def put_prefix(w: Writer, byte: int) -> int:
     return 0
 
 
-# --- recipes ---------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 
 @native

@@ -1,4 +1,4 @@
-"""Reading guest instructions natively: prefixes, opcode, operands; what is to be done is the form's.
+"""Reading guest instructions natively: prefixes, opcode, operands. What is to be done says the form.
 
 The encoding is that of SDM vol. 2 ch. 2. A decoder for all of x86 would be a table of thousands of
 rows; here the opcode's few bits that decide what an instruction *is* make a key, and the `Form`
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from ringfence.cpu.state import FS, GS, RBP, RSP, SS
+from ringfence.cpu.state import FS, RBP, RSP, SS
 from ringfence.engine.translate.block import (
     MODE_CPL,
     SLOW_READ,
@@ -48,7 +48,6 @@ from ringfence.engine.translate.tables import (
     JCC,
     JMP,
     LOCK,
-    LOOP,
     MOVE_ADD,
     MOVE_DEC,
     MOVE_INC,
@@ -62,7 +61,6 @@ from ringfence.engine.translate.tables import (
     RAW_BYTES,
     RECIPE_ROWS,
     ROLE_READ,
-    ROLE_SIZE,
     ROLE_WRITE,
     STI,
     WANT_FORM,
@@ -94,8 +92,8 @@ KEY_VEX, KEY_W, KEY_L, KEY_REGISTERS, KEY_LOCK, KEY_P67, KEY_B = (
 )  # fmt: skip
 KEY_PREFIX_SHIFT, KEY_REG_SHIFT, KEY_MODE_SHIFT = 12, 24, 32
 KEY_VALID = 1 << 63
-"""Parts of a form's key; opcode in the low byte, map in bits 8-9. KEY_P67 and KEY_B are for opcodes without
-ModRM only: absolute addresses, and 90h."""
+"""Parts of a form's key; opcode in the low byte, map in bits 8-9. KEY_P67 and KEY_B are for opcodes
+without ModRM only: absolute addresses, and 90h."""
 _FS_OVERRIDE, _SS_OVERRIDE = FS + 1, SS + 1
 _NOT_NAMED = 0xFFFFFFFF
 _HIGH_BYTE_FIXED = 0xE0
@@ -362,9 +360,7 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
 @native
 def apply_form(w: Writer, i: Insn, f: Form, n: int, limit: int, available: int) -> int:
     """The second half of decoding: what the form says of an instruction parsed up to ``n``."""
-    if f.kind == F_INVALID or (
-        i.vex and f.kind != F_RAW and not f.vvvv_used and i.vvvv
-    ):
+    if f.kind == F_INVALID or (i.vex and f.kind != F_RAW and not f.vvvv_used and i.vvvv):
         return invalid(w, i, n)
     at = i.bytes
     end = n + f.immediate
@@ -499,14 +495,14 @@ def moves_stack(i: Insn, distance: int) -> int:
 def describe_special(w: Writer, i: Insn, f: Form) -> int:
     """What instructions are about that are not simply copied."""
     kind = f.kind
-    size = f.size
+    size = f.operand_size
     if kind == F_LEA:
         if i.base == i.reg and i.index == NONE and f.reg_role >> 2 == 8 and not i.prefixes & P67:
             i.adjusted = i.base
             i.adjustment = i.displacement
     elif kind == F_DROP:
         i.kind = DROP
-    elif kind == F_PUSH or kind == F_PUSH_IMMEDIATE:
+    elif kind in (F_PUSH, F_PUSH_IMMEDIATE):
         stack_slot(i, RSP, 0 - size, size, 1)
         moves_stack(i, 0 - size)
     elif kind == F_PUSH_MEMORY:
@@ -532,7 +528,7 @@ def describe_special(w: Writer, i: Insn, f: Form) -> int:
         i.kind = JMP
     elif kind == F_JCC:
         i.kind = JCC
-    elif kind == F_CALL_REGISTER or kind == F_CALL_MEMORY:
+    elif kind in (F_CALL_REGISTER, F_CALL_MEMORY):
         i.kind = INDIRECT
         i.clobbers = 1
         i.shared_base = NONE

@@ -34,6 +34,7 @@ from ringfence.memory import strings
 
 if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
+    from ringfence.native.library import Library
 
 GATHER_NS = 3_000_000
 """How long console output may wait for the guest to leave translated code by itself."""
@@ -70,8 +71,8 @@ class TranslateEngine:
         self.memory = memory
         self.board = board
         self.config = config
-        library = natives.load(config.cache_dir)
-        self.library = library
+        self._natives = natives.load(config.cache_dir)
+        library = self.library = self._natives.library
         self._pages: list[mmap.mmap] = []
         self.block = self._allocate(Vcpu.size + 4096)
         self.view = Vcpu.at(self.block)
@@ -85,13 +86,7 @@ class TranslateEngine:
         self._linear_write = library.function("linear_write", 5)
         self._walk = library.function("walk", 3)
         self._string = library.function("fx_string", 1)
-        for number, name in enumerate(THUNKS):
-            view.thunks[number] = library.address(f"rf_{name}")
-        for name, number in natives.EFFECT_NUMBERS.items():
-            view.effects[number] = library.address(name)
-        # Console ports are served on the spot while nothing can come of it.
-        for name in ("fx_in", "fx_out"):
-            view.effects[natives.EFFECT_NUMBERS[name]] = library.address(f"{name}_gathered")
+        self._natives.use(self._adopt)
         view.gather_write, view.gather_read = board.gathered.write, board.gathered.read
         self._gather_timer = False
         board.on_input = self._stop_gathering
@@ -159,6 +154,16 @@ class TranslateEngine:
             state.EXIT_CR8_WRITE: self._on_cr8_write,
             strings.EXIT_MMIO_STRING: self._on_mmio_string,
         }
+
+    def _adopt(self, library: Library) -> None:
+        """Let guest code call this library's functions from now on (any thread)."""
+        view = self.view
+        for number, name in enumerate(THUNKS):
+            view.thunks[number] = library.address(f"rf_{name}")
+        for name, number in natives.EFFECT_NUMBERS.items():
+            # Console ports are served on the spot while nothing can come of it.
+            symbol = f"{name}_gathered" if name in ("fx_in", "fx_out") else name
+            view.effects[number] = library.address(symbol)
 
     def _allocate(self, size: int) -> int:
         pages, address = _anonymous(-(-size // 4096) * 4096)
@@ -357,6 +362,7 @@ class TranslateEngine:
 
     def close(self) -> None:
         """See ``Engine``."""
+        self._natives.release(self._adopt)
         self.translator.close()
         self.view = None
 

@@ -16,11 +16,10 @@ from ringfence.engine.translate.recipe import (
     ALWAYS,
     FEATURE_NAME,
     GPR,
-    HIGH_BYTES,
     IMMEDIATES,
     MNEMONIC_NAME,
-    NOTHING,
     NO_VECTOR_STATE,
+    NOTHING,
     PARTIAL_VECTOR,
     READS,
     SPECIAL,
@@ -70,7 +69,6 @@ from ringfence.engine.translate.x86 import (
     OpAccess,
     OpCodeOperandKind,
     OpKind,
-    Register,
 )
 
 _REG = {
@@ -150,9 +148,9 @@ class Forms:
         valid = [i for i in samples if not i.is_invalid]
         if not valid and not odd:
             return {"kind": F_INVALID}
-        if not key >> KEY_REG_SHIFT & 0xF and not odd:
-            if any(i.op_code().group_index >= 0 for i in valid):
-                return {"kind": F_GROUP}
+        group = any(i.op_code().group_index >= 0 for i in valid)
+        if group and not key >> KEY_REG_SHIFT & 0xF and not odd:
+            return {"kind": F_GROUP}
         found = {"kind": F_RAW, "immediate": max((_immediate(i) for i in valid), default=0)}
         if odd or any(i.op_code().op_code > 0xFF for i in valid):
             return found
@@ -240,7 +238,7 @@ class Forms:
         """What the operand fields are."""
         info = self.info.info(i)
         opcode = i.op_code()
-        found = {"size": abs(i.stack_pointer_increment)}
+        found = {"operand_size": abs(i.stack_pointer_increment)}
         explicit: set[int] = set()
         for n in range(i.op_count):
             encoding = opcode.op_kind(n)
@@ -367,7 +365,5 @@ def _samples(raw: bytes, key: int) -> list[bytes]:
     for data in made:
         for reg in (group - 1,) if group else range(8):
             for rm in (3, 6) if registers else (5,):
-                others.append(
-                    data[: opcode + 1] + bytes((registers | reg << 3 | rm,)) + _PADDING
-                )
+                others.append(data[: opcode + 1] + bytes((registers | reg << 3 | rm,)) + _PADDING)
     return made + others

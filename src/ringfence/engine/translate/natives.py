@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +29,13 @@ from ringfence.engine.translate import (
     writer,
 )
 from ringfence.memory import mmu, strings, walk, walk_state, xstate
-from ringfence.native.library import Library
+from ringfence.native.library import (
+    Library,
+    compile_object,
+    object_path,
+    read_object,
+    write_object,
+)
 
 EFFECTS: dict[str, Any] = {
     **cpu_library.EFFECTS,
@@ -90,10 +102,86 @@ _ROOTS = (
 )
 
 
-@functools.cache
-def load(cache: Path | None) -> Library:
-    """Compile the library, or take its object code from the cache folder.
+_ALL = (*_ROOTS, *EFFECTS.values())
 
-    Once a process: the code has no state of its own, and the signal handler in it must never go.
+_CHILD = "from ringfence.engine.translate.natives import optimize; optimize()"
+
+
+class Natives:
+    """The library in its best form so far: made quickly at first, exchanged once it is optimized.
+
+    The first start on a machine compiles without optimization, in a quarter of a second. Another
+    process then makes optimized code, which is kept in the cache folder and taken over by the
+    engines that run meanwhile. The code has no state of its own, so that exchanging it is storing
+    other addresses; what was replaced stays, as it may be executing.
+
+    Parameters
+    ----------
+    cache : Path or None
+        Folder of optimized code; None keeps it in memory only.
     """
-    return Library([*_ROOTS, *EFFECTS.values()], _MODULES, cache, thunks.assembly())
+
+    def __init__(self, cache: Path | None) -> None:
+        self._path = object_path(cache, _MODULES) if cache else None
+        self._lock = threading.Lock()
+        self._users: list[Callable[[Library], None]] = []
+        self._replaced: list[Library] = []
+        code = read_object(self._path) if self._path else None
+        if code is None:
+            self.library = Library(compile_object(_ALL, thunks.assembly(), optimize=False))
+            if sys.executable:
+                threading.Thread(target=self._improve, name="optimizer", daemon=True).start()
+        else:
+            self.library = Library(code)
+
+    def use(self, adopt: Callable[[Library], None]) -> None:
+        """Call ``adopt`` with the library now, and again when a better one is there."""
+        with self._lock:
+            self._users.append(adopt)
+            adopt(self.library)
+
+    def release(self, adopt: Callable[[Library], None]) -> None:
+        """Don't call it any more."""
+        with self._lock:
+            self._users.remove(adopt)
+
+    def _improve(self) -> None:
+        """Have optimized code made, and hand it to everyone; trouble leaves things as they are."""
+        try:
+            arguments = [sys.executable, "-c", _CHILD, *([str(self._path)] if self._path else [])]
+            done = subprocess.run(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                check=True,
+                start_new_session=True,
+            )
+            code = read_object(self._path) if self._path else done.stdout
+            better = Library(code) if code else None
+        except (OSError, subprocess.SubprocessError, RuntimeError):
+            return
+        if better is None:
+            return
+        with self._lock:
+            self._replaced.append(self.library)
+            self.library = better
+            for adopt in self._users:
+                adopt(better)
+
+
+def optimize() -> None:
+    """Compile with optimization: into the file named on the command line, or to stdout."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    code = compile_object(_ALL, thunks.assembly())
+    if len(sys.argv) > 1:
+        write_object(Path(sys.argv[1]), code)
+    else:
+        sys.stdout.buffer.write(code)
+
+
+@functools.cache
+def load(cache: Path | None) -> Natives:
+    """The library, once a process: the signal handler in it must never go."""
+    return Natives(cache)

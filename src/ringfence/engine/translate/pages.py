@@ -1,9 +1,9 @@
 """Code pages and their traces: made known, made unreachable, succeeded; all natively.
 
-A *code page* is one linear page that leads to one physical page in one CPU mode; all its traces are
-valid together and reach each other without checks. When the guest writes to translated bytes, the
-traces that depend on those lines die: their entries are overwritten with jumps to the look-up, and
-once the same address is translated again, with jumps to its new trace.
+A *code page* is one linear page that leads to one physical page in one CPU mode; all its traces
+are valid together and reach each other without checks. When the guest writes to translated bytes,
+the traces that depend on those lines die: their entries are overwritten with jumps to the look-up,
+and once the same address is translated again, with jumps to its new trace.
 
 All addresses of code in rows are executable ones; ``Vcpu.code_alias`` leads to where they can be
 written.
@@ -17,7 +17,6 @@ from ringfence.cpu.state import EXIT, FAULT, OK, UD
 from ringfence.engine.translate.block import (
     EXIT_ASK,
     EXIT_FLUSH,
-    MODE_CAREFUL,
     MODE_CPL,
     MODE_ENTERED,
     MODE_SLOW,
@@ -47,7 +46,6 @@ from ringfence.memory.mmu import ITLB_ENTRIES, OFFSET_MASK, PAGE_MASK, tlb_prote
 from ringfence.memory.walk import walk
 from ringfence.memory.walk_state import ram_pointer
 from ringfence.native.dialect import (
-    address_of,
     load32,
     load64,
     native,
@@ -80,7 +78,7 @@ def mix(value: int) -> int:
     return product ^ (product >> 29)
 
 
-# --- the two tables that guest code is found by ----------------------------------------------------
+# --- the two tables that guest code is found by ---------------------------------------------------
 
 
 @native
@@ -138,7 +136,7 @@ def trace_insert(vcpu: Vcpu, key: int, local: int, checked: int, indirect: int) 
     return 0
 
 
-# --- rows --------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 @native_inline
@@ -192,7 +190,7 @@ def mark_lines(vcpu: Vcpu, index: int, lines: int) -> int:
     return 0
 
 
-# --- placing -----------------------------------------------------------------------------------------
+# --- placing --------------------------------------------------------------------------------------
 
 
 @native
@@ -251,7 +249,7 @@ def succeed(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
     """Lead the dead traces of an address to its new one."""
     led = 0
     number = page.dead
-    for n in range(DEAD_SEEN):
+    for _n in range(DEAD_SEEN):
         if number == 0 or led >= DEAD_LED:
             break
         old: TraceRow = cast(TraceRow, trace_at(w, number))
@@ -371,7 +369,7 @@ def drop_dirty_code(vcpu: Vcpu) -> int:
     return 0
 
 
-# --- a new trace --------------------------------------------------------------------------------------
+# --- a new trace ----------------------------------------------------------------------------------
 
 
 @native_inline
@@ -397,8 +395,8 @@ def is_full(vcpu: Vcpu, w: Writer) -> int:
 def translate(vcpu: Vcpu, physical: int, mode: int) -> int:
     """Translate the code at RIP, at guest-physical address ``physical``, and make it known.
 
-    OK with ``jump_target`` and ``found_local`` set; FAULT where fetching its last bytes faults, with
-    the exception pending; EXIT where Python is wanted first.
+    OK with ``jump_target`` and ``found_local`` set; FAULT where fetching its last bytes faults,
+    with the exception pending; EXIT where Python is wanted first.
     """
     began = rdtsc()
     w: Writer = cast(Writer, vcpu.writer)

@@ -1,12 +1,12 @@
 """What becomes of the sensitive and odd instructions: recipes, written in Python.
 
-Ordinary instructions are copied natively (``copying``). For each of the others a `Recipe` is written
-when it is first seen, in the functions of ``special``; native code keeps it (`tables.RawRecipe`) by
-the instruction's bytes, the mode, and the registers' arrangement.
+Ordinary instructions are copied natively (``copying``). For each of the others a `Recipe` is
+written when it is first seen, in the functions of ``special``; native code keeps it
+(`tables.RawRecipe`) by the instruction's bytes, the mode, and the registers' arrangement.
 
-A recipe has two main parts: ``before`` may clobber the host's flags, ``op`` must not, apart from what
-the instruction itself does. Between them the writer of traces brings the guest's flags back if
-needed. The memory operand's address is written natively, between ``lead`` and ``before``.
+A recipe has two main parts: ``before`` may clobber the host's flags, ``op`` must not, apart from
+what the instruction itself does. Between them the writer of traces brings the guest's flags back
+if needed. The memory operand's address is written natively, between ``lead`` and ``before``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,6 @@ del _value
 SEGMENTS = {
     Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5,
 }  # fmt: skip
-
 
 
 @dataclass(slots=True)
@@ -268,8 +267,9 @@ class Recipes:
                 if number[0] not in named:
                     recipe.fixed |= 1 << number[0]
 
-    def effect(self, name: str, before: Piece | None = None, addressing: int = NO_ADDRESS,
-               **op: int) -> Recipe:
+    def effect(
+        self, name: str, before: Piece | None = None, addressing: int = NO_ADDRESS, **op: int
+    ) -> Recipe:
         """A call of the effect library; ``op0`` … ``op3`` are constant operands."""
         piece = before or Piece()
         for key, value in op.items():

@@ -104,7 +104,7 @@ class Form(Struct):
     counted: Annotated[int, u8]
     """Kills flags only if the immediate, a shift count, is not 0."""
     move: Annotated[int, u8]
-    size: Annotated[int, u8]
+    operand_size: Annotated[int, u8]
     """Operand size of stack instructions in bytes."""
     implicit: Annotated[int, u16]
     """Mask of the guest registers used without being named by a field."""

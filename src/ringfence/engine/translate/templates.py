@@ -48,5 +48,3 @@ def fill(address: int) -> None:
         row = Template.at(address + number * Template.size)
         row.length, row.size_word, row.target_word = len(code), size, target
         ctypes.memmove(ctypes.addressof(row.code), code, len(code))
-
-

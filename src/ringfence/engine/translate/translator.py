@@ -1,7 +1,8 @@
 """What Python does for the native translator: memory, forms, recipes, statistics.
 
-Traces are made, placed and dropped natively (``builder``, ``pages``). Native code leaves when it meets
-an opcode or an odd instruction for the first time (`Translator.answer`), or a full table (`flush`).
+Traces are made, placed and dropped natively (``builder``, ``pages``). Native code leaves when it
+meets an opcode or an odd instruction for the first time (`Translator.answer`), or a full table
+(`flush`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ringfence.engine.translate import special as _special
-from ringfence.engine.translate import templates
+from ringfence.engine.translate import special, templates
 from ringfence.engine.translate.block import MODE_CAREFUL, MODE_SLOW
 from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.forms import Forms, no_modrm, write_form
@@ -47,9 +47,11 @@ NUMBER_MAX = 60_000
 """Code pages until all translations are dropped."""
 TRACES_MAX = 1 << 18
 MARKS_MAX = 1 << 22
+FORMS_MAX = FORM_ROWS // 2
+RECIPES_MAX = RECIPE_ROWS // 2
 RELOCATIONS_MAX = 1 << 14
 """Of one trace."""
-assert _special.NOTHING  # importing the module enters its recipes in the table
+assert special.KEEP  # importing the module enters its recipes in the table
 
 
 class Translator:
@@ -123,6 +125,9 @@ class Translator:
         w = self.writer
         raw = bytes(w.want_bytes[: w.want_length])
         if w.want == WANT_FORM:
+            if self.form_count >= FORMS_MAX:
+                ctypes.memset(w.forms, 0, FORM_ROWS * Form.size)
+                self.form_count = 0
             key = w.want_key
             row = (ctypes.c_uint64 * 1)(key)
             at = self._form_insert(self.address, ctypes.addressof(row))
@@ -133,7 +138,7 @@ class Translator:
 
     def write_recipe(self, raw: bytes, context: int, mode: int) -> None:
         """Make a recipe and enter it in the native table."""
-        if self.recipe_count >= RECIPE_ROWS // 2 or self._recipes_used + PAGE > RECIPE_BYTES:
+        if self.recipe_count >= RECIPES_MAX or self._recipes_used + PAGE > RECIPE_BYTES:
             ctypes.memset(self.writer.recipes, 0, RECIPE_ROWS * 8)
             self._recipes_used = self.recipe_count = 0
             self._makers.clear()

@@ -1,7 +1,7 @@
 """Writing one trace: entries, instructions with their look-ups and flags, exits, stubs.
 
-A *trace* is a run of guest instructions inside one page, as one piece of host code. It has one entry
-for each way of getting there, in this order in memory:
+A *trace* is a run of guest instructions inside one page, as one piece of host code. It has one
+entry for each way of getting there, in this order in memory:
 
 * *indirect*: R9 holds the guest address wanted; the trace checks that it is its own;
 * *checked*: from another code page by a direct jump; the trace checks that its linear page still
@@ -117,7 +117,7 @@ _T_STRADDLE, _T_LINK_PAGE, _T_LINK_LOCAL = (
 @native_inline
 def ends_trace(kind: int) -> int:
     """Whether an instruction of this kind ends a trace."""
-    return kind == JMP or kind == CALL or kind == INDIRECT or kind == EFFECT
+    return kind in (JMP, CALL, INDIRECT, EFFECT)
 
 
 @native
@@ -219,7 +219,7 @@ def write_instruction(w: Writer, i: Insn, n: int) -> int:
     elif kind == JCC:
         need_flags(w)
         write_conditional(w, i)
-    elif kind == JMP or kind == CALL:
+    elif kind in (JMP, CALL):
         operation(w, i)
         write_jump(w, i.offset + i.value, i.live)
     elif kind == INDIRECT:
@@ -359,7 +359,7 @@ def group_of(w: Writer, i: Insn) -> int:
     return group_at(w, i.group)
 
 
-# --- entries ---------------------------------------------------------------------------------------
+# --- entries --------------------------------------------------------------------------------------
 
 
 @native
@@ -405,7 +405,7 @@ def page_check(w: Writer, distance: int, number: int) -> int:
     return w.out - 4
 
 
-# --- exits -----------------------------------------------------------------------------------------
+# --- exits ----------------------------------------------------------------------------------------
 
 
 @native
@@ -448,11 +448,9 @@ def write_jump(w: Writer, target: int, live: int) -> int:
         add_back_edge(w)
         return 0
     swap_out(w)
-    within = target < PAGE
-    if w.state == PARKED or not within:
-        if live:
-            park(w)
-        within = 0
+    within = 1 if target < PAGE and w.state != PARKED else 0
+    if not within and live:
+        park(w)
     put(w, 0xE9, 5)
     add_link(w, target, within, 0, 0)
     return 0
@@ -521,7 +519,7 @@ def write_counted(w: Writer, i: Insn) -> int:
     return 0
 
 
-# --- what is rarely executed -------------------------------------------------------------------------
+# --- what is rarely executed ----------------------------------------------------------------------
 
 
 @native
