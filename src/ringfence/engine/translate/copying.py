@@ -3,8 +3,8 @@
 Nearly every instruction is *copied*. What changes: memory operands (effective address into R9,
 look-up, then the access at R9 + R10) and registers that have no host register of their own where
 the trace runs (guest RSP is in R11; the homeless ones are in the block). Each instruction is
-written in two parts, as a recipe has them (`recipe`): what goes *before* may clobber the host's flags, the
-*operation* must not, apart from what the instruction itself does.
+written in two parts, as a recipe has them (`recipe`): what goes *before* may clobber the host's
+flags, the *operation* must not, apart from what the instruction itself does.
 
 Sensitive and odd instructions have recipes that Python wrote; their code is placed here.
 """

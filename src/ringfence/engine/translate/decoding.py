@@ -1,4 +1,4 @@
-"""Reading guest instructions natively: prefixes, opcode, operands. What is to be done says the form.
+"""Reading guest instructions natively: prefixes, opcode, operands; the form says what they mean.
 
 The encoding is that of SDM vol. 2 ch. 2. A decoder for all of x86 would be a table of thousands of
 rows; here the opcode's few bits that decide what an instruction *is* make a key, and the `Form`

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -148,18 +147,9 @@ class Natives:
     def _improve(self) -> None:
         """Have optimized code made, and hand it to everyone; trouble leaves things as they are."""
         try:
-            arguments = [sys.executable, "-c", _CHILD, *([str(self._path)] if self._path else [])]
-            done = subprocess.run(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                check=True,
-                start_new_session=True,
-            )
-            code = read_object(self._path) if self._path else done.stdout
+            code = _optimized(self._path)
             better = Library(code) if code else None
-        except (OSError, subprocess.SubprocessError, RuntimeError):
+        except (OSError, RuntimeError):
             return
         if better is None:
             return
@@ -168,6 +158,29 @@ class Natives:
             self.library = better
             for adopt in self._users:
                 adopt(better)
+
+
+def _optimized(path: Path | None) -> bytes | None:
+    """Optimized code, made by another process, which keeps it at ``path`` even if we end first."""
+    out = os.memfd_create("ringfence-object", os.MFD_CLOEXEC)
+    try:
+        child = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-c", _CHILD, *([str(path)] if path else [])],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, out, 1),
+                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+            ],
+            setsid=True,
+        )
+        _, status = os.waitpid(child, 0)
+        if status:
+            return None
+        return read_object(path) if path else os.pread(out, os.fstat(out).st_size, 0)
+    finally:
+        os.close(out)
 
 
 def optimize() -> None:
