@@ -96,7 +96,7 @@ def pointed(address: int) -> int:
 @native
 def counted(limit: int) -> int:
     """Calls that are made while compiling."""
-    if limit in (5, 6):
+    if limit in (5, 6) and limit not in (7, 5):
         return 0
     return limit + int("7") + max(2, 3)
 
@@ -196,7 +196,7 @@ def test_locals_that_point_at_structures(library: Library) -> None:
 
 
 def test_calls_of_ordinary_functions_are_constants(library: Library) -> None:
-    assert [library.function("counted", 1)(n) for n in (4, 5, 6, 100)] == [14, 0, 0, 110]
+    assert [library.function("counted", 1)(n) for n in (4, 5, 6, 100)] == [14, 15, 0, 110]
 
 
 def test_a_damaged_object_is_not_read(tmp_path: Path) -> None:

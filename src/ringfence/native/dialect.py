@@ -426,9 +426,15 @@ class _Function:
     def compare(self, node: ast.Compare) -> str:
         if len(node.ops) != 1:
             raise self.error(node, "one comparison at a time")
-        if isinstance(node.ops[0], ast.In) and isinstance(node.comparators[0], ast.Tuple):
-            tests = [ast.Compare(node.left, [ast.Eq()], [one]) for one in node.comparators[0].elts]
-            return self.truth_value(ast.copy_location(ast.BoolOp(ast.Or(), list(tests)), node))
+        one_of = node.comparators[0]
+        if isinstance(node.ops[0], (ast.In, ast.NotIn)) and isinstance(one_of, ast.Tuple):
+            found = isinstance(node.ops[0], ast.In)
+            tests = [
+                ast.Compare(node.left, [ast.Eq() if found else ast.NotEq()], [one])
+                for one in one_of.elts
+            ]
+            whole = ast.BoolOp(ast.Or() if found else ast.And(), list(tests))
+            return self.truth_value(ast.copy_location(whole, node))
         kind = _COMPARE.get(type(node.ops[0]))
         if kind is None:
             raise self.error(node, "unknown comparison")
