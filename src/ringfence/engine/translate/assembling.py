@@ -12,6 +12,7 @@ from typing import cast
 from ringfence.engine.translate.block import gs
 from ringfence.engine.translate.emit import R10
 from ringfence.engine.translate.tables import (
+    HOST,
     NONE,
     PARKED,
     RELOC_FAR,
@@ -59,6 +60,8 @@ from ringfence.native.dialect import (
 ) = range(21)
 """Numbers of templates (see ``templates``)."""
 
+CARRY = 0x10
+"""CF alone, as iced-x86's ``RflagsBits``: what chains of ADC and SBB keep alive."""
 _RIP = gs("rip")
 
 
@@ -264,11 +267,29 @@ def load_address(w: Writer, register: int, offset: int) -> int:
 
 
 @native
-def park(w: Writer) -> int:
-    """Move live flags out of the host's flags."""
+def park(w: Writer, live: int) -> int:
+    """Move the ``live`` flags out of the host's flags; the others may get lost."""
     if w.state != PARKED:
-        put_template(w, T_PARK)
+        if live == CARRY:
+            put(w, 0x2504920F65, 5)  # setc gs:[parked + 1]
+            put(w, gs("parked") + 1, 4)
+        else:
+            put_template(w, T_PARK)
         w.state = PARKED
+    return 0
+
+
+@native
+def unpark(w: Writer, live: int) -> int:
+    """Bring the ``live`` flags back into the host's flags."""
+    if w.state == PARKED:
+        if live == CARRY:
+            put(w, 0x2524BA0F65, 5)  # bt dword gs:[parked], 8
+            put(w, gs("parked"), 4)
+            put(w, 8, 1)
+        else:
+            put_template(w, T_UNPARK)
+        w.state = HOST
     return 0
 
 

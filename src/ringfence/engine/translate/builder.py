@@ -33,7 +33,7 @@ WORTHWHILE = 4
 """Accesses that swapping two registers must save, as it costs two loads and stores each way."""
 NEVER_DISPLACED = 0x0E1F
 """RAX, RCX, RDX, RBX and RSP, of which instructions make special use, and the homeless ones."""
-PEEK = 8
+PEEK = 16
 """Instructions looked at to learn whether a jump's target reads flags."""
 SWAPS_MAX = 3
 TAIL = 16
@@ -174,7 +174,8 @@ def live_before(w: Writer, row: TraceRow, i: Insn, live: int) -> int:
     i.live = live
     if (i.kind == JCC or i.kind == LOOP) and live != STATUS:
         live = live | peek(w, row, i.offset + i.value)
-    return (live & ~i.kills) | i.reads
+    i.alive = (live & ~i.kills) | i.reads
+    return i.alive
 
 
 @native

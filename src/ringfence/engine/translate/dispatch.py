@@ -402,13 +402,17 @@ def tlb_miss(vcpu: Vcpu, address: int, kind: int) -> int:
     size = kind & 0xFFF
     if (address & OFFSET_MASK) + size > 4096:
         return EXIT
-    access = (4 if vcpu.cpl == 3 else 0) | (2 if kind & SLOW_WRITE else 0)
-    status = tlb_fill(vcpu, address, access)
+    user = 1 if vcpu.cpl == 3 else 0
+    write = 1 if kind & SLOW_WRITE else 0
+    entry = ((address >> 12) & (TLB_ENTRIES - 1)) * 8 + user * 4
+    if vcpu.tlb[entry + write] == address & PAGE_MASK:
+        return OK  # what missed was a group of accesses that crosses into the next page
+    status = tlb_fill(vcpu, address, user * 4 | write * 2)
     if status == FAULT:
         return stack_fault(vcpu, kind)
     if status != OK:
         return EXIT
-    if kind & SLOW_WRITE:
+    if write:
         index = vcpu.value - vcpu.ram_host >> 12
         if load64(vcpu.code_lines + index * 8):
             return EXIT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 
+from ringfence.cpu.cpuid import host_cpuid
 from ringfence.engine.translate.block import gs
 from ringfence.memory.mmu import HOST_PAGE, READ_TAG, TLB_ENTRIES, USER_ENTRY, WRITE_TAG
 
@@ -140,6 +141,16 @@ TLB_SHIFT = 6
 TLB_MASK = (TLB_ENTRIES - 1) << TLB_SHIFT
 
 
+_HAS_BMI2 = bool(host_cpuid(7)[1] >> 8 & 1)
+_PAGE_TO_R10 = (
+    b"\xc4\x43\x7b\xf0\xd1" + bytes((12 - TLB_SHIFT,))  # rorx r10d, r9d, 6
+    if _HAS_BMI2
+    else b"\x45\x89\xca"  # mov r10d, r9d
+    + b"\x41\xc1\xea" + bytes((12 - TLB_SHIFT,))  # shr r10d, 6
+)  # fmt: skip
+"""The bits of R9 that index the TLB, where R10 wants them; other bits come with them."""
+
+
 def _tag(write: bool, user: bool) -> bytes:
     """Displacement of an entry's tag (GS points at the array)."""
     return bytes(((WRITE_TAG if write else READ_TAG) + (USER_ENTRY if user else 0),))
@@ -159,8 +170,7 @@ def tlb_check(size: int, write: bool, user: bool) -> tuple[bytes, int]:
     """
     tag, host = _tag(write, user), _host(user)
     head = (
-        b"\x45\x89\xca"  # mov r10d, r9d
-        b"\x41\xc1\xea" + bytes((12 - TLB_SHIFT,))  # shr r10d, 6
+        _PAGE_TO_R10
         + b"\x41\x81\xe2" + _i32(TLB_MASK)  # and r10d, mask
         + b"\x65\x4d\x33\x4a" + tag  # xor r9, gs:[r10 + tag]
         + b"\x49\x81\xf9" + _i32(0x1000 - size)  # cmp r9, 0x1000 - size

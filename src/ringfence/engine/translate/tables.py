@@ -17,7 +17,7 @@ from typing import Annotated
 from ringfence.native.layout import Array, Struct, u8, u16, u32, u64
 
 PAGE = 4096
-LIMIT = 48
+LIMIT = 96
 """Instructions of one trace at most."""
 NONE = 255
 """No register, no effect."""
@@ -215,6 +215,8 @@ class Insn(Struct):
     kills: Annotated[int, u8]
     live: Annotated[int, u8]
     """Status flags live after it."""
+    alive: Annotated[int, u8]
+    """Status flags live before it, or where it jumps to."""
     clobbers: Annotated[int, u8]
     """Whether what goes before the instruction itself changes the host's flags."""
     shared_base: Annotated[int, u8]
@@ -224,6 +226,8 @@ class Insn(Struct):
     """The one register that only moves by a constant, ``adjustment``; NONE for none."""
     group: Annotated[int, u8]
     """Index of its group, or NONE."""
+    opens: Annotated[int, u8]
+    """How many look-ups of groups stand before it that begin later."""
     shared_size: Annotated[int, u16]
     written: Annotated[int, u16]
     fixed: Annotated[int, u16]
@@ -243,11 +247,17 @@ class Group(Struct):
     high: Annotated[int, u64]
     moved: Annotated[int, u64]
     """How far the base has moved since the first access."""
+    shift: Annotated[int, u64]
+    """How far it moves from where the look-up is to the first access."""
     slot: Annotated[int, u32]
     base: Annotated[int, u8]
     first: Annotated[int, u8]
     members: Annotated[int, u8]
     write: Annotated[int, u8]
+    opens: Annotated[int, u8]
+    """Index of the instruction before which the look-up is."""
+    indexed: Annotated[int, u8]
+    """Whether it is a lone access whose address has an index, too."""
 
 
 class Miss(Struct):
@@ -416,6 +426,9 @@ class Writer(Struct):
     group_misses: Annotated[Array, u64, LIMIT * 3]
     """Position of the jump, place to come back to, instruction."""
     group_miss_count: Annotated[int, u32]
+    early_misses: Annotated[Array, u64, LIMIT * 2]
+    """Position of the jump, instruction before which the look-up is."""
+    early_miss_count: Annotated[int, u32]
     back_edges: Annotated[Array, u64, LINKS_MAX]
     back_edge_count: Annotated[int, u32]
     substitutes: Annotated[Array, u8, 4]

@@ -35,7 +35,6 @@ from ringfence.engine.translate.assembling import (
     T_RECOVER,
     T_RECOVER_WRITE,
     T_STACK,
-    T_UNPARK,
     T_WRITE,
     add_link,
     aim,
@@ -53,6 +52,7 @@ from ringfence.engine.translate.assembling import (
     put,
     put_template,
     set_rip,
+    unpark,
     word,
 )
 from ringfence.engine.translate.block import EXIT_EMULATE, gs
@@ -166,6 +166,7 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
     w.link_count = 0
     w.escape_count = 0
     w.group_miss_count = 0
+    w.early_miss_count = 0
     w.back_edge_count = 0
     w.live_head = 1
     w.state = HOST
@@ -196,6 +197,7 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
 def forget_group(i: Insn) -> int:
     """Every access looks itself up."""
     i.group = NONE
+    i.opens = 0
     return 0
 
 
@@ -204,12 +206,14 @@ def write_instruction(w: Writer, i: Insn, n: int) -> int:
     """One guest instruction: what goes before it, itself, and what follows from it."""
     kind = i.kind
     mark(w, w.out, 1, i.offset)
-    if i.group != NONE and group_first(w, i) != n:
+    if i.opens:
+        open_early_groups(w, i, n)
+    if i.group != NONE and group_opened(w, i, n):
         operand_address(w, i)
         gs_load(w, R10, group_slot(w, i))
     else:
-        if i.clobbers and (i.live & ~i.kills | i.reads):
-            park(w)
+        if i.clobbers and i.alive:
+            park(w, i.alive)
         if i.group != NONE:
             open_look_up(w, i, cast(Group, group_at(w, i.group)))
         else:
@@ -217,7 +221,7 @@ def write_instruction(w: Writer, i: Insn, n: int) -> int:
     if kind == PLAIN:
         write_plain(w, i)
     elif kind == JCC:
-        need_flags(w)
+        unpark(w, i.alive)
         write_conditional(w, i)
     elif kind in (JMP, CALL):
         operation(w, i)
@@ -231,16 +235,16 @@ def write_instruction(w: Writer, i: Insn, n: int) -> int:
         write_sti(w, i.live)
     elif kind == LOOP:
         if i.reads:
-            need_flags(w)
+            unpark(w, i.alive)
         write_counted(w, i)
     return 0
 
 
 @native
-def group_first(w: Writer, i: Insn) -> int:
-    """Index of the first instruction of a group."""
+def group_opened(w: Writer, i: Insn, n: int) -> int:
+    """Whether an instruction's group was looked up before it."""
     g: Group = cast(Group, group_at(w, i.group))
-    return g.first
+    return g.opens != n
 
 
 @native
@@ -255,24 +259,15 @@ def write_plain(w: Writer, i: Insn) -> int:
     """An ordinary instruction's own part."""
     if w.state == PARKED:
         if i.reads or (i.writes and i.live & ~i.kills):
-            need_flags(w)
+            unpark(w, i.alive)
         elif i.writes:
             w.state = HOST
     mark(w, w.out, w.state, i.offset)
     operation(w, i)
     if needs_after(w, i):
         if i.live:
-            park(w)
+            park(w, i.live)
         after(w, i)
-    return 0
-
-
-@native
-def need_flags(w: Writer) -> int:
-    """Bring parked flags back into the host's flags."""
-    if w.state == PARKED:
-        put_template(w, T_UNPARK)
-        w.state = HOST
     return 0
 
 
@@ -282,12 +277,11 @@ def need_flags(w: Writer) -> int:
 @native
 def group_address(w: Writer, g: Group) -> int:
     """R9 = lowest address of a group, as seen from its first member."""
+    if g.indexed:
+        return operand_address(w, cast(Insn, insn_at(w, g.first)))
     if g.base == ABSOLUTE:
-        load_address(w, R9, g.low)
-        return 0
-    host = guest(w, g.base, R9)
-    lea(w, R9, host, NONE, 0, g.low, 0)
-    return 0
+        return load_address(w, R9, g.low)
+    return lea(w, R9, guest(w, g.base, R9), NONE, 0, g.low + g.shift, 0)
 
 
 @native
@@ -304,20 +298,63 @@ def group_check(w: Writer, g: Group) -> int:
 
 
 @native
-def open_look_up(w: Writer, i: Insn, g: Group) -> int:
-    """The first access of a group: look all of it up."""
-    group_address(w, g)
-    position = group_check(w, g)
-    back = w.out
+def keep_delta(w: Writer, g: Group) -> int:
+    """Behind a group's look-up: keep what it found, in R10, too; the stack's may be kept already."""
     if g.base == RSP:
-        operand_address(w, i)
-        gs_load(w, R10, g.slot)
+        if g.opens != g.first:
+            gs_load(w, R10, gs("stack_delta") + w.user * 8)
+            gs_store(w, R10, g.slot)
     else:
         number = T_DELTA_WRITE + w.user if g.write else T_DELTA + w.user
         start = put_template(w, number)
         t: Template = cast(Template, w.templates + number * Template.size)
         store32(start + t.size_word, g.slot)
-        operand_address(w, i)
+    return 0
+
+
+@native
+def open_early_groups(w: Writer, i: Insn, n: int) -> int:
+    """The look-ups of groups that begin later but are done before this instruction."""
+    if i.alive:
+        park(w, i.alive)
+    for number in range(w.group_count):
+        open_early_group(w, i, cast(Group, group_at(w, number)), n)
+    return 0
+
+
+@native_inline
+def open_early_group(w: Writer, i: Insn, g: Group, n: int) -> int:
+    """One of them; where it misses, everything from here on is done carefully."""
+    if g.opens == n and g.first != n:
+        group_address(w, g)
+        k = w.early_miss_count * 2
+        w.early_misses[k] = group_check(w, g)
+        w.early_misses[k + 1] = address_of(i)
+        w.early_miss_count += 1
+        keep_delta(w, g)
+    return 0
+
+
+@native
+def early_stub(w: Writer, i: Insn, position: int) -> int:
+    """Where a group's early look-up missed."""
+    aim(w, position, w.out)
+    swap_out(w)
+    set_rip(w, i.offset)
+    gs_jump(w, _T_CAREFUL)
+    return 0
+
+
+@native
+def open_look_up(w: Writer, i: Insn, g: Group) -> int:
+    """The first access of a group: look all of it up."""
+    group_address(w, g)
+    position = group_check(w, g)
+    back = w.out
+    keep_delta(w, g)
+    operand_address(w, i)
+    if g.base == RSP:
+        gs_load(w, R10, g.slot)
     n = w.group_miss_count * 3
     w.group_misses[n] = position
     w.group_misses[n + 1] = back
@@ -439,7 +476,7 @@ def write_jump(w: Writer, target: int, live: int) -> int:
     """End of the trace: go on at a known address."""
     if w.slow:
         if live:
-            park(w)
+            park(w, live)
         load_address(w, R9, target)
         put_template(w, T_CHECKED + w.user)
         return 0
@@ -450,7 +487,7 @@ def write_jump(w: Writer, target: int, live: int) -> int:
     swap_out(w)
     within = 1 if target < PAGE and w.state != PARKED else 0
     if not within and live:
-        park(w)
+        park(w, live)
     put(w, 0xE9, 5)
     add_link(w, target, within, 0, 0)
     return 0
@@ -615,6 +652,8 @@ def write_stubs(w: Writer, row: TraceRow, start: int) -> int:
         i: Insn = cast(Insn, w.group_misses[n * 3 + 2])
         g: Group = cast(Group, group_of(w, i))
         group_stub(w, i, g, w.group_misses[n * 3], w.group_misses[n * 3 + 1])
+    for n in range(w.early_miss_count):
+        early_stub(w, cast(Insn, w.early_misses[n * 2 + 1]), w.early_misses[n * 2])
     escape_stubs(w)
     for n in range(w.link_count):
         link_stub(w, cast(Link, address_of(w.links[0]) + n * Link.size))
