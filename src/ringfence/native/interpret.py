@@ -1,11 +1,10 @@
 """Run a function of the native dialect in Python, one call at a time, without a compiler.
 
-What a sensitive instruction does is written once, as ``@native`` functions. An engine that needs one
-of them a few times a second (KVM asks for a memory-type register, say) should not have to load LLVM
-for it. The dialect is Python's grammar with arithmetic modulo 2**64, so its source becomes Python by
-cutting the result of each operation to 64 bits; structures are the same ctypes views, and calls go
-to other functions made this way.
-"""
+What a sensitive instruction does is written once, as ``@native`` functions. An engine that needs
+one of them a few times a second (KVM asks for a memory-type register, say) should not have to load
+LLVM for it. The dialect is Python's grammar with arithmetic modulo 2**64, so its source becomes
+Python by cutting the result of each operation to 64 bits; structures are the same ctypes views, and
+calls go to other functions made this way."""
 
 from __future__ import annotations
 

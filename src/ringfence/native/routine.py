@@ -1,4 +1,4 @@
-"""A few bytes of machine code as a Python function, for what neither Python nor the dialect can say.
+"""A few bytes of machine code as a Python function, for what the dialect can't say.
 
 Each routine has pages of its own, which are never writable and executable at once and live as long
 as the process. The calling convention is the C one (System V).

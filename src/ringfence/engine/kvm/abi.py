@@ -1,10 +1,10 @@
 """What is said to /dev/kvm: its structures, request numbers, capabilities and exit reasons.
 
 Each structure is declared once, as a ctypes structure named after the kernel's (``KvmSregs`` is
-``struct kvm_sregs``), with the kernel's field names; constants keep their C names without the prefix
-that their class carries. A test compiles a C program against <linux/kvm.h> and compares every size,
-offset and number, so nothing here has to be taken on trust. Arrays of variable length are made by
-functions, as ctypes has no such type.
+``struct kvm_sregs``), with the kernel's field names; constants keep their C names without the
+prefix that their class carries. A test compiles a C program against <linux/kvm.h> and compares
+every size, offset and number, so nothing here has to be taken on trust. Arrays of variable length
+are made by functions, as ctypes has no such type.
 
 Source: Linux, Documentation/virt/kvm/api.rst and include/uapi/linux/kvm.h.
 """
@@ -112,10 +112,7 @@ class KvmSregs(ctypes.Structure):
         *((name, KvmSegment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
         ("gdt", KvmDtable),
         ("idt", KvmDtable),
-        *(
-            (name, c_uint64)
-            for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
-        ),
+        *((name, c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
         ("interrupt_bitmap", c_uint64 * (NR_INTERRUPTS // 64)),
     ]
 

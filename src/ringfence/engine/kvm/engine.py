@@ -1,21 +1,23 @@
 """The KVM engine: runs one vCPU by the host's virtualization extensions, through /dev/kvm.
 
-`run` enters the guest and handles what comes out, until something ends it. Interrupt controllers and
-timers are the board's, as under every engine, so KVM is used without an irqchip of its own: the local
-APIC is reached by exits, its vectors go in through KVM_INTERRUPT, and the task priority travels in
-``kvm_run.cr8``. Model-specific registers other than the few in `transfer` come to us too, which makes
-the paravirtual clock and the memory-type registers the same as under translation.
+`run` enters the guest and handles what comes out, until something ends it. Interrupt controllers
+and timers are the board's, as under every engine, so KVM is used without an irqchip of its own: the
+local APIC is reached by exits, its vectors go in through KVM_INTERRUPT, and the task priority
+travels in ``kvm_run.cr8``. Model-specific registers other than the few in `transfer` come to us
+too, which makes the paravirtual clock and the memory-type registers the same as under translation.
 
 **Kicks.** Whoever wants something of the vCPU (the board by its wake callback, the owner by
-`request_stop` and `request_pause`) notes what, *then* looks whether the vCPU is inside KVM, and if so
-sends its thread a signal. The vCPU's thread says that it is inside, *then* looks at the notes once
-more. Under Python's global lock these four steps have one order, so at least one side sees the other.
-The signal is blocked in the thread and let through only while KVM runs (KVM_SET_SIGNAL_MASK): one
-that arrives early stays pending and ends the next KVM_RUN at once. No handler is ever called, and as
-SIGURG is ignored by default, one that comes after the run does no harm.
+`request_stop` and `request_pause`) notes what, *then* looks whether the vCPU is inside KVM, and if
+so sends its thread a signal. The vCPU's thread says that it is inside, *then* looks at the notes
+once more. Under Python's global lock these four steps have one order, so at least one side sees the
+other. The signal is blocked in the thread and let through only while KVM runs
+(KVM_SET_SIGNAL_MASK): one that arrives early stays pending and ends the next KVM_RUN at once. No
+handler is ever called, and as SIGURG is ignored by default, one that comes after the run does no
+harm.
 
-**Pending accesses.** KVM finishes an access to a device when it is entered the next time. Before `run`
-returns, `_settle` therefore enters once more with ``immediate_exit``, which runs no guest code.
+**Pending accesses.** KVM finishes an access to a device when it is entered the next time. Before
+`run` returns, `_settle` therefore enters once more with ``immediate_exit``, which runs no guest
+code.
 
 Source: Linux, Documentation/virt/kvm/api.rst (KVM_RUN and struct kvm_run).
 """
@@ -41,7 +43,7 @@ from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.kvm import abi, model, transfer
 from ringfence.engine.kvm.abi import Exit
-from ringfence.engine.kvm.device import HostKernel, Kernel, System
+from ringfence.engine.kvm.device import HostKernel, Kernel, System, VcpuFile, Vm
 from ringfence.errors import HostError
 from ringfence.memory.ram import PAGE
 from ringfence.native.interpret import Interpreter
@@ -53,6 +55,8 @@ MASK64 = (1 << 64) - 1
 KICK = signal.SIGURG
 AGAIN_MAX = 1000
 """How often in a row KVM may say EAGAIN until that counts as broken."""
+TSC_SLACK = 1 << 24
+"""Ticks by which two readings of one counter may differ, from different CPUs."""
 
 
 class KvmEngine:
@@ -85,7 +89,8 @@ class KvmEngine:
         reset.reset(self.view)
         self._filter = model.MsrFilter()
         self._system = System(kernel or HostKernel())
-        self._vm = self._vcpu = None
+        self._vm: Vm | None = None
+        self._vcpu: VcpuFile | None = None
         try:
             self._vm = self._system.create_vm()
             self._vm.prepare(self._filter.table)
@@ -96,9 +101,7 @@ class KvmEngine:
             )
             rows = model.offered(rows, self._system.supported_cpuid())
             self._vcpu.set_cpuid(model.cpuid_entries(rows))
-            board.tsc.view = self.view
-            self.view.tsc_offset = -board.tsc.read() & MASK64
-            self._vcpu.set_tsc_offset(self.view.tsc_offset)
+            self._start_tsc(self._vcpu)
         except BaseException:
             self.close()
             raise
@@ -134,6 +137,22 @@ class KvmEngine:
             Exit.FAIL_ENTRY: self._on_fail_entry,
         }
 
+    def _start_tsc(self, vcpu: VcpuFile) -> None:
+        """Let the guest's counter start at 0, where KVM can; board and guest agree in any case."""
+        tsc = self.board.tsc
+        tsc.view = self.view
+        self.view.tsc_offset = -tsc.read() & MASK64
+        vcpu.set_tsc_offset(self.view.tsc_offset)
+        before = tsc.read()
+        (seen,) = vcpu.get_msrs([msr.TSC])
+        self._tsc_movable = seen - before & MASK64 < tsc.read() - before + TSC_SLACK
+        self._set_tsc_offset(vcpu, self.view.tsc_offset)
+
+    def _set_tsc_offset(self, vcpu: VcpuFile, offset: int) -> None:
+        """Move the guest's counter; under a software KVM it stays the host's."""
+        self.view.tsc_offset = offset & MASK64 if self._tsc_movable else 0
+        vcpu.set_tsc_offset(self.view.tsc_offset)
+
     def _set_slots(self, *, log: bool) -> None:
         assert self._vm is not None
         for slot, region in enumerate(self.memory.regions):
@@ -160,8 +179,7 @@ class KvmEngine:
             self.vcpu.set_signal_mask(sum(1 << number - 1 for number in blocked - {KICK}))
             if self._paused_tsc is not None:
                 elapsed = self.board.tsc.read() - self._paused_tsc
-                self.view.tsc_offset = (self.view.tsc_offset - elapsed) & MASK64
-                self.vcpu.set_tsc_offset(self.view.tsc_offset)
+                self._set_tsc_offset(self.vcpu, self.view.tsc_offset - elapsed)
                 self._paused_tsc = None
             outcome = self._loop()
             if outcome is StopReason.PAUSED:
@@ -480,7 +498,7 @@ class KvmEngine:
         elif self._model.function(msr.write_msr)(self.view, index, value) != state.OK:
             raise GeneralProtection(f"MSR {index:#x} refuses {value:#x}")
         elif index in (msr.TSC, msr.TSC_ADJUST):
-            self.vcpu.set_tsc_offset(self.view.tsc_offset)
+            self._set_tsc_offset(self.vcpu, self.view.tsc_offset)
 
     def _owner(self, index: int) -> MsrDevice | None:
         """The device that was attached for a register; GeneralProtection where KVM refused."""

@@ -1,8 +1,9 @@
 """The machine's virtual CPU as KVM is told of it: CPUID, and who serves which register.
 
-The model is that of `cpu.cpuid`, the same for every engine. Of its feature bits, those stay that KVM
-can give on this host, and those that are served outside of KVM: by the board (the local APIC in both
-modes and its deadline timer) or by `cpu.msr` through exits (memory types, machine checks, TSC_ADJUST).
+The model is that of `cpu.cpuid`, the same for every engine. Of its feature bits, those stay that
+KVM can give on this host, and those that are served outside of KVM: by the board (the local APIC in
+both modes and its deadline timer) or by `cpu.msr` through exits (memory types, machine checks,
+TSC_ADJUST).
 
 Source: Linux, Documentation/virt/kvm/api.rst (KVM_GET_SUPPORTED_CPUID, KVM_X86_SET_MSR_FILTER).
 """
@@ -40,12 +41,13 @@ def offered(rows: Iterable[Row], supported: Iterable[Row]) -> list[Row]:
     for name in SERVED_OUTSIDE:
         leaf, register, bit = MODELLED[name]
         allowed[leaf, register] = allowed.get((leaf, register), 0) | 1 << bit
-    result = []
+    result: list[Row] = []
     for leaf, subleaf, *registers in rows:
         for register in range(4):
             if (leaf, register) in FEATURE_WORDS and subleaf in (0, ANY):
                 registers[register] &= allowed.get((leaf, register), 0)
-        result.append((leaf, subleaf, *registers))
+        eax, ebx, ecx, edx = registers
+        result.append((leaf, subleaf, eax, ebx, ecx, edx))
     return result
 
 

@@ -116,9 +116,7 @@ def _measure(system: System, clock: Callable[[], int]) -> tuple[int, int]:
         memory.close()
 
 
-def _measure_guest(
-    vm: Vm, memory: GuestMemory, clock: Callable[[], int], host_ns: int
-) -> int:
+def _measure_guest(vm: Vm, memory: GuestMemory, clock: Callable[[], int], host_ns: int) -> int:
     filtered = model.MsrFilter()
     vm.prepare(filtered.table)
     vm.set_memory(0, 0, memory.size, memory.host_base, log=False)
