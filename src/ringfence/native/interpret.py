@@ -15,6 +15,23 @@ from typing import Any
 from ringfence.native.dialect import MASK64, NativeFunction
 
 
+def _signed(value: int, bits: int = 64) -> int:
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> bits - 1 else value
+
+
+ARITHMETIC: dict[str, Callable[..., int]] = {
+    "slt": lambda left, right: int(_signed(left) < _signed(right)),
+    "sle": lambda left, right: int(_signed(left) <= _signed(right)),
+    "sar": lambda value, count: _signed(value) >> count & MASK64,
+    "sext": lambda value, bits: _signed(value, bits) & MASK64,
+    "mulhi": lambda left, right: left * right >> 64,
+    "popcount": lambda value: value.bit_count(),
+    "ctz": lambda value: (value & -value).bit_length() - 1 if value else 64,
+}
+"""The dialect's intrinsics that only calculate."""
+
+
 class _Wrap(ast.NodeTransformer):
     """Cut every arithmetic result to 64 bits."""
 
@@ -42,11 +59,11 @@ class Interpreter:
     Parameters
     ----------
     bindings : Mapping[str, Callable]
-        What stands for intrinsics and for functions that other rooms define, by name.
+        What stands for other intrinsics and for functions that other rooms define, by name.
     """
 
     def __init__(self, bindings: Mapping[str, Callable[..., int | None]]) -> None:
-        self._bindings = bindings
+        self._bindings = {**ARITHMETIC, **bindings}
         self._made: dict[str, Callable[..., int]] = {}
 
     def function(self, native: Any) -> Callable[..., int]:
@@ -73,8 +90,9 @@ class Interpreter:
             elif isinstance(value, NativeFunction) and value.name != native.name:
                 value = self.function(value)
             scope[name] = value
-        tree = ast.fix_missing_locations(_Wrap().visit(tree))
         code = native.function.__code__
+        tree = ast.fix_missing_locations(_Wrap().visit(tree))
+        ast.increment_lineno(tree, code.co_firstlineno - 1)
         exec(compile(tree, code.co_filename, "exec"), scope)
         made: Callable[..., int] = scope[native.name]
         return made

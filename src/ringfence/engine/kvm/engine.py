@@ -87,13 +87,12 @@ class KvmEngine:
         self._page = mmap.mmap(-1, -(-state.Cpu.size // PAGE) * PAGE)
         self.view = state.Cpu.at(ctypes.addressof(ctypes.c_char.from_buffer(self._page)))
         reset.reset(self.view)
-        self._filter = model.MsrFilter()
         self._system = System(kernel or HostKernel())
         self._vm: Vm | None = None
         self._vcpu: VcpuFile | None = None
         try:
             self._vm = self._system.create_vm()
-            self._vm.prepare(self._filter.table)
+            self._vm.prepare(model.msr_filter())
             self._set_slots(log=False)
             self._vcpu = self._vm.create_vcpu(0)
             rows = cpuid.build_cpuid(

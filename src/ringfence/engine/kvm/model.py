@@ -68,15 +68,19 @@ def cpuid_entries(rows: Iterable[Row]) -> list[abi.KvmCpuidEntry2]:
     return entries
 
 
-class MsrFilter:
-    """The filter that sends every register but KVM's own to us; ``table`` points into it."""
+def _bitmap(base: int, count: int) -> ctypes.Array[ctypes.c_uint8]:
+    """One bit per register from ``base`` on: whether it is KVM's own."""
+    bits = sum(1 << n for n in range(count) if base + n in KVM_MSRS)
+    return (ctypes.c_uint8 * 8)(*bits.to_bytes(8, "little"))
 
-    def __init__(self) -> None:
-        self.table = abi.KvmMsrFilter(flags=abi.MSR_FILTER_DEFAULT_DENY)
-        self._bitmaps = []
-        for entry, (base, count) in zip(self.table.ranges, _RANGES, strict=False):
-            bits = sum(1 << n for n in range(count) if base + n in KVM_MSRS)
-            bitmap = (ctypes.c_uint8 * 8)(*bits.to_bytes(8, "little"))
-            self._bitmaps.append(bitmap)
-            entry.flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
-            entry.base, entry.nmsrs, entry.bitmap = base, count, ctypes.addressof(bitmap)
+
+_BITMAPS = tuple(_bitmap(*each) for each in _RANGES)
+
+
+def msr_filter() -> abi.KvmMsrFilter:
+    """The filter that sends every register but KVM's own to us."""
+    table = abi.KvmMsrFilter(flags=abi.MSR_FILTER_DEFAULT_DENY)
+    for entry, (base, count), bitmap in zip(table.ranges, _RANGES, _BITMAPS, strict=False):
+        entry.flags = abi.MSR_FILTER_READ | abi.MSR_FILTER_WRITE
+        entry.base, entry.nmsrs, entry.bitmap = base, count, ctypes.addressof(bitmap)
+    return table

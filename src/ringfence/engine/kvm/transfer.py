@@ -65,7 +65,7 @@ def load(vcpu: VcpuFile, cpu: Any) -> None:
     events = abi.KvmVcpuEvents()
     events.interrupt.shadow = SHADOW_STI if cpu.interrupt_shadow else 0
     events.nmi.masked = cpu.nmi_blocked
-    events.flags = 1 << 2  # KVM_VCPUEVENT_VALID_SHADOW
+    events.flags = abi.VCPUEVENT_VALID_SHADOW
     vcpu.ask(Request.SET_VCPU_EVENTS, events)
 
 
