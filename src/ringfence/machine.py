@@ -145,10 +145,7 @@ class Machine:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
         size = parse_memory(memory)
-        engine = engines.resolve(engine)
-        most = engines.capabilities(engine).vcpus
-        if not 1 <= cpus <= most:
-            raise UsageError(f"{cpus} vCPUs: engine '{engine}' offers 1 to {most}")
+        engine = engines.select(engine, cpus)
         folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
         if kernel is None:
             kernel, initrd, cmdline = _from_image(image or "debian", initrd, append)

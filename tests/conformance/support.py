@@ -201,8 +201,8 @@ def program(source: str) -> bytes:
     return assemble(text)
 
 
-def run(engine: str, source: str) -> Outcome:
-    """Run a program to its end."""
+def run(engine: str, source: str, timeout: float = TIMEOUT) -> Outcome:
+    """Run a program to its end; after ``timeout`` seconds it is asked to stop."""
     memory = GuestMemory(RAM)
     code = program(source)
     assert len(code) <= LOG - CODE
@@ -226,7 +226,7 @@ def run(engine: str, source: str) -> Outcome:
     )
     made = engines.create(engine, memory, board, EngineConfig())
     machine.append(made)
-    watchdog = threading.Timer(TIMEOUT, lambda: end(StopReason.STOPPED))
+    watchdog = threading.Timer(timeout, lambda: end(StopReason.STOPPED))
     try:
         made.set_boot_state(_boot_state())
         made.set_registers({"r15": LOG})

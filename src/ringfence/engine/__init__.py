@@ -162,6 +162,26 @@ def resolve(name: str) -> str:
     return name
 
 
+def select(name: str, cpus: int) -> str:
+    """The engine that ``name`` stands for, for a machine with ``cpus`` vCPUs.
+
+    Raises
+    ------
+    UsageError
+        There is no such engine, or it doesn't offer so many vCPUs.
+    HostError
+        See `resolve`.
+    """
+    engine = resolve(name)
+    most = capabilities(engine).vcpus
+    if not 1 <= cpus <= most:
+        expected = "1" if most == 1 else f"1 to {most}"
+        raise UsageError(
+            f"{cpus} vCPUs are not available yet under engine '{engine}': expected {expected}"
+        )
+    return engine
+
+
 def preload(name: str, config: EngineConfig) -> threading.Thread:
     """Start loading an engine's code in a thread of its own; join it before `create`."""
 
