@@ -123,10 +123,10 @@ def names() -> tuple[str, ...]:
     return (AUTO, *_factories, *_PLANNED)
 
 
-def register(name: str, factory: Factory, capabilities: Capabilities) -> None:
+def register(name: str, factory: Factory, can: Capabilities | None = None) -> None:
     """Offer another engine under ``name``."""
     _factories[name] = factory
-    _capabilities[name] = capabilities
+    _capabilities[name] = can or Capabilities()
 
 
 def capabilities(name: str) -> Capabilities:

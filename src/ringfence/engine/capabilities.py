@@ -20,6 +20,8 @@ class Mode(Enum):
 class Capabilities:
     """What differs between engines by design; anything else that differs is a bug.
 
+    The defaults are the least that an engine offers.
+
     Attributes
     ----------
     modes : frozenset[Mode]
@@ -34,20 +36,12 @@ class Capabilities:
         Whether the engine can say which pages of RAM the guest has written.
     """
 
-    modes: frozenset[Mode]
-    vcpus: int
-    breakpoints: bool
-    alignment_checks: bool
-    dirty_log: bool
+    modes: frozenset[Mode] = frozenset({Mode.LONG})
+    vcpus: int = 1
+    breakpoints: bool = False
+    alignment_checks: bool = False
+    dirty_log: bool = False
 
 
-TRANSLATE = Capabilities(
-    modes=frozenset({Mode.LONG}),
-    vcpus=1,
-    breakpoints=False,
-    alignment_checks=False,
-    dirty_log=False,
-)
-KVM = Capabilities(
-    modes=frozenset(Mode), vcpus=1, breakpoints=True, alignment_checks=True, dirty_log=True
-)
+TRANSLATE = Capabilities()
+KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)
