@@ -345,6 +345,18 @@ def test_the_guest_s_cr8_reaches_the_board(rig: Any) -> None:
     assert it.kernel.interrupts == []
 
 
+def test_a_priority_raised_before_a_kick_counts(rig: Any) -> None:
+    def raise_priority(run: Any) -> None:
+        run.cr8 = 5
+        run.ready_for_interrupt_injection = run.if_flag = 1
+        interrupt(it)
+        raise OSError(errno.EINTR, "kicked")
+
+    it = rig(raise_priority, POWER_OFF)
+    it.engine.run()
+    assert it.kernel.interrupts == []
+
+
 def kicked(action: Any) -> Any:
     """A KVM_RUN that lasts until a signal ends it; meanwhile ``action`` runs in another thread."""
 
@@ -456,7 +468,6 @@ def test_loading_it_loads_no_compiler() -> None:
     code = (
         "import sys\n"
         "import ringfence.engine.kvm.engine, ringfence.engine.kvm.probe\n"
-        "from ringfence.engine.kvm.engine import Interpreter, msr\n"
         "assert not {'llvmlite', 'iced_x86', 'numba'} & set(sys.modules)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -44,9 +44,9 @@ from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.kvm import abi, model, transfer
 from ringfence.engine.kvm.abi import Exit
 from ringfence.engine.kvm.device import HostKernel, Kernel, System, VcpuFile, Vm
+from ringfence.engine.kvm.msrs import ModelRegisters
 from ringfence.errors import HostError
 from ringfence.memory.ram import PAGE
-from ringfence.native.interpret import Interpreter
 
 if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory, Region
@@ -106,10 +106,9 @@ class KvmEngine:
             raise
         self.vcpu = self._vcpu
         self.vm = self._vm
-        self._model = Interpreter(
-            {"rdtsc": lambda: (board.tsc.read() - self.view.tsc_offset) & MASK64}
+        self._msrs = ModelRegisters(
+            self.view, board, lambda offset: self._set_tsc_offset(self.vcpu, offset)
         )
-        self._msrs: dict[int, MsrDevice] = {}
         self._stop = self._pause = self._irq = False
         self._inside = self._halted = False
         self._cr8 = 0
@@ -167,7 +166,7 @@ class KvmEngine:
 
     def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
         """See ``Engine``."""
-        self._msrs.update((index, device) for index in indexes)
+        self._msrs.attach(indexes, device)
 
     def run(self) -> StopReason:
         """See ``Engine``; HostError if KVM fails in a way that no guest can cause."""
@@ -297,7 +296,7 @@ class KvmEngine:
                 return StopReason.PAUSED
             entered = clock()
             self._vmm_ns += entered - left
-            error = self.vcpu.enter()
+            error = self._enter(run)
             left = clock()
             self._guest_ns += left - entered
             self._inside = False
@@ -309,10 +308,16 @@ class KvmEngine:
             if outcome is not None:
                 return outcome
 
+    def _enter(self, run: Any) -> int:
+        """Enter the guest; 0 or an error number. The board learns of its task priority at once."""
+        error = self.vcpu.enter()
+        if run.cr8 != self._cr8:
+            self._cr8 = run.cr8
+            self.board.write_cr8(0, run.cr8)
+        return error
+
     def _exit(self, run: Any) -> StopReason | None:
         """Handle what the guest wants; a reason if it ends the run."""
-        if run.cr8 != self._cr8:
-            self.board.write_cr8(0, run.cr8)
         handler = self._handlers.get(run.exit_reason)
         if handler is None:
             raise HostError(
@@ -341,7 +346,7 @@ class KvmEngine:
         run.immediate_exit = 1
         try:
             while True:
-                error = self.vcpu.enter()
+                error = self._enter(run)
                 if error == errno.EINTR:
                     return None
                 if error:
@@ -462,7 +467,7 @@ class KvmEngine:
         began = time.perf_counter_ns()
         index = run.msr.index
         try:
-            run.msr.data = self._read_msr(index)
+            run.msr.data = self._msrs.read(index)
             run.msr.error = 0
         except GeneralProtection:
             run.msr.error = 1
@@ -472,38 +477,11 @@ class KvmEngine:
         began = time.perf_counter_ns()
         index, value = run.msr.index, run.msr.data
         try:
-            self._write_msr(index, value)
+            self._msrs.write(index, value)
             run.msr.error = 0
         except GeneralProtection:
             run.msr.error = 1
         self._count(Reason.MSR_WRITE, began, lambda: vocabulary.MsrWrite(index, value))
-
-    def _read_msr(self, index: int) -> int:
-        device = self._owner(index)
-        if device is not None:
-            return device.msr_read(index)
-        if self._model.function(msr.belongs_to_vmm)(index):
-            return int(self.board.msr_read(0, index))
-        if self._model.function(msr.read_msr)(self.view, index) != state.OK:
-            raise GeneralProtection(f"MSR {index:#x} does not exist")
-        return int(self.view.value)
-
-    def _write_msr(self, index: int, value: int) -> None:
-        device = self._owner(index)
-        if device is not None:
-            device.msr_write(index, value)
-        elif self._model.function(msr.belongs_to_vmm)(index):
-            self.board.msr_write(0, index, value)
-        elif self._model.function(msr.write_msr)(self.view, index, value) != state.OK:
-            raise GeneralProtection(f"MSR {index:#x} refuses {value:#x}")
-        elif index in (msr.TSC, msr.TSC_ADJUST):
-            self._set_tsc_offset(self.vcpu, self.view.tsc_offset)
-
-    def _owner(self, index: int) -> MsrDevice | None:
-        """The device that was attached for a register; GeneralProtection where KVM refused."""
-        if index in transfer.KVM_MSRS:
-            raise GeneralProtection(f"KVM refused an access to its MSR {index:#x}")
-        return self._msrs.get(index)
 
     def _on_shutdown(self, run: Any) -> StopReason:
         # KVM doesn't tell what could not be delivered; the last was a double fault.
