@@ -28,6 +28,9 @@ KNOWN: dict[str, dict[str, str]] = {
     "software KVM": {
         "#GP interrupt through a missing gate in user": _INT,
         "INT in user": _INT,
+        "INT through a gate of the kernel's": _INT,
+        "a call gate, and back": "user code's far call reaches the host's tables",
+        "IOPL 3": "user code runs without I/O privilege",
         "#NP gate": "a fault in the delivery of a benign fault becomes #DF",
         "syscall and sysret": _SYSTEM_CALL,
         "SYSRET in kernel": _SYSTEM_CALL,

@@ -8,8 +8,10 @@ from conformance.support import (
     CODE32,
     DATA,
     IST1,
+    KCODE,
     KDATA,
     KSTACK,
+    TSS_SELECTOR,
     UCODE,
     UDATA,
     USTACK,
@@ -120,6 +122,49 @@ SYSTEM: dict[str, Case] = {
         "1: lea rax, [rip + 2b]\nsub rax, rcx\nreport rax\nreport r11\nmov ax, cs\nmovzx eax, ax\n"
         "report rax\npushfq\npop rax\nreport rax\nmov r11, 0x202\nsysretq\n3:\n",
         [0, 0x246, 0x10, 0x46, UCODE],
+    ),
+    "LTR of a busy TSS": Case(
+        "try\nmov eax, TSS_SELECTOR\nltr ax\ncaught\n", fault(state.GP, TSS_SELECTOR),
+    ),
+    "null SS in the kernel": Case("xor eax, eax\nmov ss, eax\nmov eax, ss\nreport rax\n", [0]),
+    "null SS in user code": Case("user\nxor eax, eax\nmov ss, eax\nkernel\n", fault(state.GP)),
+    "SS of another level": Case(
+        "try\nmov eax, UDATA\nmov ss, eax\ncaught\n", fault(state.GP, UDATA & ~3),
+    ),
+    "INT through a gate of the kernel's": Case(
+        "user\nint 0x81\nkernel\n", fault(state.GP, 0x81 << 3 | 2),
+    ),
+    "a call gate, and back": Case(
+        "lea rax, [rip + 6f]\nmov [GDT + 0x50], ax\nmov word ptr [GDT + 0x52], KCODE\n"
+        "mov word ptr [GDT + 0x54], 0xec00\nshr rax, 16\nmov [GDT + 0x56], ax\n"
+        "mov qword ptr [GDT + 0x58], 0\nmov dword ptr [DATA], 0\nmov word ptr [DATA + 4], 0x53\n"
+        "user\n.byte 0xff, 0x1c, 0x25\n.long DATA\nmov eax, cs\nreport rax\nkernel\njmp 7f\n"
+        "6: mov eax, cs\nreport rax\nmov rax, [rsp + 8]\nreport rax\nmov rax, [rsp + 24]\n"
+        "report rax\nreport rsp\nretfq\n7:\n",
+        [KCODE, UCODE, UDATA, KSTACK - 32, UCODE],
+    ),
+    "the I/O permission map": Case(
+        # The TSS grows by a map of zeros (SDM vol. 1, 19.5.2); one bit in it is set.
+        "mov word ptr [GDT + TSS_SELECTOR], 0x200\nmov byte ptr [GDT + TSS_SELECTOR + 5], 0x89\n"
+        "mov eax, TSS_SELECTOR\nltr ax\nmov byte ptr [TSS + 104 + 0x80 / 8], 1\nuser\n"
+        "mov edx, 0x5f0\nin al, dx\nmovzx eax, al\nreport rax\nout 0x80, al\nkernel\n"
+        "user\nmov edx, 0x1000\nin al, dx\nkernel\n",
+        [0xFF, *fault(state.GP), *fault(state.GP)],
+    ),
+    "IOPL 3": Case(
+        "user 0x3002\nmov edx, 0x5f0\nin al, dx\nmovzx eax, al\nreport rax\nsti\ncli\nmark 1\n"
+        "kernel\n",
+        [0xFF, 1],
+    ),
+    "FS and its base from a descriptor": Case(
+        f"mov rax, 0x00cf92060000ffff\nmov [GDT + 0x50], rax\nmov dword ptr [{DATA + 8}], 0x1234\n"
+        "mov eax, 0x50\nmov fs, eax\nmov eax, fs:[8]\nreport rax\nmov ecx, 0xc0000100\nrdmsr\n"
+        "report rax\nxor eax, eax\nmov fs, eax\n",
+        [0x1234, DATA],
+    ),
+    "segment limits don't count in 64-bit mode": Case(
+        f"mov rax, 0x0000920000000001\nmov [GDT + 0x50], rax\nmov eax, 0x50\nmov ds, eax\n"
+        f"mov dword ptr ds:[{DATA}], 7\nmov eax, [{DATA}]\nreport rax\n", [7],
     ),
     "#PF not present": Case(f"try\nmov rax, [{WINDOW + 0x123}]\ncaught\n",
                             fault(state.PF, 0, WINDOW + 0x123)),
