@@ -18,7 +18,6 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,14 +177,6 @@ class Outcome:
     console: bytes
     report: str
     memory: bytes
-
-
-def host_engines() -> list[str]:
-    """Engines that this host has."""
-    names = ["translate"]
-    if Path("/dev/kvm").exists():
-        names.append("kvm")
-    return names
 
 
 def is_software(engine: str) -> bool:

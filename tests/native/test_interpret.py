@@ -1,28 +1,9 @@
-"""Interpreted functions of the dialect give what compiled ones give."""
+"""Functions of the dialect, run in Python (tests/cpu compares them with compiled ones)."""
 
 from __future__ import annotations
 
-import ctypes
-import random
-
-import pytest
-
-from ringfence.cpu import msr, reset, state
-from ringfence.engine.translate import natives
-from ringfence.engine.translate.block import Vcpu
-from ringfence.native.dialect import (
-    ctz,
-    mulhi,
-    native,
-    native_inline,
-    popcount,
-    sar,
-    sext,
-    sle,
-    slt,
-)
+from ringfence.native.dialect import native, native_inline
 from ringfence.native.interpret import Interpreter
-from ringfence.native.library import Library
 
 M64 = (1 << 64) - 1
 CONSTANT = 0x10
@@ -32,13 +13,6 @@ CONSTANT = 0x10
 def helper(value: int) -> int:
     """Wraps below zero."""
     return value - CONSTANT
-
-
-@native
-def signed(left: int, right: int) -> int:
-    """All arithmetic intrinsics."""
-    total = slt(left, right) + 2 * sle(left, right) + sar(left, right & 63)
-    return total ^ sext(left, 13) ^ mulhi(left, right) + popcount(left) * 64 + ctz(right)
 
 
 @native
@@ -79,53 +53,3 @@ def test_what_is_bound_is_called() -> None:
     run = Interpreter({"helper": bound}).function(sample)
     assert run(1, 2) == Interpreter({}).function(sample)(1, 2)
     assert seen == [0, 1]
-
-
-def test_arithmetic_like_compiled() -> None:
-    library = Library([signed, sample], [])
-    source = random.Random("arithmetic")
-    for made in (signed, sample):
-        run = Interpreter({}).function(made)
-        compiled = library.function(made.name, 2)  # type: ignore[attr-defined]
-        for _ in range(300):
-            left = source.getrandbits(source.choice([3, 13, 32, 64]))
-            right = 9 if made is sample else source.choice([0, 1, 63, source.getrandbits(64)])
-            assert run(left, right) == compiled(left, right), (left, right)
-
-
-@pytest.fixture(scope="module")
-def compiled() -> object:
-    return natives.load(None)
-
-
-def test_registers_like_compiled(compiled: object) -> None:
-    """Reads and writes of model-specific registers, by both, on equal states."""
-    source = random.Random("registers")
-    run = Interpreter({"rdtsc": lambda: 0})
-    blocks = [ctypes.create_string_buffer(Vcpu.size + 4096) for _ in range(2)]
-    addresses = [ctypes.addressof(block) + 4095 & ~4095 for block in blocks]
-    views = [Vcpu.at(address) for address in addresses]
-    for view in views:
-        reset.reset(view)
-    read = compiled.function("read_msr", 2)  # type: ignore[attr-defined]
-    write = compiled.function("write_msr", 3)  # type: ignore[attr-defined]
-    indexes = [
-        *range(0x200, 0x212), *range(0x250, 0x270), msr.PAT, msr.MTRR_DEF_TYPE, msr.MTRR_CAP,
-        msr.HWCR, msr.DE_CFG, msr.VM_CR, msr.PATCH_LEVEL, msr.MISC_ENABLE, msr.MCG_STATUS,
-        msr.TSC_ADJUST, msr.LSTAR, msr.KERNEL_GS_BASE, 0xC0010062, 0x12345, M64 >> 32,
-    ]  # fmt: skip
-    for _ in range(600):
-        index = source.choice(indexes)
-        value = source.choice(
-            [source.getrandbits(64), 6, 0x0606060606060606, source.getrandbits(12), 0xC06, 1 << 47]
-        )
-        assert write(addresses[0], index, value) == run.function(msr.write_msr)(
-            views[1], index, value
-        )
-        index = source.choice(indexes)
-        assert read(addresses[0], index) == run.function(msr.read_msr)(views[1], index)
-        assert views[0].value == views[1].value
-    size = state.Cpu.offset_of("exc_vector")
-    skipped = state.Cpu.offset_of("tsc_offset")
-    left, right = (ctypes.string_at(address, size) for address in addresses)
-    assert left[:skipped] == right[:skipped]
