@@ -64,7 +64,7 @@ class Side:
                 *("-no-reboot", "-nodefaults"),
             ]
         return [
-            *(sys.executable, "-m", "ringfence.cli", "run"),
+            *(sys.executable, "-m", "ringfence.cli", "run", "--engine", "translate"),
             *("--kernel", str(kernel), "--initrd", str(initrd), "--append", APPEND),
             *("--memory", f"{memory}M", "--cache-dir", str(cache)),
             *(("--stats", str(stats)) if stats else ()),

@@ -44,6 +44,7 @@ def split(
         kernel=root.image.kernel,
         initrd=root.initrd,
         append=APPEND,
+        engine="translate",
         memory=f"{settings.memory}M",
         cache_dir=scratch / "cache",
     ) as machine:

@@ -56,7 +56,7 @@ def test_more_than_the_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"cpus": 2}, "vCPUs"),
         ({"cpus": 0}, "vCPUs"),
-        ({"engine": "kvm"}, "not available yet"),
+        ({"engine": "trap"}, "not available yet"),
         ({"engine": "warp"}, "unknown engine"),
         ({"on_reset": "explode"}, "on_reset"),
         ({"image": "debian"}, "both an image and a kernel"),

@@ -142,12 +142,10 @@ class Machine:
         cache: bool = True,
         cache_dir: str | Path | None = None,
     ) -> None:
-        if cpus != 1:
-            raise UsageError(f"{cpus} vCPUs are not available yet: expected 1")
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
         size = parse_memory(memory)
-        engine = engines.resolve(engine)
+        engine = engines.select(engine, cpus)
         folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
         if kernel is None:
             kernel, initrd, cmdline = _from_image(image or "debian", initrd, append)

@@ -289,3 +289,20 @@ def test_changing_the_divider_keeps_the_count(rig, lapic) -> None:
     assert rig.take() is None
     rig.clock.advance(1)
     assert rig.take() == 0x60
+
+
+def test_a_count_shorter_than_our_own_work_fires(rig, lapic, monkeypatch) -> None:
+    """A count of one tick ends while its register is still being written; it fires all the same."""
+    now = rig.clock.now
+
+    def hurried() -> int:
+        rig.clock.advance(100)
+        return now()
+
+    rig.apic(LVT_TIMER, 0x40)
+    rig.apic(DIVIDE, 0xB)
+    monkeypatch.setattr(rig.clock, "now", hurried)
+    rig.apic(INITIAL, 1)
+    monkeypatch.undo()
+    rig.clock.advance(1000)
+    assert rig.take() == 0x40

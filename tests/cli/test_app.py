@@ -10,6 +10,8 @@ import pytest
 import ringfence
 from ringfence.cli import app
 from ringfence.cli.doctor import NEEDED_FEATURES, OFFERED_FEATURES, examine
+from ringfence.engine.kvm import probe
+from ringfence.engine.kvm.probe import Kind
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ from ringfence.cli.doctor import NEEDED_FEATURES, OFFERED_FEATURES, examine
         (["run", "--cpus", "two"], "--cpus"),
         (["run", "--cpus", "2"], "not available yet"),
         (["run", "--cpus", "-5"], "expected 1"),
-        (["run", "--engine", "kvm"], "not available yet"),
+        (["run", "--engine", "trap"], "not available yet"),
         (["run", "--engine", "warp"], "unknown engine"),
         (["run", "--timeout", "0"], "above 0"),
         (["run", "--timeout", "nan"], "above 0"),
@@ -111,28 +113,40 @@ ALL = " ".join(NEEDED_FEATURES + OFFERED_FEATURES)
 
 
 @pytest.mark.parametrize(
-    ("flags", "device", "name", "ok", "detail"),
+    ("flags", "name", "ok", "detail"),
     [
-        (ALL, True, "features needed", True, "all there"),
-        ("cx16 nx", True, "features needed", False, "lacks fxsr lahf_lm sse2"),
-        (ALL, True, "features offered", True, "avx2"),
-        (ALL, True, "KVM", False, "software KVM"),
-        (ALL + " svm", True, "KVM", True, "hardware"),
-        (ALL + " vmx", True, "KVM", True, "hardware"),
-        (ALL, False, "KVM", False, "binary translation"),
-        (ALL, True, "memfd", True, "works"),
-        (ALL, True, "W^X dual mapping", True, "works"),
-        (ALL, True, "cache folder", True, "writable"),
+        (ALL, "features needed", True, "all there"),
+        ("cx16 nx", "features needed", False, "lacks fxsr lahf_lm sse2"),
+        (ALL, "features offered", True, "avx2"),
+        (ALL, "memfd", True, "works"),
+        (ALL, "W^X dual mapping", True, "works"),
+        (ALL, "cache folder", True, "writable"),
     ],
 )
-def test_doctor(tmp_path: Path, flags: str, device: bool, name: str, ok: bool, detail: str) -> None:
-    cpuinfo, kvm = tmp_path / "cpuinfo", tmp_path / "kvm"
+def test_doctor(tmp_path: Path, flags: str, name: str, ok: bool, detail: str) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(CPUINFO.format(flags=flags))
-    if device:
-        kvm.touch()
-    check = {each.name: each for each in examine(cpuinfo, kvm)}[name]
+    check = {each.name: each for each in examine(cpuinfo)}[name]
     assert check.ok is ok
     assert detail in check.detail
+
+
+@pytest.mark.parametrize(
+    ("kind", "ok", "engine"),
+    [
+        (Kind.HARDWARE, True, "kvm"),
+        (Kind.SOFTWARE, False, "translate"),
+        (Kind.NONE, False, "translate"),
+    ],
+)
+def test_doctor_says_what_auto_takes(
+    kind: Kind, ok: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "verdict", lambda: probe.Verdict(kind, "found this"))
+    checks = {each.name: each for each in examine()}
+    assert (checks["KVM"].ok, checks["KVM"].detail) == (ok, "found this")
+    assert checks["engine"].detail == f"auto takes '{engine}'"
+    assert not checks["KVM"].needed
 
 
 def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +155,7 @@ def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     failed = [row for row in rows if row["needed"] and not row["ok"]]
     assert ended.value.code == (6 if failed else 0)
-    assert {"KVM", "apt", "memory", "limits"} <= {row["name"] for row in rows}
+    assert {"KVM", "engine", "apt", "memory", "limits"} <= {row["name"] for row in rows}
 
 
 def test_without_apt_the_builtin_guest_starts(

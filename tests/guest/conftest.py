@@ -116,7 +116,7 @@ def initrd(cloud: Image, life: Path, tmp_path_factory: pytest.TempPathFactory) -
 def machine(cloud: Image, initrd: Path, cache: Path) -> Iterator[Machine]:
     """A running machine, at its shell's prompt when `shell` is asked for."""
     with Machine(
-        kernel=cloud.kernel, initrd=initrd, append=APPEND, memory="512M", cache_dir=cache
+        kernel=cloud.kernel, initrd=initrd, append=APPEND, engine="translate", cache_dir=cache
     ) as made:
         made.start()
         yield made

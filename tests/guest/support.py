@@ -93,7 +93,7 @@ def boot_arguments(kernel: Path, initrd: Path, cache: Path) -> Sequence[str | Pa
     """Arguments that boot a kernel with an initramfs, as the documentation has them."""
     return (
         *("run", "--kernel", kernel, "--initrd", initrd, "--append", APPEND),
-        *("--memory", "512M", "--cache-dir", cache),
+        *("--engine", "translate", "--memory", "512M", "--cache-dir", cache),
     )
 
 

@@ -41,7 +41,7 @@ def test_library_boots_to_a_shell(
 ) -> None:
     image: Image = request.getfixturevalue(flavour)
     with Machine(
-        kernel=image.kernel, initrd=image.initrd, append=APPEND, memory="512M", cache_dir=cache
+        kernel=image.kernel, initrd=image.initrd, append=APPEND, engine="translate", cache_dir=cache
     ) as machine:
         machine.start()
         machine.console.wait_for("~ # ", BOOT)

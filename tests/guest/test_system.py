@@ -141,7 +141,7 @@ def test_nor_one_with_an_empty_cache(
 ) -> None:
     """The slowest boot there is: the kernel must not doubt its clocks for it."""
     with Machine(
-        kernel=cloud.kernel, initrd=initrd, append=APPEND, memory="512M", cache_dir=tmp_path
+        kernel=cloud.kernel, initrd=initrd, append=APPEND, engine="translate", cache_dir=tmp_path
     ) as machine:
         machine.start()
         shell = Shell(machine)

@@ -67,7 +67,12 @@ def kernel(body: str, handler: str = "iretq") -> bytes:
 
 def machine(image: bytes, **options: object) -> Machine:
     """A small machine without a disk cache, unless it is asked for."""
-    settings: dict[str, object] = {"memory": "16M", "cache": False, **options}
+    settings: dict[str, object] = {
+        "engine": "translate",
+        "memory": "16M",
+        "cache": False,
+        **options,
+    }
     return Machine(kernel=image, **settings)  # type: ignore[arg-type]
 
 

@@ -82,7 +82,7 @@ class LapicTimer(Saved):
         if TimerMode.TSC_DEADLINE in (mode, self.mode):
             self.initial = self.deadline = 0
         self.mode = mode
-        self._arm()
+        self._arm(self._clock.now())
 
     def write_initial(self, count: int) -> None:
         """Write the initial count register: start anew, or stop with 0."""
@@ -90,15 +90,16 @@ class LapicTimer(Saved):
             return
         self.initial = count & 0xFFFF_FFFF
         self.start = self._clock.now()
-        self._arm()
+        self._arm(self.start)
 
     def write_divide(self, value: int) -> None:
         """Write the divide configuration register; a running count goes on from where it is."""
         elapsed = self.initial - self.read_current()
         self.divide = value & 0xB
         if self.initial:
-            self.start = self._clock.now() - elapsed * divider(self.divide)
-            self._arm()
+            now = self._clock.now()
+            self.start = now - elapsed * divider(self.divide)
+            self._arm(now)
 
     def read_current(self) -> int:
         """Return the current count register."""
@@ -113,7 +114,7 @@ class LapicTimer(Saved):
         """Write IA32_TSC_DEADLINE (0 disarms); ignored in the other modes."""
         if self.mode == TimerMode.TSC_DEADLINE:
             self.deadline = value
-            self._arm()
+            self._arm(self._clock.now())
 
     def read_deadline(self) -> int:
         """Return IA32_TSC_DEADLINE; 0 once it has fired."""
@@ -121,10 +122,14 @@ class LapicTimer(Saved):
 
     def restored(self) -> None:
         """Arm again; the clock and the TSC must have been restored before."""
-        self._arm()
+        self._arm(self._clock.now())
 
-    def _arm(self) -> None:
-        """Set the deadline that the registers describe."""
+    def _arm(self, now: int) -> None:
+        """Set the deadline that the registers describe.
+
+        A count that has run out by ``now`` has fired; one that only just started has not, however
+        short it is.
+        """
         if self.mode == TimerMode.TSC_DEADLINE:
             if not self.deadline:
                 self._timer.set(None)
@@ -135,12 +140,12 @@ class LapicTimer(Saved):
                 self._fire()
             else:
                 ns = -(-ticks * NS_PER_SECOND // self._tsc.hz)
-                self._timer.set(self._clock.now() + ns)
+                self._timer.set(now + ns)
         elif not self.initial:
             self._timer.set(None)
         else:
             length = self.initial * divider(self.divide)
-            elapsed = self._clock.now() - self.start
+            elapsed = now - self.start
             if self.mode == TimerMode.PERIODIC:
                 period = length * -(-MINIMUM_PERIOD_NS // length)
                 self._timer.set(self.start + (elapsed // period + 1) * period)
@@ -153,5 +158,5 @@ class LapicTimer(Saved):
         if self.mode == TimerMode.TSC_DEADLINE:
             self.deadline = 0
         elif self.mode == TimerMode.PERIODIC:
-            self._arm()
+            self._arm(self._clock.now())
         self._expired()

@@ -119,7 +119,7 @@ def run(
     ] = None,
     memory: Annotated[str, typer.Option(help="Guest RAM, such as 512M or 1G.")] = "512M",
     cpus: Annotated[int, typer.Option(help="Number of vCPUs.")] = 1,
-    engine: Annotated[str, typer.Option(help="auto, translate, kvm or trap.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, translate or kvm (see doctor).")] = "auto",
     timeout: Annotated[
         float | None, typer.Option(help="Seconds until the guest is stopped (status 5).")
     ] = None,

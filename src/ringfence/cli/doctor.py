@@ -66,14 +66,14 @@ def show(*, as_json: bool) -> int:
     return 0 if good else HostError.exit_status
 
 
-def examine(cpuinfo: Path = Path("/proc/cpuinfo"), kvm: Path = Path("/dev/kvm")) -> list[Check]:
-    """Ask everything; the parameters let a test describe another host."""
+def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Check]:
+    """Ask everything; the parameter lets a test describe another host."""
     cpu = read_cpuinfo(cpuinfo)
     flags = set(cpu.get("flags", "").split())
     return [
         _host(),
         *_cpu(cpu, flags),
-        _kvm(kvm, flags),
+        *_engines(),
         _memory(),
         _tried("memfd", True, _memfd),
         _tried("W^X dual mapping", True, _dual_mapping),
@@ -121,17 +121,17 @@ def _cpu(cpu: dict[str, str], flags: set[str]) -> list[Check]:
     ]
 
 
-def _kvm(device: Path, flags: set[str]) -> Check:
-    """A KVM device on a CPU that shows no virtualization extension is a software KVM."""
-    name = "KVM"
-    if not device.exists():
-        return Check(name, False, False, f"no {device}: guests run under binary translation")
-    hardware = bool(flags & {"svm", "vmx"})
-    kind = "hardware" if hardware else "software KVM (e.g. PVM; expect slow exits)"
-    if not os.access(device, os.R_OK | os.W_OK):
-        advice = "not accessible: join the group that owns it (often 'kvm')"
-        return Check(name, False, False, f"{kind}, {device} {advice}")
-    return Check(name, hardware, False, f"{kind}, {device} accessible")
+def _engines() -> list[Check]:
+    """What is behind /dev/kvm, and which engine ``--engine auto`` takes here."""
+    from ringfence import engine as engines
+    from ringfence.engine.kvm.probe import Kind, verdict
+
+    found = verdict()
+    auto = engines.resolve(engines.AUTO)
+    return [
+        Check("KVM", found.kind is Kind.HARDWARE, False, found.detail),
+        Check("engine", True, True, f"auto takes '{auto}'"),
+    ]
 
 
 def _memory() -> Check:

@@ -71,9 +71,7 @@ def _check(options: RunOptions) -> None:
     from ringfence.settings import parse_memory
 
     parse_memory(options.memory)
-    engines.resolve(options.engine)
-    if options.cpus != 1:
-        raise UsageError(f"--cpus {options.cpus} is not available yet: expected 1")
+    engines.select(options.engine, options.cpus)
     if options.kernel is not None and options.image is not None:
         raise UsageError("both an image and --kernel were given: expected one of them")
     if options.timeout is not None and not (options.timeout > 0 and math.isfinite(options.timeout)):

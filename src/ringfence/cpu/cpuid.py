@@ -12,14 +12,14 @@ Sources: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import struct
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ringfence.cpu.state import CR4_OSXSAVE, OK, RAX, RBX, RCX, RDX, XSAVE_BYTES, Cpu
 from ringfence.native.dialect import load32, native
+from ringfence.native.routine import routine
 
 Row: TypeAlias = tuple[int, int, int, int, int, int]
 Registers: TypeAlias = tuple[int, int, int, int]
@@ -100,8 +100,7 @@ BASELINE = frozenset(
 def host_cpuid(leaf: int, subleaf: int = 0) -> Registers:
     """What the host's CPUID says: EAX, EBX, ECX, EDX."""
     result = (ctypes.c_uint32 * 4)()
-    routine, _ = _host_routine()
-    routine(leaf, subleaf, ctypes.addressof(result))
+    _host_routine()(leaf, subleaf, ctypes.addressof(result))
     return result[0], result[1], result[2], result[3]
 
 
@@ -122,18 +121,8 @@ HOST_CPUID_CODE = bytes.fromhex(
 
 
 @cache
-def _host_routine() -> tuple[Any, mmap.mmap]:
-    """The routine, in memory that is never writable and executable at once, and that memory."""
-    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    page.write(HOST_CPUID_CODE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    if libc.mprotect(address, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC):
-        code = ctypes.get_errno()
-        raise OSError(code, "mprotect refused an executable page")
-    kind = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
-    return kind(address), page
+def _host_routine() -> Callable[..., int]:
+    return routine(HOST_CPUID_CODE, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)
 
 
 def _collect_bits(host: HostCpuid, cpus: int) -> dict[tuple[int, int], int]:

@@ -1,4 +1,4 @@
-"""The state of a virtual CPU after power-up or RESET.
+"""The state of a virtual CPU after power-up or RESET, and at the entry of a 64-bit kernel.
 
 Source: Intel SDM vol. 3, table 9-1 (processor state following power-up, reset, INIT). The FPU
 control word is the one that FNINIT gives, because an XSAVE area whose header says "initial" means
@@ -12,6 +12,9 @@ from typing import Any
 
 from ringfence.cpu.cpuid import SIGNATURE
 from ringfence.cpu.state import (
+    ATTR_DB,
+    ATTR_G,
+    ATTR_L,
     ATTR_P,
     ATTR_S,
     CR0_CD,
@@ -21,6 +24,8 @@ from ringfence.cpu.state import (
     LDTR,
     NO_EXCEPTION,
     RDX,
+    RSI,
+    RSP,
     TR,
     Cpu,
 )
@@ -74,3 +79,24 @@ def reset(cpu: Any) -> None:
     cpu.exc_vector = cpu.delivering = NO_EXCEPTION
     struct.pack_into("<H", cpu.xsave, 0, FCW_RESET)
     struct.pack_into("<II", cpu.xsave, 24, MXCSR_RESET, MXCSR_MASK)
+
+
+def set_boot_state(cpu: Any, boot: Any) -> None:
+    """Reset a ``Cpu`` view and enter a kernel by the 64-bit boot protocol.
+
+    ``boot`` has ``rip``, ``rsp``, ``rsi``, ``cr0``, ``cr3``, ``cr4``, ``efer``, ``gdt_base``,
+    ``gdt_limit`` and the selectors ``cs`` and ``ds`` of flat segments.
+    """
+    reset(cpu)
+    for name in ("rip", "cr0", "cr3", "cr4", "efer"):
+        setattr(cpu, name, getattr(boot, name))
+    cpu.gpr[RSP] = boot.rsp
+    cpu.gpr[RSI] = boot.rsi
+    cpu.gdtr_base, cpu.gdtr_limit = boot.gdt_base, boot.gdt_limit
+    flat = ATTR_P | ATTR_S | ATTR_G
+    for segment in range(6):
+        code = segment == CS
+        cpu.seg_selector[segment] = boot.cs if code else boot.ds
+        cpu.seg_base[segment] = 0
+        cpu.seg_limit[segment] = 0xFFFFFFFF
+        cpu.seg_attr[segment] = flat | (CODE | ATTR_L if code else DATA | ATTR_DB)

@@ -339,13 +339,16 @@ def zero_flag_set(cpu: Cpu, zero: int) -> int:
 
 @native
 def fx_lar(cpu: Cpu) -> int:
-    """LAR: op[0] destination, op[1] operand size, op[2] selector; ZF tells success."""
+    """LAR: op[0] destination, op[1] operand size, op[2] selector; ZF tells success.
+
+    Bits 16-19, of the limit, which Intel leaves undefined, are kept as processors do (APM vol. 3).
+    """
     if descriptor_visible(cpu, cpu.op[2] & 0xFFFF):
         return FAULT
     descriptor = cpu.value
     if not (LAR_TYPES >> ((descriptor >> DESC_TYPE_SHIFT) & 0x1F)) & 1:
         return zero_flag_set(cpu, 0)
-    operand_store(cpu, cpu.op[0], cpu.op[1], (descriptor >> 32) & 0x00F0FF00)
+    operand_store(cpu, cpu.op[0], cpu.op[1], (descriptor >> 32) & 0x00FFFF00)
     return zero_flag_set(cpu, 1)
 
 

@@ -16,7 +16,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ringfence.errors import UsageError
+from ringfence.engine.capabilities import KVM, TRANSLATE, Capabilities
+from ringfence.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from ringfence.engine.exits import TraceRecord
@@ -109,10 +110,12 @@ class Engine(Protocol):
 Factory = Callable[["GuestMemory", Any, EngineConfig], Engine]
 
 AUTO = "auto"
-_PLANNED = ("kvm", "trap")
+_PLANNED = ("trap",)
 _factories: dict[str, str | Factory] = {
     "translate": "ringfence.engine.translate.engine:TranslateEngine",
+    "kvm": "ringfence.engine.kvm.engine:KvmEngine",
 }
+_capabilities = {"translate": TRANSLATE, "kvm": KVM}
 
 
 def names() -> tuple[str, ...]:
@@ -120,20 +123,63 @@ def names() -> tuple[str, ...]:
     return (AUTO, *_factories, *_PLANNED)
 
 
-def register(name: str, factory: Factory) -> None:
+def register(name: str, factory: Factory, can: Capabilities | None = None) -> None:
     """Offer another engine under ``name``."""
     _factories[name] = factory
+    _capabilities[name] = can or Capabilities()
+
+
+def capabilities(name: str) -> Capabilities:
+    """What an engine that `resolve` returned can do; nothing is loaded for the answer."""
+    return _capabilities[name]
 
 
 def resolve(name: str) -> str:
-    """The engine that ``name`` stands for; UsageError where there is none."""
-    if name == AUTO:
-        return "translate"
+    """The engine that ``name`` stands for.
+
+    ``auto`` is KVM where the host has the hardware for it, and binary translation elsewhere.
+
+    Raises
+    ------
+    UsageError
+        There is no such engine.
+    HostError
+        KVM was asked for by name, and this host's can't be used.
+    """
     if name in _PLANNED:
         raise UsageError(f"engine '{name}' is not available yet: use 'translate' or 'auto'")
-    if name not in _factories:
+    if name != AUTO and name not in _factories:
         raise UsageError(f"unknown engine '{name}': expected one of {', '.join(names())}")
+    if name not in (AUTO, "kvm"):
+        return name
+    from ringfence.engine.kvm.probe import Kind, verdict
+
+    found = verdict()
+    if name == AUTO:
+        return "kvm" if found.kind is Kind.HARDWARE else "translate"
+    if found.kind is Kind.NONE:
+        raise HostError(found.detail)
     return name
+
+
+def select(name: str, cpus: int) -> str:
+    """The engine that ``name`` stands for, for a machine with ``cpus`` vCPUs.
+
+    Raises
+    ------
+    UsageError
+        There is no such engine, or it doesn't offer so many vCPUs.
+    HostError
+        See `resolve`.
+    """
+    engine = resolve(name)
+    most = capabilities(engine).vcpus
+    if not 1 <= cpus <= most:
+        expected = "1" if most == 1 else f"1 to {most}"
+        raise UsageError(
+            f"{cpus} vCPUs are not available yet under engine '{engine}': expected {expected}"
+        )
+    return engine
 
 
 def preload(name: str, config: EngineConfig) -> threading.Thread:
@@ -164,7 +210,7 @@ def create(name: str, memory: GuestMemory, board: Any, config: EngineConfig) -> 
 
 def tsc_source(name: str) -> Any:
     """The time-stamp counter that the board's timers and the guest share under this engine."""
-    del name  # every engine so far reads the host's
+    del name  # all engines read the host's
     from ringfence.engine.translate.tsc import host_tsc
 
     return host_tsc()

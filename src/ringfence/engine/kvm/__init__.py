@@ -1,0 +1,1 @@
+"""Hardware-assisted virtualization through /dev/kvm."""
