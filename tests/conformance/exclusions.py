@@ -6,7 +6,6 @@ that it can't emulate needs no entry here."""
 
 from __future__ import annotations
 
-_X87 = "instructions that name no x87 or vector register don't look at CR0.TS and EM"
 _STEP = "TF counts as it is behind the instruction, not as it was before: POPF clears it untrapped"
 _SELECTORS = "user code sees the host's selectors"
 _FLAGS = "user code sees the host's IF, and may change it"
@@ -19,9 +18,6 @@ _MONITOR = "user code reaches the host's MONITOR and MWAIT"
 
 KNOWN: dict[str, dict[str, str]] = {
     "translate": {
-        "#NM fninit": _X87,
-        "#NM fwait": _X87,
-        "#NM fxsave": _X87,
         "single-step in the kernel": _STEP,
         "MOV SS's shadow": _STEP,
     },

@@ -1,10 +1,10 @@
 """The virtual CPU's memory management unit: state, software TLB and access by linear address.
 
-A TLB entry is four 64-bit words: read tag, write tag, host address of the page, page kind. A tag is
-the linear page address; ``address ^ tag`` is then the offset in the page on a hit and something
-larger on a miss, so one comparison checks presence, permission and page crossing together. An entry
-that must not match holds a tag whose index bits differ from the entry's own index: no address that
-selects the entry can match it, canonical or not.
+A TLB entry is four 64-bit words: read tag, write tag, host address of the page, and that minus the
+linear address. A tag is the linear page address; ``address ^ tag`` is then the offset in the page
+on a hit and something larger on a miss, so one comparison checks presence, permission and page
+crossing together. An entry that must not match holds a tag whose index bits differ from the entry's
+own index: no address that selects the entry can match it, canonical or not.
 
 Two TLBs exist, for supervisor and for user accesses; emitted code knows at translation time which
 one it uses. Their entries alternate in one array, so that both are within reach of the 8-bit
@@ -41,14 +41,14 @@ from ringfence.native.dialect import (
 from ringfence.native.layout import Array, u8, u16, u32, u64
 
 TLB_ENTRIES = 4096
-READ_TAG, WRITE_TAG, HOST_PAGE = 0, 8, 16
+READ_TAG, WRITE_TAG, HOST_PAGE, HOST_DELTA = 0, 8, 16, 24
 """Byte offsets of a supervisor entry's words; a user entry's are USER_ENTRY further."""
 USER_ENTRY = 32
 NO_STACK = 1 << 63
 """Tag of an empty ``stack_tag``. A guest address in that page is not canonical, and with a delta of
 0 the access is made at that very address: the host raises the #GP that the guest should get."""
 KIND_GLOBAL = 1 << 8
-"""Set in an entry's fourth word for global pages; the low byte is log2 of the page size."""
+"""Set in ``tlb_kind`` for global pages; the low byte is log2 of the page size."""
 OFFSET_MASK = 0xFFF
 PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
 ITLB_ENTRIES = 1024
@@ -61,6 +61,8 @@ class Mmu(Walker):
     """A virtual CPU with its TLBs (see the module's text for the entries)."""
 
     tlb: Annotated[Array, u64, 32768, 64]
+    tlb_kind: Annotated[Array, u16, 8192]
+    """What kind of page each entry is for: log2 of its size, KIND_GLOBAL."""
     stack_tag: Annotated[Array, u64, 2]
     """Linear address of the page that the stack was last in, for supervisor and user code: a TLB
     of one writable page, found without computing an index."""
@@ -117,10 +119,10 @@ def tlb_flush_all(mmu: Mmu) -> int:
         never = (i ^ 1) << 12
         mmu.tlb[i * 8] = never
         mmu.tlb[i * 8 + 1] = never
-        mmu.tlb[i * 8 + 3] = 0
+        mmu.tlb_kind[i * 2] = 0
         mmu.tlb[i * 8 + 4] = never
         mmu.tlb[i * 8 + 5] = never
-        mmu.tlb[i * 8 + 7] = 0
+        mmu.tlb_kind[i * 2 + 1] = 0
     for i in range(ITLB_ENTRIES):
         mmu.itlb_kernel[i] = 0
         mmu.itlb_user[i] = 0
@@ -140,13 +142,13 @@ def tlb_flush_nonglobal(mmu: Mmu) -> int:
         return flush_nonglobal_scan(mmu)
     for i in range(mmu.filled_user_count):
         index = mmu.filled_user[i]
-        if not mmu.tlb[index * 8 + 7] & KIND_GLOBAL:
+        if not mmu.tlb_kind[index * 2 + 1] & KIND_GLOBAL:
             never = (index ^ 1) << 12
             mmu.tlb[index * 8 + 4] = never
             mmu.tlb[index * 8 + 5] = never
     for i in range(mmu.filled_kernel_count):
         index = mmu.filled_kernel[i]
-        if not mmu.tlb[index * 8 + 3] & KIND_GLOBAL:
+        if not mmu.tlb_kind[index * 2] & KIND_GLOBAL:
             never = (index ^ 1) << 12
             mmu.tlb[index * 8] = never
             mmu.tlb[index * 8 + 1] = never
@@ -162,10 +164,10 @@ def flush_nonglobal_scan(mmu: Mmu) -> int:
     """The same by looking at every entry, for when the lists of filled entries ran over."""
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
-        if not mmu.tlb[index * 8 + 7] & KIND_GLOBAL:
+        if not mmu.tlb_kind[index * 2 + 1] & KIND_GLOBAL:
             mmu.tlb[index * 8 + 4] = never
             mmu.tlb[index * 8 + 5] = never
-        if not mmu.tlb[index * 8 + 3] & KIND_GLOBAL:
+        if not mmu.tlb_kind[index * 2] & KIND_GLOBAL:
             mmu.tlb[index * 8] = never
             mmu.tlb[index * 8 + 1] = never
     mmu.filled_user_count = 0
@@ -216,11 +218,11 @@ def flush_large(mmu: Mmu, address: int) -> int:
     """Drop all entries that share a large page with ``address``."""
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
-        shift = mmu.tlb[index * 8 + 3] & 0xFF
+        shift = mmu.tlb_kind[index * 2] & 0xFF
         if shift > 12 and (mmu.tlb[index * 8] ^ address) >> shift == 0:
             mmu.tlb[index * 8] = never
             mmu.tlb[index * 8 + 1] = never
-        shift = mmu.tlb[index * 8 + 7] & 0xFF
+        shift = mmu.tlb_kind[index * 2 + 1] & 0xFF
         if shift > 12 and (mmu.tlb[index * 8 + 4] ^ address) >> shift == 0:
             mmu.tlb[index * 8 + 4] = never
             mmu.tlb[index * 8 + 5] = never
@@ -281,7 +283,8 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
         mmu.tlb[index * 8 + 4] = page
         mmu.tlb[index * 8 + 5] = page if writable else never
         mmu.tlb[index * 8 + 6] = host
-        mmu.tlb[index * 8 + 7] = kind
+        mmu.tlb[index * 8 + 7] = host - page
+        mmu.tlb_kind[index * 2 + 1] = kind
         if not mmu.walk_global and mmu.filled_user_count < 1024:
             mmu.filled_user[mmu.filled_user_count] = index
             mmu.filled_user_count += 1
@@ -289,7 +292,8 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
         mmu.tlb[index * 8] = page
         mmu.tlb[index * 8 + 1] = page if writable else never
         mmu.tlb[index * 8 + 2] = host
-        mmu.tlb[index * 8 + 3] = kind
+        mmu.tlb[index * 8 + 3] = host - page
+        mmu.tlb_kind[index * 2] = kind
         if not mmu.walk_global and mmu.filled_kernel_count < 1024:
             mmu.filled_kernel[mmu.filled_kernel_count] = index
             mmu.filled_kernel_count += 1

@@ -45,8 +45,6 @@ from ringfence.native.dialect import (
     T_WRITE_USER,
     T_DELTA,
     T_DELTA_USER,
-    T_DELTA_WRITE,
-    T_DELTA_WRITE_USER,
     T_STACK,
     T_STACK_USER,
     T_RECOVER,
@@ -57,7 +55,7 @@ from ringfence.native.dialect import (
     T_INDIRECT_USER,
     T_CHECKED,
     T_CHECKED_USER,
-) = range(21)
+) = range(19)
 """Numbers of templates (see ``templates``)."""
 
 CARRY = 0x10

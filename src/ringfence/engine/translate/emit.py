@@ -10,7 +10,7 @@ import struct
 
 from ringfence.cpu.cpuid import host_cpuid
 from ringfence.engine.translate.block import gs
-from ringfence.memory.mmu import HOST_PAGE, READ_TAG, TLB_ENTRIES, USER_ENTRY, WRITE_TAG
+from ringfence.memory.mmu import HOST_DELTA, HOST_PAGE, READ_TAG, TLB_ENTRIES, USER_ENTRY, WRITE_TAG
 
 R9, R10, R11 = 9, 10, 11
 
@@ -180,14 +180,10 @@ def tlb_check(size: int, write: bool, user: bool) -> tuple[bytes, int]:
     return head + b"\0\0\0\0" + tail, len(head)
 
 
-def tlb_delta(write: bool, user: bool, slot: int) -> bytes:
+def tlb_delta(user: bool, slot: int) -> bytes:
     """Behind a look-up's comparison: R10 = host minus linear address, kept in ``gs:[slot]``."""
-    return (
-        b"\x65\x4d\x8b\x4a" + _host(user)  # mov r9, gs:[r10 + host]
-        + b"\x65\x4d\x2b\x4a" + _tag(write, user)  # sub r9, gs:[r10 + tag]
-        + gs_store(R9, slot)
-        + mov(R10, R9)
-    )  # fmt: skip
+    delta = bytes((HOST_DELTA + (USER_ENTRY if user else 0),))
+    return b"\x65\x4d\x8b\x52" + delta + gs_store(R10, slot)  # mov r10, gs:[r10 + delta]
 
 
 def stack_check(size: int, user: bool) -> bytes:

@@ -311,7 +311,7 @@ class Forms:
             f.startswith(("SSE", "SSSE", "AES", "PCLMUL", "GFNI", "SHA")) for f in features
         )
         avx = any(f.startswith(("AVX", "FMA", "F16C", "VAES", "VPCLMUL")) for f in features)
-        legacy = any(f.startswith(("FPU", "MMX")) for f in features)
+        legacy = name == "WAIT" or any(f.startswith(("FPU", "MMX", "FXSR")) for f in features)
         if name in NO_VECTOR_STATE:
             return ""
         if avx and not mode & MODE_AVX:

@@ -224,7 +224,7 @@ def count_opening(i: Insn) -> int:
 
 @native_inline
 def is_lone(i: Insn) -> int:
-    """Whether an access could be a group of its own: copied, with an index, where flags are live."""
+    """Whether an access could be a group of its own: one with an index, where flags are live."""
     return i.form_kind == F_COPY and i.clobbers and i.index != NONE and i.alive
 
 
@@ -244,6 +244,11 @@ def find_groups(w: Writer) -> int:
             lone_group(w, i, n)
         if i.written:
             close_groups(w, i)
+        if i.kind == JCC and slt(i.value, 0):
+            # Mostly taken: what lies behind gains little, and pays for what it shares.
+            for base in range(17):
+                if base != RSP:
+                    w.opened[base] = NONE
     used = 0
     for number in range(w.group_count):
         g: Group = cast(Group, group_at(w, number))

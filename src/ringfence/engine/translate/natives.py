@@ -33,6 +33,7 @@ from ringfence.native.library import (
     compile_object,
     object_path,
     read_object,
+    source_key,
     write_object,
 )
 
@@ -166,8 +167,8 @@ def _optimized(path: Path | None) -> bytes | None:
     try:
         child = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-c", _CHILD, *([str(path)] if path else [])],
-            os.environ,
+            [sys.executable, "-c", _CHILD, source_key(_MODULES), *([str(path)] if path else [])],
+            {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, out, 1),
@@ -184,12 +185,17 @@ def _optimized(path: Path | None) -> bytes | None:
 
 
 def optimize() -> None:
-    """Compile with optimization: into the file named on the command line, or to stdout."""
+    """Compile with optimization: into the file named on the command line, or to stdout.
+
+    The first argument is the key of the sources that the code is wanted of.
+    """
+    if sys.argv[1] != source_key(_MODULES):
+        sys.exit(1)
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     code = compile_object(_ALL, thunks.assembly())
-    if len(sys.argv) > 1:
-        write_object(Path(sys.argv[1]), code)
+    if len(sys.argv) > 2:
+        write_object(Path(sys.argv[2]), code)
     else:
         sys.stdout.buffer.write(code)
 

@@ -305,9 +305,8 @@ ALWAYS = {
 }  # fmt: skip
 """Instructions that do nothing, rather than fault, on a CPU without the feature."""
 NO_VECTOR_STATE = {
-    "LDMXCSR", "STMXCSR", "FXSAVE", "FXSAVE64", "FXRSTOR", "FXRSTOR64", "LFENCE", "SFENCE",
-    "MFENCE", "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA", "PREFETCHT0",
-    "PREFETCHT1", "PREFETCHT2", "FNINIT", "FNSTSW", "FNSTCW", "FNCLEX", "EMMS",
+    "LFENCE", "SFENCE", "MFENCE", "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA",
+    "PREFETCHT0", "PREFETCHT1", "PREFETCHT2",
 }  # fmt: skip
 """Instructions of vector features that don't touch the vector registers."""
 NOTHING = {"NOP", "ENDBR64", "ENDBR32", "RDSSPD", "RDSSPQ", "RESERVEDNOP"}

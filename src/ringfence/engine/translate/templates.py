@@ -24,14 +24,12 @@ def _all() -> dict[int, tuple[bytes, int, int]]:
         assembling.T_UNPARK: (emit.UNPARK, 0, 0),
     }
     for user in (False, True):
-        delta = emit.tlb_delta(False, user, 0)
-        slot = len(delta) - 3 - 4  # before the move to R10
+        delta = emit.tlb_delta(user, 0)
         stack = emit.stack_check(1, user)
         made |= {
             assembling.T_READ + user: _look_up(False, user),
             assembling.T_WRITE + user: _look_up(True, user),
-            assembling.T_DELTA + user: (delta, slot, 0),
-            assembling.T_DELTA_WRITE + user: (emit.tlb_delta(True, user, 0), slot, 0),
+            assembling.T_DELTA + user: (delta, len(delta) - 4, 0),
             assembling.T_STACK + user: (stack, len(stack) - 10, len(stack) - 4),
             assembling.T_RECOVER + user: (emit.tlb_recover(False, user), 0, 0),
             assembling.T_RECOVER_WRITE + user: (emit.tlb_recover(True, user), 0, 0),

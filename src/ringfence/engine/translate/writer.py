@@ -27,7 +27,6 @@ from ringfence.engine.translate.assembling import (
     GS_MOVE_BYTE,
     T_CHECKED,
     T_DELTA,
-    T_DELTA_WRITE,
     T_INDIRECT,
     T_PARK,
     T_PARK_R10,
@@ -299,13 +298,13 @@ def group_check(w: Writer, g: Group) -> int:
 
 @native
 def keep_delta(w: Writer, g: Group) -> int:
-    """Behind a group's look-up: keep what it found, in R10, too; the stack's may be kept already."""
+    """Behind a group's look-up: keep what it found, and have it in R10 unless it is the stack's."""
     if g.base == RSP:
         if g.opens != g.first:
             gs_load(w, R10, gs("stack_delta") + w.user * 8)
             gs_store(w, R10, g.slot)
     else:
-        number = T_DELTA_WRITE + w.user if g.write else T_DELTA + w.user
+        number = T_DELTA + w.user
         start = put_template(w, number)
         t: Template = cast(Template, w.templates + number * Template.size)
         store32(start + t.size_word, g.slot)
