@@ -109,7 +109,7 @@ class Machine:
     on_reset : {"exit", "reboot"}
         Whether a reset by the guest ends the machine or starts it anew.
     cache : bool
-        Whether translations are kept on disk for the next run.
+        Whether the engine's own compiled code is kept on disk for the next run.
     cache_dir : str or Path, optional
         Where they are kept; by default below the user's cache folder.
 
@@ -261,7 +261,7 @@ class Machine:
         watcher()
 
     def close(self) -> None:
-        """Stop the machine, flush its translation cache, free its memory. Safe to repeat."""
+        """Stop the machine, free its memory. Safe to repeat."""
         if self._closed:
             return
         self.stop()

@@ -58,7 +58,7 @@ def host_memory() -> int:
 
 
 def default_cache_dir() -> Path:
-    """Folder of the persistent translation cache.
+    """Folder of the engine's compiled code.
 
     ``$RINGFENCE_HOME/translations``, else ``$XDG_CACHE_HOME/ringfence/translations``, else the
     same below ``~/.cache`` (XDG Base Directory Specification).

@@ -56,7 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 pull_app = typer.Typer(help="Fetch a guest to run.", no_args_is_help=True)
-cache_app = typer.Typer(help="Look at or clear the translation cache.", no_args_is_help=True)
+cache_app = typer.Typer(help="Look at or clear the engine's compiled code.", no_args_is_help=True)
 app.add_typer(pull_app, name="pull")
 app.add_typer(cache_app, name="cache")
 
@@ -100,7 +100,7 @@ def _root(
 
 
 CacheDir = Annotated[
-    Path | None, typer.Option("--cache-dir", help="Folder of the translation cache.")
+    Path | None, typer.Option("--cache-dir", help="Folder of the engine's compiled code.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -132,7 +132,7 @@ def run(
         OnReset, typer.Option(help="When the guest resets: leave with status 7, or boot again.")
     ] = OnReset.EXIT,
     cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Keep translations on disk.")
+        bool, typer.Option("--cache/--no-cache", help="Keep the engine's compiled code on disk.")
     ] = True,
     cache_dir: CacheDir = None,
 ) -> int:
@@ -196,7 +196,7 @@ def doctor(json: Json = False) -> int:
 
 @cache_app.command("info")
 def cache_info(cache_dir: CacheDir = None, json: Json = False) -> int:
-    """Where the translation cache is and what it takes."""
+    """Where the engine's compiled code is and what it takes."""
     from ringfence.cli.cache import info
 
     info(cache_dir, as_json=json)
@@ -205,7 +205,7 @@ def cache_info(cache_dir: CacheDir = None, json: Json = False) -> int:
 
 @cache_app.command("clear")
 def cache_clear(cache_dir: CacheDir = None) -> int:
-    """Remove all kept translations; they are made again when needed."""
+    """Remove the engine's compiled code; it is made again when needed."""
     from ringfence.cli.cache import clear
 
     clear(cache_dir)

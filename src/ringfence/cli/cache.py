@@ -1,4 +1,4 @@
-"""``ringfence cache``: look at the persistent translation cache, or clear it.
+"""``ringfence cache``: look at the folder of the engine's compiled code, or clear it.
 
 The cache is a folder of files that can be made again; nothing here needs to know their format.
 Only what lies in that folder is counted or removed, links are never followed.

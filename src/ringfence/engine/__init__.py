@@ -45,7 +45,7 @@ class EngineConfig:
     paravirtual : int
         Paravirtual services offered, as EAX of CPUID leaf 0x40000001 has them.
     cache_dir : Path or None
-        Folder of the persistent translation cache; None keeps translations in memory only.
+        Folder of the engine's own compiled code; None keeps it in memory only.
     """
 
     cpus: int = 1
@@ -104,7 +104,7 @@ class Engine(Protocol):
         """Registers and surroundings at a crash: text of several lines."""
 
     def close(self) -> None:
-        """Flush the translation cache and free what the engine holds; `run` must be over."""
+        """Free what the engine holds; `run` must be over."""
 
 
 Factory = Callable[["GuestMemory", Any, EngineConfig], Engine]

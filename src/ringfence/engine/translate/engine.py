@@ -64,7 +64,7 @@ class TranslateEngine:
     board : Board
         The chipset: ports, MMIO, interrupt controllers.
     config : EngineConfig
-        ``cache_dir`` is where native objects and translations are kept.
+        ``cache_dir`` is where the engine's own compiled code is kept.
     """
 
     def __init__(self, memory: GuestMemory, board: Any, config: EngineConfig) -> None:
