@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -27,11 +27,14 @@ from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, UsageError
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import default_cache_dir, parse_memory
+from ringfence.storage import Storage
+from ringfence.storage.options import DiskOptions, parse_disk
 
 if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
+    from ringfence.chipset.pci.device import PciDevice
     from ringfence.engine.exits import TraceRecord
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
@@ -63,6 +66,10 @@ class MachineConfig:
         Bytes of guest RAM.
     on_reset : {"exit", "reboot"}
         What a reset by the guest means.
+    disks : tuple of DiskOptions
+        The guest's disks, in order.
+    rng : bool
+        Whether there is an entropy device.
     """
 
     kernel: ImageSource
@@ -72,6 +79,8 @@ class MachineConfig:
     engine: str
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     on_reset: Literal["exit", "reboot"] = "exit"
+    disks: tuple[DiskOptions, ...] = ()
+    rng: bool = True
 
 
 @dataclass(slots=True)
@@ -85,6 +94,7 @@ class _Parts:
     ending: StopReason | None = None
 
     def close(self) -> None:
+        self.board.close()  # devices finish what they do in RAM
         self.engine.close()
         self.memory.close()
 
@@ -112,6 +122,11 @@ class Machine:
         Whether translations are kept on disk for the next run.
     cache_dir : str or Path, optional
         Where they are kept; by default below the user's cache folder.
+    disks : sequence of str, Path or DiskOptions
+        Disk images for /dev/vda, /dev/vdb…; text as `storage.options.parse_disk` reads it, such as
+        ``"root.qcow2,snapshot"``. They are open as long as the machine is.
+    rng : bool
+        Whether the guest has an entropy device.
 
     Raises
     ------
@@ -141,6 +156,8 @@ class Machine:
         on_reset: Literal["exit", "reboot"] = "exit",
         cache: bool = True,
         cache_dir: str | Path | None = None,
+        disks: Sequence[str | Path | DiskOptions] = (),
+        rng: bool = True,
     ) -> None:
         if cpus != 1:
             raise UsageError(f"{cpus} vCPUs are not available yet: expected 1")
@@ -156,7 +173,15 @@ class Machine:
         else:
             cmdline = DEFAULT_APPEND if append is None else append
         self.config = MachineConfig(
-            kernel, initrd, cmdline, size, engine, EngineConfig(cpus, cache_dir=folder), on_reset
+            kernel,
+            initrd,
+            cmdline,
+            size,
+            engine,
+            EngineConfig(cpus, cache_dir=folder),
+            on_reset,
+            tuple(parse_disk(disk) for disk in disks),
+            rng,
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -177,7 +202,12 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._parts = self._assemble()
+        self._storage = Storage(self.config.disks)
+        try:
+            self._parts = self._assemble()
+        except BaseException:
+            self._storage.close()
+            raise
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------
@@ -272,6 +302,7 @@ class Machine:
             self._thread.join(STOP_PATIENCE)
         self._last_stats = self.stats()
         self._parts.close()
+        self._storage.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -425,6 +456,8 @@ class Machine:
                 on_power_off=lambda: self._ending(StopReason.POWER_OFF),
                 on_reset=lambda: self._ending(StopReason.RESET),
             )
+            for device in self._devices(memory):
+                board.plug(device)
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
             boot = load_linux(
@@ -443,6 +476,17 @@ class Machine:
             memory.close()
             raise
         return _Parts(memory, clock, board, engine)
+
+    def _devices(self, memory: GuestMemory) -> Iterator[PciDevice]:
+        """Make what is plugged into the board, in order of slots."""
+        from ringfence.devices.virtio.blk import VirtioBlk
+        from ringfence.devices.virtio.pci import VirtioPci
+        from ringfence.devices.virtio.rng import VirtioRng
+
+        for options, disk in zip(self.config.disks, self._storage.disks, strict=True):
+            yield VirtioPci(VirtioBlk(disk, self._storage.pool, serial=options.serial), memory)
+        if self.config.rng:
+            yield VirtioPci(VirtioRng(), memory)
 
     def _ending(self, reason: StopReason) -> None:
         """The board says that the guest turned itself off or asked for a reset."""

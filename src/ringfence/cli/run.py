@@ -33,6 +33,8 @@ class RunOptions:
     on_reset: Literal["exit", "reboot"]
     cache: bool
     cache_dir: Path | None
+    disks: tuple[str, ...] = ()
+    rng: bool = True
 
 
 def run_guest(options: RunOptions) -> int:
@@ -54,6 +56,8 @@ def run_guest(options: RunOptions) -> int:
         on_reset=options.on_reset,
         cache=options.cache,
         cache_dir=options.cache_dir,
+        disks=options.disks,
+        rng=options.rng,
     )
     session = Session(machine, timeout=options.timeout, trace=options.trace)
     try:
@@ -69,8 +73,11 @@ def _check(options: RunOptions) -> None:
     """Refuse what makes no sense before anything is fetched or built."""
     from ringfence import engine as engines
     from ringfence.settings import parse_memory
+    from ringfence.storage.options import parse_disk
 
     parse_memory(options.memory)
+    for disk in options.disks:
+        parse_disk(disk)
     engines.resolve(options.engine)
     if options.cpus != 1:
         raise UsageError(f"--cpus {options.cpus} is not available yet: expected 1")
