@@ -26,6 +26,7 @@ from ringfence.devices.virtio.ring import (
     EVENT_IDX,
     INDIRECT_DESC,
     RING_PACKED,
+    Chain,
     Ring,
     RingError,
 )
@@ -185,6 +186,15 @@ class VirtioPci(PciDevice):
         if not self._alive or number >= len(self.queues):
             return None
         return self.queues[number].ring
+
+    def take(self, number: int) -> Chain | None:
+        """See `Transport.take`."""
+        ring = self.ring(number)
+        try:
+            return None if ring is None else ring.pop()
+        except RingError:
+            self._break()
+            return None
 
     def publish(self, number: int) -> None:
         """See `Transport.publish`."""
