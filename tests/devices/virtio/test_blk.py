@@ -29,6 +29,7 @@ class Ramdisk:
         self.data = bytearray(random.Random(1).randbytes(SIZE))
         self.log: list[tuple[object, ...]] = []
         self.fails = False
+        self.quick = False
 
     def read(self, offset: int, buffers: Buffers) -> None:
         if self.fails:
@@ -39,6 +40,16 @@ class Ramdisk:
         data = b"".join(buffers)
         self.log.append(("write", offset, len(data)))
         self.data[offset : offset + len(data)] = data
+
+    def read_now(self, offset: int, buffers: Buffers) -> bool:
+        if self.quick:
+            self.read(offset, buffers)
+        return self.quick
+
+    def write_now(self, offset: int, buffers: Buffers) -> bool:
+        if self.quick:
+            self.write(offset, buffers)
+        return self.quick
 
     def flush(self) -> None:
         self.log.append(("flush",))
@@ -100,8 +111,10 @@ def test_configuration(drive: Drive) -> None:
     assert disk_driver(drive, Ramdisk(read_only=True)).offered() & (1 << 5)
 
 
-def test_requests(drive: Drive) -> None:
+@pytest.mark.parametrize("quick", [False, True])
+def test_requests(drive: Drive, quick: bool) -> None:
     disk = Ramdisk()
+    disk.quick = quick
     driver = disk_driver(drive, disk)
     assert ask(driver, 0, 3, room=1024) == (0, disk.data[1536:2560])
     assert ask(driver, 1, 7, data=b"w" * 512)[0] == 0
@@ -142,10 +155,12 @@ def test_requests(drive: Drive) -> None:
         (11, 0, struct.pack("<QII", 0, 1, 0) * 17, 0, 1),
     ],
 )
+@pytest.mark.parametrize("quick", [False, True])
 def test_refused_requests(
-    drive: Drive, kind: int, sector: int, data: bytes, room: int, status: int
+    drive: Drive, kind: int, sector: int, data: bytes, room: int, status: int, quick: bool
 ) -> None:
     disk = Ramdisk()
+    disk.quick = quick
     before = bytes(disk.data)
     driver = disk_driver(drive, disk)
     assert ask(driver, kind, sector, data, room)[0] == status
@@ -197,6 +212,7 @@ def test_write_cache(drive: Drive) -> None:
     driver = disk_driver(drive, disk)
     assert driver.settings(32, 1) == 1
     driver.put(32, 1, 0, DEVICE)
+    disk.quick = True
     ask(driver, 1, 0, data=b"x" * 512)
     assert disk.log == [("write", 0, 512), ("flush",)]
     driver.start(0)  # a driver that doesn't know of flushes
