@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
-    from ringfence.chipset.pci.device import PciDevice
+    from ringfence.devices.virtio.balloon import VirtioBalloon
+    from ringfence.devices.virtio.blk import VirtioBlk
+    from ringfence.devices.virtio.console import VirtioConsole
+    from ringfence.devices.virtio.device import VirtioDevice
+    from ringfence.devices.virtio.rng import VirtioRng
     from ringfence.engine.exits import TraceRecord
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
@@ -70,6 +74,10 @@ class MachineConfig:
         The guest's disks, in order.
     rng : bool
         Whether there is an entropy device.
+    balloon : bool
+        Whether there is a memory balloon.
+    ports : mapping of str to callable
+        Named byte ports of a virtio console, and what takes the guest's bytes.
     """
 
     kernel: ImageSource
@@ -81,6 +89,25 @@ class MachineConfig:
     on_reset: Literal["exit", "reboot"] = "exit"
     disks: tuple[DiskOptions, ...] = ()
     rng: bool = True
+    balloon: bool = False
+    ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Devices:
+    """What is plugged into a machine."""
+
+    disks: list[VirtioBlk] = field(default_factory=list)
+    rng: VirtioRng | None = None
+    balloon: VirtioBalloon | None = None
+    console: VirtioConsole | None = None
+
+    def all(self) -> Iterator[VirtioDevice]:
+        """Give them in order of slots."""
+        yield from self.disks
+        for device in (self.rng, self.balloon, self.console):
+            if device is not None:
+                yield device
 
 
 @dataclass(slots=True)
@@ -91,6 +118,7 @@ class _Parts:
     clock: HostClock
     board: Board
     engine: Engine
+    devices: Devices = field(default_factory=Devices)
     ending: StopReason | None = None
 
     def close(self) -> None:
@@ -127,6 +155,12 @@ class Machine:
         ``"root.qcow2,snapshot"``. They are open as long as the machine is.
     rng : bool
         Whether the guest has an entropy device.
+    balloon : bool
+        Whether the guest has a memory balloon; see `set_balloon`.
+    ports : mapping of str to callable, optional
+        Named ports of bytes (/dev/virtio-ports/NAME in the guest, where udev runs): each callable
+        is given what the guest writes, in a thread of the machine's, and must return soon. With
+        ports the guest has a console hvc0 as well, whose output is the machine's console's.
 
     Raises
     ------
@@ -158,6 +192,8 @@ class Machine:
         cache_dir: str | Path | None = None,
         disks: Sequence[str | Path | DiskOptions] = (),
         rng: bool = True,
+        balloon: bool = False,
+        ports: Mapping[str, Callable[[bytes], None]] | None = None,
     ) -> None:
         if cpus != 1:
             raise UsageError(f"{cpus} vCPUs are not available yet: expected 1")
@@ -182,6 +218,8 @@ class Machine:
             on_reset,
             tuple(parse_disk(disk) for disk in disks),
             rng,
+            balloon,
+            dict(ports or {}),
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -362,6 +400,34 @@ class Machine:
         with self._change:  # a reset exchanges the parts under it
             return {"machine": about, **self._parts.engine.stats()}
 
+    def set_balloon(self, size: int | str) -> None:
+        """Ask the guest to give ``size`` bytes of its RAM back to the host; it does what it can.
+
+        Raises
+        ------
+        UsageError
+            The machine was made without a balloon.
+        """
+        with self._change:
+            balloon = self._parts.devices.balloon
+            if balloon is None:
+                raise UsageError("the machine has no balloon: make it with balloon=True")
+            balloon.set_target(size if isinstance(size, int) else parse_memory(size))
+
+    def send_port(self, name: str, data: bytes) -> int:
+        """Give bytes to a named port; return how many were taken (the rest: try again later).
+
+        Raises
+        ------
+        UsageError
+            There is no such port.
+        """
+        with self._change:
+            console = self._parts.devices.console
+            if console is None or name not in self.config.ports:
+                raise UsageError(f"the machine has no port {name!r}: name it in ports=")
+            return console.send(1 + list(self.config.ports).index(name), data)
+
     def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
         """Call ``callback`` with every exit, from the vCPU's thread; None stops it."""
         self._trace = callback
@@ -439,6 +505,7 @@ class Machine:
         from ringfence.chipset import acpi
         from ringfence.chipset.board import Board
         from ringfence.chipset.clock import HostClock
+        from ringfence.devices.virtio.pci import VirtioPci
         from ringfence.paravirt import clock as paravirt
 
         config = self.config
@@ -456,8 +523,9 @@ class Machine:
                 on_power_off=lambda: self._ending(StopReason.POWER_OFF),
                 on_reset=lambda: self._ending(StopReason.RESET),
             )
-            for device in self._devices(memory):
-                board.plug(device)
+            devices = self._devices()
+            for device in devices.all():
+                board.plug(VirtioPci(device, memory))
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
             boot = load_linux(
@@ -475,18 +543,26 @@ class Machine:
         except BaseException:
             memory.close()
             raise
-        return _Parts(memory, clock, board, engine)
+        return _Parts(memory, clock, board, engine, devices)
 
-    def _devices(self, memory: GuestMemory) -> Iterator[PciDevice]:
-        """Make what is plugged into the board, in order of slots."""
+    def _devices(self) -> Devices:
+        """Make what is plugged into the board."""
+        from ringfence.devices.virtio.balloon import VirtioBalloon
         from ringfence.devices.virtio.blk import VirtioBlk
-        from ringfence.devices.virtio.pci import VirtioPci
+        from ringfence.devices.virtio.console import Port, VirtioConsole
         from ringfence.devices.virtio.rng import VirtioRng
 
-        for options, disk in zip(self.config.disks, self._storage.disks, strict=True):
-            yield VirtioPci(VirtioBlk(disk, self._storage.pool, serial=options.serial), memory)
-        if self.config.rng:
-            yield VirtioPci(VirtioRng(), memory)
+        config, storage = self.config, self._storage
+        named = [Port(name, sink) for name, sink in config.ports.items()]
+        return Devices(
+            disks=[
+                VirtioBlk(disk, storage.pool, serial=options.serial)
+                for options, disk in zip(config.disks, storage.disks, strict=True)
+            ],
+            rng=VirtioRng() if config.rng else None,
+            balloon=VirtioBalloon() if config.balloon else None,
+            console=VirtioConsole([Port("", self.console.feed), *named]) if named else None,
+        )
 
     def _ending(self, reason: StopReason) -> None:
         """The board says that the guest turned itself off or asked for a reset."""
