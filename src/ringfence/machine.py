@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -39,10 +40,14 @@ if TYPE_CHECKING:
     from ringfence.devices.virtio.console import VirtioConsole
     from ringfence.devices.virtio.device import VirtioDevice
     from ringfence.devices.virtio.rng import VirtioRng
+    from ringfence.devices.virtio.vsock import VirtioVsock
+    from ringfence.devices.virtio.vsock_unix import UnixHost
     from ringfence.engine.exits import TraceRecord
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
+GUEST_CID = 3
+"""The guest's address for sockets between it and the host."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
 
@@ -78,6 +83,8 @@ class MachineConfig:
         Whether there is a memory balloon.
     ports : mapping of str to callable
         Named byte ports of a virtio console, and what takes the guest's bytes.
+    vsock : Path or None
+        The Unix socket that the guest's sockets are reached by.
     """
 
     kernel: ImageSource
@@ -91,6 +98,7 @@ class MachineConfig:
     rng: bool = True
     balloon: bool = False
     ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
+    vsock: Path | None = None
 
 
 @dataclass(slots=True)
@@ -101,11 +109,12 @@ class Devices:
     rng: VirtioRng | None = None
     balloon: VirtioBalloon | None = None
     console: VirtioConsole | None = None
+    vsock: VirtioVsock | None = None
 
     def all(self) -> Iterator[VirtioDevice]:
         """Give them in order of slots."""
         yield from self.disks
-        for device in (self.rng, self.balloon, self.console):
+        for device in (self.rng, self.balloon, self.console, self.vsock):
             if device is not None:
                 yield device
 
@@ -161,6 +170,9 @@ class Machine:
         Named ports of bytes (/dev/virtio-ports/NAME in the guest, where udev runs): each callable
         is given what the guest writes, in a thread of the machine's, and must return soon. With
         ports the guest has a console hvc0 as well, whose output is the machine's console's.
+    vsock : str or Path, optional
+        Make a Unix socket there by which the host reaches the guest's sockets (AF_VSOCK, CID 3);
+        see `devices.virtio.vsock_unix` for what to say to it.
 
     Raises
     ------
@@ -194,6 +206,7 @@ class Machine:
         rng: bool = True,
         balloon: bool = False,
         ports: Mapping[str, Callable[[bytes], None]] | None = None,
+        vsock: str | Path | None = None,
     ) -> None:
         if cpus != 1:
             raise UsageError(f"{cpus} vCPUs are not available yet: expected 1")
@@ -220,6 +233,7 @@ class Machine:
             rng,
             balloon,
             dict(ports or {}),
+            Path(vsock) if vsock else None,
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -240,12 +254,14 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._storage = Storage(self.config.disks)
-        try:
+        with ExitStack() as host:
+            self._storage = Storage(self.config.disks)
+            host.callback(self._storage.close)
+            self._vsock = self._open_vsock()
+            if self._vsock is not None:
+                host.callback(self._vsock.close)
             self._parts = self._assemble()
-        except BaseException:
-            self._storage.close()
-            raise
+            self._host = host.pop_all()
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------
@@ -340,7 +356,7 @@ class Machine:
             self._thread.join(STOP_PATIENCE)
         self._last_stats = self.stats()
         self._parts.close()
-        self._storage.close()
+        self._host.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -545,12 +561,18 @@ class Machine:
             raise
         return _Parts(memory, clock, board, engine, devices)
 
+    def _open_vsock(self) -> UnixHost | None:
+        from ringfence.devices.virtio.vsock_unix import UnixHost
+
+        return UnixHost(self.config.vsock) if self.config.vsock else None
+
     def _devices(self) -> Devices:
         """Make what is plugged into the board."""
         from ringfence.devices.virtio.balloon import VirtioBalloon
         from ringfence.devices.virtio.blk import VirtioBlk
         from ringfence.devices.virtio.console import Port, VirtioConsole
         from ringfence.devices.virtio.rng import VirtioRng
+        from ringfence.devices.virtio.vsock import VirtioVsock
 
         config, storage = self.config, self._storage
         named = [Port(name, sink) for name, sink in config.ports.items()]
@@ -562,6 +584,7 @@ class Machine:
             rng=VirtioRng() if config.rng else None,
             balloon=VirtioBalloon() if config.balloon else None,
             console=VirtioConsole([Port("", self.console.feed), *named]) if named else None,
+            vsock=VirtioVsock(GUEST_CID, self._vsock) if self._vsock else None,
         )
 
     def _ending(self, reason: StopReason) -> None:

@@ -35,6 +35,7 @@ class RunOptions:
     cache_dir: Path | None
     disks: tuple[str, ...] = ()
     rng: bool = True
+    vsock: Path | None = None
 
 
 def run_guest(options: RunOptions) -> int:
@@ -58,6 +59,7 @@ def run_guest(options: RunOptions) -> int:
         cache_dir=options.cache_dir,
         disks=options.disks,
         rng=options.rng,
+        vsock=options.vsock,
     )
     session = Session(machine, timeout=options.timeout, trace=options.trace)
     try:
