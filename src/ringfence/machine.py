@@ -85,6 +85,8 @@ class MachineConfig:
         Named byte ports of a virtio console, and what takes the guest's bytes.
     vsock : Path or None
         The Unix socket that the guest's sockets are reached by.
+    packed : bool
+        Whether virtio devices offer packed rings.
     """
 
     kernel: ImageSource
@@ -99,6 +101,7 @@ class MachineConfig:
     balloon: bool = False
     ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
     vsock: Path | None = None
+    packed: bool = False
 
 
 @dataclass(slots=True)
@@ -173,6 +176,8 @@ class Machine:
     vsock : str or Path, optional
         Make a Unix socket there by which the host reaches the guest's sockets (AF_VSOCK, CID 3);
         see `devices.virtio.vsock_unix` for what to say to it.
+    packed : bool
+        Whether virtio devices offer packed rings beside split ones.
 
     Raises
     ------
@@ -207,6 +212,7 @@ class Machine:
         balloon: bool = False,
         ports: Mapping[str, Callable[[bytes], None]] | None = None,
         vsock: str | Path | None = None,
+        packed: bool = False,
     ) -> None:
         if cpus != 1:
             raise UsageError(f"{cpus} vCPUs are not available yet: expected 1")
@@ -234,6 +240,7 @@ class Machine:
             balloon,
             dict(ports or {}),
             Path(vsock) if vsock else None,
+            packed,
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -541,7 +548,7 @@ class Machine:
             )
             devices = self._devices()
             for device in devices.all():
-                board.plug(VirtioPci(device, memory))
+                board.plug(VirtioPci(device, memory, packed=config.packed))
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
             boot = load_linux(

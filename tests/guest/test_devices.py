@@ -104,10 +104,12 @@ def read_file(disk: Path, name: str) -> bytes:
     return subprocess.run(command, check=True, capture_output=True).stdout
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
-def test_ext4(cloud: Image, initrd: Path, cache: Path, tree: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "packed"), [("raw", True), ("qcow2", False)])
+def test_ext4(cloud: Image, initrd: Path, cache: Path, tree: Path, kind: str, packed: bool) -> None:
     disk = make_disk(tree, kind)
-    with booted(cloud, initrd, cache, f"{disk},serial=RF-1") as shell:
+    with booted(cloud, initrd, cache, f"{disk},serial=RF-1", packed=packed) as shell:
+        features = shell.run("cat /sys/bus/virtio/devices/virtio0/features")
+        assert features[34] == str(int(packed))
         assert shell.run("cat /sys/block/vda/serial") == "RF-1"
         assert int(shell.run("cat /sys/block/vda/size")) * 512 == SIZE
         shell.run("mount /dev/vda /mnt")
