@@ -97,7 +97,7 @@ class MachineConfig:
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     on_reset: Literal["exit", "reboot"] = "exit"
     disks: tuple[DiskOptions, ...] = ()
-    rng: bool = True
+    rng: bool = False
     balloon: bool = False
     ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
     vsock: Path | None = None
@@ -166,7 +166,7 @@ class Machine:
         Disk images for /dev/vda, /dev/vdb…; text as `storage.options.parse_disk` reads it, such as
         ``"root.qcow2,snapshot"``. They are open as long as the machine is.
     rng : bool
-        Whether the guest has an entropy device.
+        Whether the guest has an entropy device, beside the CPU's RDRAND and RDSEED.
     balloon : bool
         Whether the guest has a memory balloon; see `set_balloon`.
     ports : mapping of str to callable, optional
@@ -208,7 +208,7 @@ class Machine:
         cache: bool = True,
         cache_dir: str | Path | None = None,
         disks: Sequence[str | Path | DiskOptions] = (),
-        rng: bool = True,
+        rng: bool = False,
         balloon: bool = False,
         ports: Mapping[str, Callable[[bytes], None]] | None = None,
         vsock: str | Path | None = None,

@@ -141,7 +141,7 @@ def run(
     ] = None,
     rng: Annotated[
         bool, typer.Option("--rng/--no-rng", help="Give the guest an entropy device.")
-    ] = True,
+    ] = False,
     vsock: Annotated[
         Path | None,
         typer.Option(help="Unix socket to make, by which the guest's vsock ports are reached."),

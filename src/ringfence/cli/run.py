@@ -34,7 +34,7 @@ class RunOptions:
     cache: bool
     cache_dir: Path | None
     disks: tuple[str, ...] = ()
-    rng: bool = True
+    rng: bool = False
     vsock: Path | None = None
 
 
