@@ -267,6 +267,8 @@ def test_a_pool_of_threads(drive: Drive, packed: bool) -> None:
                 assert got == disk.data[sector * 512 : sector * 512 + 2048]
                 assert driver.memory.read(at + 16, 1) == b"\0"
             ring.interrupts(True)
+        driver.board.quiesce()
+        assert driver.device.busy == 0
     driver.function.close()
     pool.close()
 
