@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -27,15 +28,26 @@ from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, UsageError
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import default_cache_dir, parse_memory
+from ringfence.storage import Storage
+from ringfence.storage.options import DiskOptions, parse_disk
 
 if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
+    from ringfence.devices.virtio.balloon import VirtioBalloon
+    from ringfence.devices.virtio.blk import VirtioBlk
+    from ringfence.devices.virtio.console import VirtioConsole
+    from ringfence.devices.virtio.device import VirtioDevice
+    from ringfence.devices.virtio.rng import VirtioRng
+    from ringfence.devices.virtio.vsock import VirtioVsock
+    from ringfence.devices.virtio.vsock_unix import UnixHost
     from ringfence.engine.exits import TraceRecord
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
+GUEST_CID = 3
+"""The guest's address for sockets between it and the host."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
 
@@ -63,6 +75,18 @@ class MachineConfig:
         Bytes of guest RAM.
     on_reset : {"exit", "reboot"}
         What a reset by the guest means.
+    disks : tuple of DiskOptions
+        The guest's disks, in order.
+    rng : bool
+        Whether there is an entropy device.
+    balloon : bool
+        Whether there is a memory balloon.
+    ports : mapping of str to callable
+        Named byte ports of a virtio console, and what takes the guest's bytes.
+    vsock : Path or None
+        The Unix socket that the guest's sockets are reached by.
+    packed : bool
+        Whether virtio devices offer packed rings.
     """
 
     kernel: ImageSource
@@ -72,6 +96,30 @@ class MachineConfig:
     engine: str
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     on_reset: Literal["exit", "reboot"] = "exit"
+    disks: tuple[DiskOptions, ...] = ()
+    rng: bool = False
+    balloon: bool = False
+    ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
+    vsock: Path | None = None
+    packed: bool = False
+
+
+@dataclass(slots=True)
+class Devices:
+    """What is plugged into a machine."""
+
+    disks: list[VirtioBlk] = field(default_factory=list)
+    rng: VirtioRng | None = None
+    balloon: VirtioBalloon | None = None
+    console: VirtioConsole | None = None
+    vsock: VirtioVsock | None = None
+
+    def all(self) -> Iterator[VirtioDevice]:
+        """Give them in order of slots."""
+        yield from self.disks
+        for device in (self.rng, self.balloon, self.console, self.vsock):
+            if device is not None:
+                yield device
 
 
 @dataclass(slots=True)
@@ -82,9 +130,11 @@ class _Parts:
     clock: HostClock
     board: Board
     engine: Engine
+    devices: Devices = field(default_factory=Devices)
     ending: StopReason | None = None
 
     def close(self) -> None:
+        self.board.close()  # devices finish what they do in RAM
         self.engine.close()
         self.memory.close()
 
@@ -112,6 +162,22 @@ class Machine:
         Whether the engine's own compiled code is kept on disk for the next run.
     cache_dir : str or Path, optional
         Where they are kept; by default below the user's cache folder.
+    disks : sequence of str, Path or DiskOptions
+        Disk images for /dev/vda, /dev/vdb…; text as `storage.options.parse_disk` reads it, such as
+        ``"root.qcow2,snapshot"``. They are open as long as the machine is.
+    rng : bool
+        Whether the guest has an entropy device, beside the CPU's RDRAND and RDSEED.
+    balloon : bool
+        Whether the guest has a memory balloon; see `set_balloon`.
+    ports : mapping of str to callable, optional
+        Named ports of bytes (/dev/virtio-ports/NAME in the guest, where udev runs): each callable
+        is given what the guest writes, in a thread of the machine's, and must return soon. With
+        ports the guest has a console hvc0 as well, whose output is the machine's console's.
+    vsock : str or Path, optional
+        Make a Unix socket there by which the host reaches the guest's sockets (AF_VSOCK, CID 3);
+        see `devices.virtio.vsock_unix` for what to say to it.
+    packed : bool
+        Whether virtio devices offer packed rings beside split ones.
 
     Raises
     ------
@@ -141,6 +207,12 @@ class Machine:
         on_reset: Literal["exit", "reboot"] = "exit",
         cache: bool = True,
         cache_dir: str | Path | None = None,
+        disks: Sequence[str | Path | DiskOptions] = (),
+        rng: bool = False,
+        balloon: bool = False,
+        ports: Mapping[str, Callable[[bytes], None]] | None = None,
+        vsock: str | Path | None = None,
+        packed: bool = False,
     ) -> None:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
@@ -154,7 +226,19 @@ class Machine:
         else:
             cmdline = DEFAULT_APPEND if append is None else append
         self.config = MachineConfig(
-            kernel, initrd, cmdline, size, engine, EngineConfig(cpus, cache_dir=folder), on_reset
+            kernel,
+            initrd,
+            cmdline,
+            size,
+            engine,
+            EngineConfig(cpus, cache_dir=folder),
+            on_reset,
+            tuple(parse_disk(disk) for disk in disks),
+            rng,
+            balloon,
+            dict(ports or {}),
+            Path(vsock) if vsock else None,
+            packed,
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -175,7 +259,14 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._parts = self._assemble()
+        with ExitStack() as host:
+            self._storage = Storage(self.config.disks)
+            host.callback(self._storage.close)
+            self._vsock = self._open_vsock()
+            if self._vsock is not None:
+                host.callback(self._vsock.close)
+            self._parts = self._assemble()
+            self._host = host.pop_all()
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------
@@ -270,6 +361,7 @@ class Machine:
             self._thread.join(STOP_PATIENCE)
         self._last_stats = self.stats()
         self._parts.close()
+        self._host.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -328,6 +420,34 @@ class Machine:
         }
         with self._change:  # a reset exchanges the parts under it
             return {"machine": about, **self._parts.engine.stats()}
+
+    def set_balloon(self, size: int | str) -> None:
+        """Ask the guest to give ``size`` bytes of its RAM back to the host; it does what it can.
+
+        Raises
+        ------
+        UsageError
+            The machine was made without a balloon.
+        """
+        with self._change:
+            balloon = self._parts.devices.balloon
+            if balloon is None:
+                raise UsageError("the machine has no balloon: make it with balloon=True")
+            balloon.set_target(size if isinstance(size, int) else parse_memory(size))
+
+    def send_port(self, name: str, data: bytes) -> int:
+        """Give bytes to a named port; return how many were taken (the rest: try again later).
+
+        Raises
+        ------
+        UsageError
+            There is no such port.
+        """
+        with self._change:
+            console = self._parts.devices.console
+            if console is None or name not in self.config.ports:
+                raise UsageError(f"the machine has no port {name!r}: name it in ports=")
+            return console.send(1 + list(self.config.ports).index(name), data)
 
     def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
         """Call ``callback`` with every exit, from the vCPU's thread; None stops it."""
@@ -406,6 +526,7 @@ class Machine:
         from ringfence.chipset import acpi
         from ringfence.chipset.board import Board
         from ringfence.chipset.clock import HostClock
+        from ringfence.devices.virtio.pci import VirtioPci
         from ringfence.paravirt import clock as paravirt
 
         config = self.config
@@ -423,6 +544,9 @@ class Machine:
                 on_power_off=lambda: self._ending(StopReason.POWER_OFF),
                 on_reset=lambda: self._ending(StopReason.RESET),
             )
+            devices = self._devices()
+            for device in devices.all():
+                board.plug(VirtioPci(device, memory, packed=config.packed))
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
             boot = load_linux(
@@ -440,7 +564,33 @@ class Machine:
         except BaseException:
             memory.close()
             raise
-        return _Parts(memory, clock, board, engine)
+        return _Parts(memory, clock, board, engine, devices)
+
+    def _open_vsock(self) -> UnixHost | None:
+        from ringfence.devices.virtio.vsock_unix import UnixHost
+
+        return UnixHost(self.config.vsock) if self.config.vsock else None
+
+    def _devices(self) -> Devices:
+        """Make what is plugged into the board."""
+        from ringfence.devices.virtio.balloon import VirtioBalloon
+        from ringfence.devices.virtio.blk import VirtioBlk
+        from ringfence.devices.virtio.console import Port, VirtioConsole
+        from ringfence.devices.virtio.rng import VirtioRng
+        from ringfence.devices.virtio.vsock import VirtioVsock
+
+        config, storage = self.config, self._storage
+        named = [Port(name, sink) for name, sink in config.ports.items()]
+        return Devices(
+            disks=[
+                VirtioBlk(disk, storage.pool, serial=options.serial)
+                for options, disk in zip(config.disks, storage.disks, strict=True)
+            ],
+            rng=VirtioRng() if config.rng else None,
+            balloon=VirtioBalloon() if config.balloon else None,
+            console=VirtioConsole([Port("", self.console.feed), *named]) if named else None,
+            vsock=VirtioVsock(GUEST_CID, self._vsock) if self._vsock else None,
+        )
 
     def _ending(self, reason: StopReason) -> None:
         """The board says that the guest turned itself off or asked for a reset."""

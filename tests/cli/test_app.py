@@ -32,6 +32,8 @@ from ringfence.engine.kvm.probe import Kind
         (["run", "--timeout", "nan"], "above 0"),
         (["run", "--timeout", "soon"], "--timeout"),
         (["run", "--trace", "dreams"], "--trace"),
+        (["run", "--disk", "a,format=vdi"], "format=raw|qcow2"),
+        (["run", "--disk", ",readonly"], "names no file"),
         (["run", "--on-reset", "explode"], "--on-reset"),
         (["run", "--stats", "/nonexistent/folder/stats.json"], "--stats"),
         (["run", "debian", "--kernel", "bzImage"], "both an image and --kernel"),

@@ -131,6 +131,21 @@ def run(
     on_reset: Annotated[
         OnReset, typer.Option(help="When the guest resets: leave with status 7, or boot again.")
     ] = OnReset.EXIT,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[,OPTION...]",
+            help="Disk image for /dev/vda and so on (repeatable); options: format=raw|qcow2,"
+            " readonly, snapshot (throw changes away), direct, serial=TEXT, backing.",
+        ),
+    ] = None,
+    rng: Annotated[
+        bool, typer.Option("--rng/--no-rng", help="Give the guest an entropy device.")
+    ] = False,
+    vsock: Annotated[
+        Path | None,
+        typer.Option(help="Unix socket to make, by which the guest's vsock ports are reached."),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the engine's compiled code on disk.")
     ] = True,
@@ -154,6 +169,9 @@ def run(
             on_reset="exit" if on_reset is OnReset.EXIT else "reboot",
             cache=cache,
             cache_dir=cache_dir,
+            disks=tuple(disk or ()),
+            rng=rng,
+            vsock=vsock,
         )
     )
 

@@ -33,6 +33,9 @@ class RunOptions:
     on_reset: Literal["exit", "reboot"]
     cache: bool
     cache_dir: Path | None
+    disks: tuple[str, ...] = ()
+    rng: bool = False
+    vsock: Path | None = None
 
 
 def run_guest(options: RunOptions) -> int:
@@ -54,6 +57,9 @@ def run_guest(options: RunOptions) -> int:
         on_reset=options.on_reset,
         cache=options.cache,
         cache_dir=options.cache_dir,
+        disks=options.disks,
+        rng=options.rng,
+        vsock=options.vsock,
     )
     session = Session(machine, timeout=options.timeout, trace=options.trace)
     try:
@@ -69,9 +75,12 @@ def _check(options: RunOptions) -> None:
     """Refuse what makes no sense before anything is fetched or built."""
     from ringfence import engine as engines
     from ringfence.settings import parse_memory
+    from ringfence.storage.options import parse_disk
 
     parse_memory(options.memory)
     engines.select(options.engine, options.cpus)
+    for disk in options.disks:
+        parse_disk(disk)
     if options.kernel is not None and options.image is not None:
         raise UsageError("both an image and --kernel were given: expected one of them")
     if options.timeout is not None and not (options.timeout > 0 and math.isfinite(options.timeout)):
