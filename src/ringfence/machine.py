@@ -381,11 +381,8 @@ class Machine:
         return self._still().memory.read(address, length)
 
     def write_physical(self, address: int, data: bytes) -> None:
-        """Change guest RAM; IndexError outside it. The guest must stand still.
-
-        Code that was already translated is not watched here: change code before it runs.
-        """
-        self._still().memory.write(address, data)
+        """Change guest RAM, as a device would; IndexError outside it. The guest must stand still."""
+        self._still().memory.dma_write(address, data)
 
     def read_virtual(self, address: int, length: int) -> bytes:
         """Bytes as the paused vCPU would read them; IndexError where nothing is mapped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 
 import pytest
 
@@ -393,3 +394,50 @@ def test_jump_linked_while_a_mapping_is_stale(guest: HostileGuest) -> None:
     )
     assert end.trap == -1
     assert end.rbx == 0x01010101
+
+
+def test_devices_write_over_translated_code(guest: HostileGuest) -> None:
+    """By a device's write, between two runs and under a loop that waits for it."""
+    page = guest.page()
+    guest.put(page, mov_eax(1) + RET)
+    guest.map(AT, page, P | W)
+    source = f"mov r12d, {AT}; call r12; {DONE}"
+    assert guest.kernel(source).rax == 1
+    guest.memory.dma_write(page, mov_eax(2) + RET)
+    assert guest.kernel(source).rax == 2
+    guest.memory.dma_write(page, mov_eax(0) + RET)
+    later = threading.Timer(0.05, lambda: guest.memory.dma_write(page, mov_eax(7) + RET))
+    later.start()
+    end = guest.kernel(f"mov r12d, {AT}; again: call r12; test eax, eax; jz again; {DONE}")
+    later.join()
+    assert end.rax == 7
+
+
+def test_stack_on_two_pages_while_flags_are_live(guest: HostileGuest) -> None:
+    """Look-ups that move to where flags are dead, past one that changes the stack's page."""
+    page = guest.page(2)
+    for n in range(2):
+        guest.map(AT + n * PAGE, page + n * PAGE, P | W)
+    guest.memory.write(page + PAGE - 0x18, (1 << 63).to_bytes(8, "little"))
+    guest.memory.write(page + PAGE + 0x7E0, (100).to_bytes(8, "little"))
+    end = guest.kernel(
+        f"""
+        mov r13, rsp
+        mov rsp, {AT + PAGE - 0x20}
+        mov r14d, 3
+    again:
+        mov rbx, [rip + big]
+        xor ecx, ecx
+        mov rax, [rsp + 0x800]
+        add rbx, [rsp + 8]
+        adc rcx, [rsp + 0x800]
+        dec r14d
+        jnz again
+        mov rsp, r13
+        {DONE}
+    big:
+        .quad 0x8000000000000005
+        """
+    )
+    assert end.trap == -1
+    assert (end.rax, end.rbx, end.rcx) == (100, 5, 101)

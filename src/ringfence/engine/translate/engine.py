@@ -15,6 +15,7 @@ import gc
 import mmap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,12 @@ class TranslateEngine:
         view.ram_low = memory.regions[0].size
         view.ram_high = memory.regions[1].size if len(memory.regions) > 1 else 0
         view.code_lines = self._allocate((memory.size >> 12) * 8)
+        lines = (ctypes.c_uint64 * (memory.size >> 12)).from_address(view.code_lines)
+        self._code_lines = memoryview(lines).cast("B").cast("Q")
+        self._dma: deque[int] = deque()
+        """RAM pages that devices wrote to while they held translated code."""
+        self._invalidate = library.function("invalidate", 3)
+        memory.watch_dma(self._dma_written)
         view.trace_table = self._allocate(TRACE_ROWS * pages.ROW_BYTES)
         view.trace_rows = TRACE_ROWS
         view.page_table = self._allocate(PAGE_ROWS * pages.ROW_BYTES)
@@ -407,6 +414,14 @@ class TranslateEngine:
                 view.jump_target = self._deliver
                 return self._stopped()
 
+    def _dma_written(self, offset: int, length: int) -> None:
+        """A device wrote to RAM (any thread): what was translated from there is void."""
+        first, last = offset >> 12, offset + length - 1 >> 12
+        if length and any(self._code_lines[first : last + 1]):
+            self._dma.extend(range(first, last + 1))
+            self.view.service_request = 1
+            self.view.attention = 1
+
     def _on_attention(self) -> StopReason | None:
         began = time.perf_counter_ns()
         view = self.view
@@ -416,6 +431,8 @@ class TranslateEngine:
             return stopped
         vector = -1
         view.service_request = 0
+        while self._dma:
+            self._invalidate(self.block, self._dma.popleft(), MASK64)
         with self.board.lock:
             view.attention = 0
             if self.board.interrupt_pending(0) and view.flag_if:
@@ -424,7 +441,7 @@ class TranslateEngine:
                 view.irq_request = view.attention = 1
             else:
                 view.irq_request = 0
-        if view.stop_request:
+        if view.stop_request or view.service_request:
             view.attention = 1
         if vector >= 0 and self._deliver_interrupt(self.block, vector) != state.OK:
             return self._on_shutdown()
@@ -495,6 +512,8 @@ class TranslateEngine:
         count = view.gathered_count
         view.gathered_count = 0
         view.service_request = 0
+        if self._dma:
+            view.service_request = view.attention = 1
         began = time.perf_counter_ns()
         with self.board.lock:
             for value in view.gathered[:count]:
