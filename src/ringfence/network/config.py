@@ -1,0 +1,106 @@
+"""What people write about networks, and the backends that come of it.
+
+Text on the command line and arguments of `Machine` become one checked `NetworkConfig`; `connect`
+makes the backend, once per machine: it lives on through a guest's resets.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringfence.errors import UsageError
+from ringfence.network.backend import NetworkBackend
+from ringfence.network.user import Forward
+
+KINDS = "none, user, user:loopback, socket:PATH or tap:NAME"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """One backend to be: ``kind`` is ``user``, ``socket`` or ``tap``.
+
+    ``target`` is the socket's path or the interface's name; ``loopback`` and ``forwards`` are
+    those of `ringfence.network.user`; ``capture`` is a file for what goes over the wire.
+    """
+
+    kind: str
+    target: str = ""
+    loopback: bool = False
+    forwards: tuple[Forward, ...] = ()
+    capture: Path | None = None
+
+
+def parse_network(
+    text: str | None, forwards: Iterable[str] = (), capture: str | Path | None = None
+) -> NetworkConfig | None:
+    """Return what ``text`` describes (see `KINDS`); None for no network.
+
+    Raises
+    ------
+    UsageError
+        It describes nothing, or forwards or a capture go with it that have no place there.
+    """
+    kind, separator, target = (text or "none").partition(":")
+    parsed = tuple(parse_forward(each) for each in forwards)
+    if parsed and kind != "user":
+        raise UsageError(f"forwards need user-mode networking, not {kind!r}: expected --net user")
+    folder = Path(capture) if capture is not None else None
+    if kind == "none" and not separator:
+        if folder is not None:
+            raise UsageError(f"there is nothing to capture without a network: expected {KINDS}")
+        return None
+    if kind == "user" and (not separator or target == "loopback"):
+        return NetworkConfig(kind, "", bool(target), parsed, folder)
+    if kind in ("socket", "tap") and target:
+        return NetworkConfig(kind, target, capture=folder)
+    raise UsageError(f"network {text!r} is unknown: expected {KINDS}")
+
+
+def parse_forward(text: str) -> Forward:
+    """Return the forward that ``[udp:|tcp:][ADDRESS:]HOST_PORT:GUEST_PORT`` describes."""
+    parts = text.split(":")
+    udp = parts[0] == "udp"
+    if parts[0] in ("udp", "tcp"):
+        parts = parts[1:]
+    address = parts.pop(0) if len(parts) == 3 else "127.0.0.1"
+    try:
+        host, guest = (int(part) if part.isascii() and part.isdigit() else 0 for part in parts)
+        socket.inet_pton(socket.AF_INET, address)
+    except (ValueError, OSError):
+        host = guest = 0
+    if not (0 < host < 1 << 16 and 0 < guest < 1 << 16):
+        raise UsageError(
+            f"forward {text!r} is none: expected [udp:][ADDRESS:]HOST_PORT:GUEST_PORT,"
+            " such as 8080:80"
+        )
+    return Forward(host, guest, address, udp)
+
+
+def connect(config: NetworkConfig) -> NetworkBackend:
+    """Make the backend; HostError where the host lacks what it needs."""
+    backend: NetworkBackend
+    match config.kind:
+        case "user":
+            from ringfence.network.user import UserNetwork
+
+            backend = UserNetwork(config.forwards, loopback=config.loopback)
+        case "socket":
+            from ringfence.network.stream import SocketNetwork
+
+            backend = SocketNetwork(config.target)
+        case _:
+            from ringfence.network.tap import TapNetwork
+
+            backend = TapNetwork(config.target)
+    if config.capture is None:
+        return backend
+    from ringfence.network.capture import Capture
+
+    try:
+        return Capture(backend, config.capture)
+    except BaseException:
+        backend.close()
+        raise
