@@ -199,17 +199,20 @@ def test_extint_through_pin_0(apic) -> None:
 
 def test_shared_pci_interrupt_is_an_or(apic) -> None:
     apic.route(17, 0x8050)
-    apic.board.set_pci_irq(1, 0, True)
-    apic.board.set_pci_irq(5, 0, True)
-    apic.board.set_pci_irq(1, 0, False)
+    apic.board.pci.set_irq(1, 0, True)
+    apic.board.pci.set_irq(5, 0, True)
+    apic.board.pci.set_irq(1, 0, False)
     assert apic.take() == 0x50
     apic.apic(0xB0, 0)
     assert apic.take() == 0x50
-    apic.board.set_pci_irq(5, 0, False)
+    apic.board.pci.set_irq(5, 0, False)
     apic.apic(0xB0, 0)
     assert apic.take() is None
 
 
 def test_msi(apic) -> None:
+    apic.board.send_msi(0x1000_FEE0_0000, 0x4051)
+    apic.board.send_msi(0x0EE00000, 0x4051)
+    assert apic.take() is None
     apic.board.send_msi(0xFEE00000, 0x4052)
     assert apic.take() == 0x52

@@ -1,23 +1,24 @@
 """The ACPI tables that tell the guest what is on the board.
 
-One blob, for guest-physical 0xE0000: RSDP first, then XSDT, FADT, FACS, MADT and DSDT, each aligned
-to 64 bytes. The DSDT is assembled by `ringfence.chipset.aml`. Field order and names are those of
-the ACPI specification, release 6.4, chapter 5.
+One blob, for guest-physical 0xE0000: RSDP first, then XSDT, FADT, FACS, MADT, MCFG and DSDT, each
+aligned to 64 bytes. The DSDT is assembled by `ringfence.chipset.aml`. Field order and names are
+those of the ACPI specification, release 6.4, chapter 5.
 """
 
 from __future__ import annotations
 
 import struct
 
-from ringfence.chipset import aml, ioapic, lapic, pci, pm, rtc, uart
+from ringfence.chipset import aml, ioapic, lapic, pm, rtc, uart
+from ringfence.chipset.pci import host as pci
 
 ADDRESS = 0xE0000
 """Where firmware-less kernels look for the RSDP (5.2.5.1)."""
 LIMIT = 0x20000
 """The tables must end before the BIOS area does."""
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"RINGFC", b"RINGFENC", b"RFNC"
-PCI_MEMORY = (0xC000_0000, 0xFEBF_FFFF)
-"""PCI memory window: from the end of low RAM to the I/O APIC."""
+PCI_MEMORY = (0xC000_0000, pci.ECAM_BASE - 1)
+"""PCI memory window: from the end of low RAM to configuration space."""
 
 # FADT IAPC_BOOT_ARCH (5.2.9.3) and fixed feature flags (table 5.10)
 LEGACY_DEVICES, VGA_NOT_PRESENT = 1 << 0, 1 << 2
@@ -39,7 +40,8 @@ def build_tables(base: int = ADDRESS, cpus: int = 1) -> bytes:
     facs = place(struct.pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2))
     fadt = place(_fadt(dsdt, facs))
     madt = place(_madt(cpus))
-    xsdt = place(_table(b"XSDT", 1, struct.pack("<2Q", fadt, madt)))
+    mcfg = place(_mcfg())
+    xsdt = place(_table(b"XSDT", 1, struct.pack("<3Q", fadt, madt, mcfg)))
     parts[0] = _rsdp(xsdt).ljust(64, b"\0")
     return b"".join(parts)
 
@@ -108,6 +110,11 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, body)
 
 
+def _mcfg() -> bytes:
+    """Build the table of PCI configuration windows (PCI Firmware 3.0, 4.1.2): bus 0 has one."""
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", pci.ECAM_BASE, 0, 0, 0))
+
+
 def build_dsdt(cpus: int) -> bytes:
     r"""Assemble the DSDT's AML: processors, PCI host, COM1, RTC, motherboard, \_S5."""
     s5 = aml.package(*map(aml.integer, (pm.SLP_TYP_S5, pm.SLP_TYP_S5, 0, 0)))
@@ -161,6 +168,12 @@ def build_dsdt(cpus: int) -> bytes:
     board = aml.device(
         "MBRD",
         aml.name("_HID", aml.eisa_id("PNP0C02")),
-        aml.name("_CRS", aml.resources(aml.io(pm.BASE, pm.LENGTH))),
+        aml.name(
+            "_CRS",
+            aml.resources(
+                aml.io(pm.BASE, pm.LENGTH),
+                aml.memory(pci.ECAM_BASE, pci.ECAM_LENGTH),
+            ),
+        ),
     )
     return aml.name("\\_S5", s5) + aml.scope("\\_SB", *processors, pci_host, com1, clock, board)

@@ -93,6 +93,11 @@ def io(base: int, length: int) -> bytes:
     return struct.pack("<BBHHBB", 0x47, 1, base, base, 1, length)
 
 
+def memory(base: int, length: int) -> bytes:
+    """Writable memory at a fixed place below 4 GiB (6.4.3.4)."""
+    return struct.pack("<BHBII", 0x86, 9, 1, base, length)
+
+
 def irq(number: int) -> bytes:
     """One edge-triggered, active-high, exclusive interrupt (6.4.2.1, without flags)."""
     return struct.pack("<BH", 0x22, 1 << number)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ringfence.chipset.lapic import Lapic
 
 BROADCAST = 0xFFFF_FFFF
+MSI_AREA = 0xFEE
+"""Bits 20 and up of every message's address (SDM 3A 11.11.1)."""
 BROADCAST_8 = 0xFF
 """Everybody, as an 8-bit destination field says it (xAPIC ICR, IOAPIC, MSI)."""
 
@@ -62,7 +64,9 @@ class ApicBus:
         return self.deliver(self.targets(destination, logical), mode, vector, level)
 
     def send_msi(self, address: int, data: int) -> None:
-        """Deliver a message-signalled interrupt (SDM 3A 11.11)."""
+        """Deliver a message-signalled interrupt (SDM 3A 11.11); other addresses hear nothing."""
+        if address >> 20 != MSI_AREA:
+            return
         self.send(
             address >> 12 & 0xFF,
             logical=bool(address & 4),

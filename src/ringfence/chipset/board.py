@@ -28,7 +28,8 @@ from ringfence.chipset.lapic import (
     Lapic,
 )
 from ringfence.chipset.lapic_timer import TscSource
-from ringfence.chipset.pci import PciHost, gsi_of
+from ringfence.chipset.pci.device import PciDevice
+from ringfence.chipset.pci.host import PciHost
 from ringfence.chipset.pic import PicPair
 from ringfence.chipset.pit import Pit
 from ringfence.chipset.pm import SCI_IRQ, PowerManagement, ResetControl
@@ -92,7 +93,7 @@ class Board:
         Called with (cpu, NMI | INIT | SIPI | SMI, vector), the lock held.
     """
 
-    VERSION = 1
+    VERSION = 2
 
     def __init__(
         self,
@@ -133,8 +134,14 @@ class Board:
         self.pm = PowerManagement(self.timers, self._line(SCI_IRQ), self._power_off)
         self.i8042 = I8042(self._reset)
         self.reset_control = ResetControl(self._reset)
-        self.pci = PciHost(self.reset_control)
-        self._pci_lines = {gsi_of(slot, 0): 0 for slot in range(4)}
+        self.pci = PciHost(
+            self.reset_control,
+            lock=self.lock,
+            ports=self.ports,
+            memory=self.mmio,
+            interrupt=self.ioapic.set_irq,
+            message=self.apics.send_msi,
+        )
         self._wake: list[Callable[[], None]] = [_nothing] * cpus
         self._devices: dict[str, Any] = {
             "ioapic": self.ioapic,
@@ -148,7 +155,7 @@ class Board:
             "pci": self.pci,
         }
 
-        for part in (self.pic, self.pit, self.pm, self.i8042, self.pci):
+        for part in (self.pic, self.pit, self.pm, self.i8042):
             part.attach(self.ports)
         self.ports.register(RTC_BASE, RTC_LENGTH, self.rtc, widths=(1,))
         self.ports.register(UART_BASE, UART_LENGTH, self.uart, widths=(1,))
@@ -236,14 +243,9 @@ class Board:
             self.pic.set_irq(irq, asserted)
             self.ioapic.set_irq(2 if irq == 0 else irq, asserted)
 
-    def set_pci_irq(self, slot: int, pin: int, asserted: bool) -> None:
-        """Drive a PCI slot's interrupt pin (0 = INTA#); a shared GSI is the OR of its pins."""
-        bit = 1 << 4 * slot + pin
-        with self.lock:
-            gsi = gsi_of(slot, pin)
-            lines = self._pci_lines[gsi] & ~bit | (bit if asserted else 0)
-            self._pci_lines[gsi] = lines
-            self.ioapic.set_irq(gsi, bool(lines))
+    def plug(self, device: PciDevice, slot: int | None = None) -> int:
+        """Put a device into a PCI slot, by default the first free one; return the slot."""
+        return self.pci.plug(device, slot)
 
     def send_msi(self, address: int, data: int) -> None:
         """Deliver a message-signalled interrupt."""
@@ -276,7 +278,6 @@ class Board:
             return {
                 "version": self.VERSION,
                 "now": self.clock.now(),
-                "pci_lines": dict(self._pci_lines),
                 "lapics": [lapic.save() for lapic in self.lapics],
                 **{name: device.save() for name, device in self._devices.items()},
             }
@@ -290,7 +291,7 @@ class Board:
             The state is of another version or shape, or for another number of CPUs.
         """
         check_version("Board", state, self.VERSION)
-        missing = {"now", "lapics", "pci_lines", *self._devices} - set(state)
+        missing = {"now", "lapics", *self._devices} - set(state)
         if missing or len(state["lapics"]) != len(self.lapics):
             raise ImageError(
                 f"saved board lacks {sorted(missing)} or is not for {len(self.lapics)} CPUs:"
@@ -298,7 +299,6 @@ class Board:
             )
         with self.lock:
             self.clock.set_now(state["now"])
-            self._pci_lines = dict(state["pci_lines"])
             for name, device in self._devices.items():
                 device.restore(state[name])
             for lapic, saved in zip(self.lapics, state["lapics"], strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.errors import HostError, UsageError
@@ -102,6 +103,7 @@ class GuestMemory:
                 f"the host can't give {size >> 20} MiB of guest memory: {error}"
             ) from error
         self.host_base: int = base
+        self._observers: list[Callable[[int, int], None]] = []
         self.view = memoryview((ctypes.c_char * size).from_address(base)).cast("B")
 
     def offset(self, address: int, length: int) -> int:
@@ -123,6 +125,37 @@ class GuestMemory:
         """Store bytes at a guest-physical address; IndexError outside RAM."""
         at = self.offset(address, len(data))
         self.view[at : at + len(data)] = data
+
+    # ---- devices
+
+    def watch_dma(self, observer: Callable[[int, int], None]) -> None:
+        """Have ``observer(offset, length)`` called behind each write of a device to RAM.
+
+        ``offset`` counts from `host_base`. The call comes from whatever thread wrote, before the
+        guest is told of the write; an engine forgets there what it has derived from these bytes.
+        """
+        self._observers.append(observer)
+
+    def slice(self, address: int, length: int) -> memoryview:
+        """The bytes themselves, for a device to read or fill; IndexError outside RAM.
+
+        What is filled has to be told by `dma_written`.
+        """
+        at = self.offset(address, length)
+        return self.view[at : at + length]
+
+    def dma_written(self, address: int, length: int) -> None:
+        """Tell the observers that a device has changed these bytes; IndexError outside RAM."""
+        at = self.offset(address, length)
+        for observer in self._observers:
+            observer(at, length)
+
+    def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Store bytes as a device does: `write`, and the observers hear of it."""
+        at = self.offset(address, len(data))
+        self.view[at : at + len(data)] = data
+        for observer in self._observers:
+            observer(at, len(data))
 
     def close(self) -> None:
         """Unmap and free the RAM; the object is dead afterwards."""

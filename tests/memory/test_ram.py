@@ -1,0 +1,45 @@
+"""Guest RAM as devices use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ringfence.memory.ram import GuestMemory
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    made = GuestMemory(SIZE)
+    yield made
+    made.close()
+
+
+def test_observers_hear_what_devices_write(memory: GuestMemory) -> None:
+    heard: list[tuple[int, int]] = []
+    memory.watch_dma(lambda offset, length: heard.append((offset, length)))
+    memory.write(0x100, b"owner")
+    memory.dma_write(0x1000, b"device")
+    view = memory.slice(0x2000, 4)
+    view[:] = b"more"
+    memory.dma_written(0x2000, 4)
+    assert heard == [(0x1000, 6), (0x2000, 4)]
+    assert memory.read(0x1000, 6) == b"device"
+    assert memory.read(0x2000, 4) == b"more"
+
+
+@pytest.mark.parametrize(
+    ("address", "length"),
+    [(SIZE - 3, 4), (SIZE, 0 + 1), (0xFEE00000, 4), (1 << 64, 4), ((1 << 64) - 2, 4), (-4, 4)],
+)
+def test_devices_stay_in_ram(memory: GuestMemory, address: int, length: int) -> None:
+    for attempt in (
+        lambda: memory.slice(address, length),
+        lambda: memory.dma_written(address, length),
+        lambda: memory.dma_write(address, bytes(length)),
+    ):
+        with pytest.raises(IndexError):
+            attempt()
