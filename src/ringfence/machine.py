@@ -12,9 +12,10 @@ nothing of the old life can leak into the next.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
     from ringfence.engine.exits import TraceRecord
+    from ringfence.network.backend import NetworkBackend, Receive
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
+NICS = ("e1000",)
+"""Network cards that a machine may have."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
 
@@ -63,6 +67,10 @@ class MachineConfig:
         Bytes of guest RAM.
     on_reset : {"exit", "reboot"}
         What a reset by the guest means.
+    nic : str
+        The kind of network card, if there is a network.
+    mac : bytes
+        Its Ethernet address.
     """
 
     kernel: ImageSource
@@ -72,6 +80,8 @@ class MachineConfig:
     engine: str
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     on_reset: Literal["exit", "reboot"] = "exit"
+    nic: str = NICS[0]
+    mac: bytes = b""
 
 
 @dataclass(slots=True)
@@ -82,6 +92,8 @@ class _Parts:
     clock: HostClock
     board: Board
     engine: Engine
+    receive: Receive | None = None
+    """Where the network's frames go: to the card, if there is one."""
     ending: StopReason | None = None
 
     def close(self) -> None:
@@ -112,6 +124,18 @@ class Machine:
         Whether translations are kept on disk for the next run.
     cache_dir : str or Path, optional
         Where they are kept; by default below the user's cache folder.
+    network : str or NetworkBackend, optional
+        What the network card's cable leads to: ``user``, ``user:loopback``, ``socket:PATH``,
+        ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
+        ``none``: no card.
+    nic : str
+        The kind of card: ``e1000``.
+    mac : str, optional
+        Its Ethernet address, ``02:00:00:00:00:01``; by default a random one.
+    forwards : sequence of str
+        Ports of the host's that lead to the guest's, with a ``user`` network: ``8080:80``.
+    capture : str or Path, optional
+        File for all frames, in pcap format.
 
     Raises
     ------
@@ -141,11 +165,18 @@ class Machine:
         on_reset: Literal["exit", "reboot"] = "exit",
         cache: bool = True,
         cache_dir: str | Path | None = None,
+        network: str | NetworkBackend | None = None,
+        nic: str = NICS[0],
+        mac: str | None = None,
+        forwards: Sequence[str] = (),
+        capture: str | Path | None = None,
     ) -> None:
         if cpus != 1:
             raise UsageError(f"{cpus} vCPUs are not available yet: expected 1")
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
+        if nic not in NICS:
+            raise UsageError(f"network card {nic!r} is unknown: expected one of {', '.join(NICS)}")
         size = parse_memory(memory)
         engine = engines.resolve(engine)
         folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
@@ -156,7 +187,11 @@ class Machine:
         else:
             cmdline = DEFAULT_APPEND if append is None else append
         self.config = MachineConfig(
-            kernel, initrd, cmdline, size, engine, EngineConfig(cpus, cache_dir=folder), on_reset
+            *(kernel, initrd, cmdline, size, engine),
+            EngineConfig(cpus, cache_dir=folder),
+            on_reset,
+            nic,
+            _parse_mac(mac),
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -177,7 +212,13 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._parts = self._assemble()
+        self._network = _network(network, forwards, capture)
+        try:
+            self._parts = self._assemble()
+        except BaseException:
+            if self._network is not None:
+                self._network.close()
+            raise
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------
@@ -271,6 +312,8 @@ class Machine:
         if self._thread.is_alive():
             self._thread.join(STOP_PATIENCE)
         self._last_stats = self.stats()
+        if self._network is not None:
+            self._network.close()
         self._parts.close()
 
     def __enter__(self) -> Machine:
@@ -313,7 +356,7 @@ class Machine:
         """Counters as nested plain data, at any time; those of the last assembly after a reset.
 
         Beside what `Engine.stats` gives: ``machine`` with ``outcome``, ``seconds`` of host time,
-        ``resets``, ``engine`` and ``memory`` in bytes.
+        ``resets``, ``engine`` and ``memory`` in bytes; ``network`` with the backend's counters.
         """
         if self._closed and self._last_stats:
             return self._last_stats
@@ -328,8 +371,9 @@ class Machine:
             "memory": self.config.memory,
             "cmdline": self.config.cmdline,
         }
+        network = {"network": self._network.stats()} if self._network is not None else {}
         with self._change:  # a reset exchanges the parts under it
-            return {"machine": about, **self._parts.engine.stats()}
+            return {"machine": about, **self._parts.engine.stats(), **network}
 
     def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
         """Call ``callback`` with every exit, from the vCPU's thread; None stops it."""
@@ -376,6 +420,7 @@ class Machine:
     def _run_once(self) -> StopReason:
         parts = self._parts
         parts.board.timers.start()
+        self._connect(parts)
         try:
             while True:
                 reason = parts.engine.run()
@@ -384,11 +429,14 @@ class Machine:
                 if reason is not StopReason.PAUSED:
                     return reason
                 parts.clock.pause()
+                self._disconnect()
                 self._stand_still()
+                self._connect(parts)
                 parts.clock.resume()
                 if self._stop_wanted:
                     return StopReason.STOPPED
         finally:
+            self._disconnect()
             parts.board.timers.stop()
             parts.board.flush()
 
@@ -399,6 +447,16 @@ class Machine:
             self._state = State.PAUSED
             self._change.notify_all()
             self._change.wait_for(lambda: self._state is State.RUNNING or self._stop_wanted)
+
+    def _connect(self, parts: _Parts) -> None:
+        """Let frames reach the guest."""
+        if self._network is not None and parts.receive is not None:
+            self._network.attach(parts.receive)
+
+    def _disconnect(self) -> None:
+        """Hold frames back: the guest's memory is not to change any more."""
+        if self._network is not None:
+            self._network.detach()
 
     # -- composition --------------------------------------------------------------------------
 
@@ -425,6 +483,7 @@ class Machine:
                 on_power_off=lambda: self._ending(StopReason.POWER_OFF),
                 on_reset=lambda: self._ending(StopReason.RESET),
             )
+            receive = self._plug_card(memory, board)
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
             boot = load_linux(
@@ -442,7 +501,17 @@ class Machine:
         except BaseException:
             memory.close()
             raise
-        return _Parts(memory, clock, board, engine)
+        return _Parts(memory, clock, board, engine, receive)
+
+    def _plug_card(self, memory: GuestMemory, board: Board) -> Receive | None:
+        """Give the machine its network card, if it has a network; return the card's receiver."""
+        if self._network is None:
+            return None
+        from ringfence.devices.e1000.card import E1000
+
+        card = E1000(memory, board.timers, self._network, self.config.mac)
+        board.plug(card)
+        return card.receive
 
     def _ending(self, reason: StopReason) -> None:
         """The board says that the guest turned itself off or asked for a reset."""
@@ -467,6 +536,35 @@ class Machine:
         """Wait (holding ``_change``) for something that the vCPU's thread does soon."""
         if not self._change.wait_for(condition, STOP_PATIENCE):
             raise HostError(f"the vCPU did not come back within {STOP_PATIENCE:g} s: a bug of ours")
+
+
+def _network(
+    network: str | NetworkBackend | None, forwards: Sequence[str], capture: str | Path | None
+) -> NetworkBackend | None:
+    """Make the host's side of the cable, as the arguments of `Machine` have it."""
+    if network is None and not forwards and capture is None:
+        return None
+    from ringfence.network.config import connect, parse_network
+
+    if network is not None and not isinstance(network, str):
+        if forwards or capture is not None:
+            raise UsageError("forwards and capture are for networks by name, not for a backend")
+        return network
+    config = parse_network(network, forwards, capture)
+    return None if config is None else connect(config)
+
+
+def _parse_mac(text: str | None) -> bytes:
+    """Return an Ethernet address from its text; without one, a random one of our own range."""
+    if text is None:
+        return b"\x02RF" + os.urandom(3)
+    try:
+        mac = bytes(int(part, 16) for part in text.split(":"))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or mac[0] & 1 or not any(mac):
+        raise UsageError(f"{text!r} is no card's address: expected one like 02:00:00:00:00:01")
+    return mac
 
 
 def _from_image(

@@ -27,6 +27,10 @@ class RunOptions:
     memory: str
     cpus: int
     engine: str
+    net: str
+    nic: str
+    forwards: tuple[str, ...]
+    capture: Path | None
     timeout: float | None
     stats: str | None
     trace: bool
@@ -51,6 +55,10 @@ def run_guest(options: RunOptions) -> int:
         memory=options.memory,
         cpus=options.cpus,
         engine=options.engine,
+        network=options.net,
+        nic=options.nic,
+        forwards=options.forwards,
+        capture=options.capture,
         on_reset=options.on_reset,
         cache=options.cache,
         cache_dir=options.cache_dir,
@@ -68,9 +76,11 @@ def run_guest(options: RunOptions) -> int:
 def _check(options: RunOptions) -> None:
     """Refuse what makes no sense before anything is fetched or built."""
     from ringfence import engine as engines
+    from ringfence.network.config import parse_network
     from ringfence.settings import parse_memory
 
     parse_memory(options.memory)
+    parse_network(options.net, options.forwards, options.capture)
     engines.resolve(options.engine)
     if options.cpus != 1:
         raise UsageError(f"--cpus {options.cpus} is not available yet: expected 1")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import socket
+import sys
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -67,14 +68,18 @@ class Callbacks(ctypes.Structure):
 
 
 class InAddr(ctypes.Structure):
-    """``struct in_addr``."""
+    """``struct in_addr``: an address in network byte order."""
 
-    _fields_ = [("s_addr", c_uint8 * 4)]
+    _fields_ = [("s_addr", c_uint32)]
 
     @classmethod
     def of(cls, dotted: str) -> InAddr:
         """Return an address from its dotted text."""
-        return cls((c_uint8 * 4)(*socket.inet_aton(dotted)))
+        return cls(int.from_bytes(socket.inet_aton(dotted), sys.byteorder))
+
+
+_In6Addr = c_uint32 * 4
+"""``struct in6_addr``, with its alignment."""
 
 
 class Config(ctypes.Structure):
@@ -88,16 +93,16 @@ class Config(ctypes.Structure):
         ("vnetmask", InAddr),
         ("vhost", InAddr),
         ("in6_enabled", c_bool),
-        ("vprefix_addr6", c_uint8 * 16),
+        ("vprefix_addr6", _In6Addr),
         ("vprefix_len", c_uint8),
-        ("vhost6", c_uint8 * 16),
+        ("vhost6", _In6Addr),
         ("vhostname", c_char_p),
         ("tftp_server_name", c_char_p),
         ("tftp_path", c_char_p),
         ("bootfile", c_char_p),
         ("vdhcp_start", InAddr),
         ("vnameserver", InAddr),
-        ("vnameserver6", c_uint8 * 16),
+        ("vnameserver6", _In6Addr),
         ("vdnssearch", POINTER(c_char_p)),
         ("vdomainname", c_char_p),
         ("if_mtu", c_size_t),
@@ -154,7 +159,4 @@ def version() -> str:
     return text.decode()
 
 
-@_Log
-def _silent(domain: bytes, level: int, message: bytes, data: int) -> None:
-    """Swallow what libslirp logs about guests."""
-
+_silent = _Log(lambda domain, level, message, data: None)

@@ -133,9 +133,7 @@ class UserNetwork(ThreadedBackend):
         self._polled = []
         self._wanted: list[tuple[int, int]] = []
         timeout = ctypes.c_uint32(_FOREVER)
-        self._library.slirp_pollfds_fill(
-            self._slirp, ctypes.byref(timeout), self._add_poll, None
-        )
+        self._library.slirp_pollfds_fill(self._slirp, ctypes.byref(timeout), self._add_poll, None)
         return self._wanted, None if timeout.value == _FOREVER else timeout.value / 1000
 
     def _handle(self, ready: dict[int, int]) -> None:

@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from typing import ClassVar
 
 from ringfence.chipset.bus import AddressMap, Device, Window
 from ringfence.chipset.pci.config import BARS, Command, ConfigSpace, Identity, Register, Status
@@ -127,7 +128,7 @@ class PciDevice(Saved):
         The header and the capabilities.
     """
 
-    FIELDS = ("intx",)
+    FIELDS: ClassVar[tuple[str, ...]] = ("intx",)
 
     def __init__(self, identity: Identity, *, pin: int = 1) -> None:
         self.config = ConfigSpace(identity, pin=pin)

@@ -1,0 +1,1 @@
+"""What is plugged into the board: devices on the PCI bus."""
