@@ -168,7 +168,9 @@ class ScriptedMachine(Machine):
 
         idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
         uart = SimpleNamespace(pending_input=lambda: len(engine.input))
-        board = SimpleNamespace(uart=uart, timers=idle, receive=receive, flush=lambda: None)
+        board = SimpleNamespace(
+            uart=uart, timers=idle, receive=receive, flush=lambda: None, close=lambda: None
+        )
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
         return _Parts(memory, clock, board, engine)  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -28,11 +29,14 @@ from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, UsageError
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import default_cache_dir, parse_memory
+from ringfence.storage import Storage
+from ringfence.storage.options import DiskOptions, parse_disk
 
 if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
+    from ringfence.chipset.pci.device import PciDevice
     from ringfence.engine.exits import TraceRecord
     from ringfence.network.backend import NetworkBackend, Receive
 
@@ -67,6 +71,10 @@ class MachineConfig:
         Bytes of guest RAM.
     on_reset : {"exit", "reboot"}
         What a reset by the guest means.
+    disks : tuple of DiskOptions
+        The guest's disks, in order.
+    rng : bool
+        Whether there is an entropy device.
     nic : str
         The kind of network card, if there is a network.
     mac : bytes
@@ -80,6 +88,8 @@ class MachineConfig:
     engine: str
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     on_reset: Literal["exit", "reboot"] = "exit"
+    disks: tuple[DiskOptions, ...] = ()
+    rng: bool = True
     nic: str = NICS[0]
     mac: bytes = b""
 
@@ -97,6 +107,7 @@ class _Parts:
     ending: StopReason | None = None
 
     def close(self) -> None:
+        self.board.close()  # devices finish what they do in RAM
         self.engine.close()
         self.memory.close()
 
@@ -124,6 +135,11 @@ class Machine:
         Whether translations are kept on disk for the next run.
     cache_dir : str or Path, optional
         Where they are kept; by default below the user's cache folder.
+    disks : sequence of str, Path or DiskOptions
+        Disk images for /dev/vda, /dev/vdb…; text as `storage.options.parse_disk` reads it, such as
+        ``"root.qcow2,snapshot"``. They are open as long as the machine is.
+    rng : bool
+        Whether the guest has an entropy device.
     network : str or NetworkBackend, optional
         What the network card's cable leads to: ``user``, ``user:loopback``, ``socket:PATH``,
         ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
@@ -165,6 +181,8 @@ class Machine:
         on_reset: Literal["exit", "reboot"] = "exit",
         cache: bool = True,
         cache_dir: str | Path | None = None,
+        disks: Sequence[str | Path | DiskOptions] = (),
+        rng: bool = True,
         network: str | NetworkBackend | None = None,
         nic: str = NICS[0],
         mac: str | None = None,
@@ -187,9 +205,15 @@ class Machine:
         else:
             cmdline = DEFAULT_APPEND if append is None else append
         self.config = MachineConfig(
-            *(kernel, initrd, cmdline, size, engine),
+            kernel,
+            initrd,
+            cmdline,
+            size,
+            engine,
             EngineConfig(cpus, cache_dir=folder),
             on_reset,
+            tuple(parse_disk(disk) for disk in disks),
+            rng,
             nic,
             _parse_mac(mac),
         )
@@ -212,13 +236,14 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._network = _network(network, forwards, capture)
-        try:
-            self._parts = self._assemble()
-        except BaseException:
+        with ExitStack() as opened:
+            self._storage = Storage(self.config.disks)
+            opened.callback(self._storage.close)
+            self._network = _network(network, forwards, capture)
             if self._network is not None:
-                self._network.close()
-            raise
+                opened.callback(self._network.close)
+            self._parts = self._assemble()
+            opened.pop_all()
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------
@@ -315,6 +340,7 @@ class Machine:
         if self._network is not None:
             self._network.close()
         self._parts.close()
+        self._storage.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -483,6 +509,8 @@ class Machine:
                 on_power_off=lambda: self._ending(StopReason.POWER_OFF),
                 on_reset=lambda: self._ending(StopReason.RESET),
             )
+            for device in self._devices(memory):
+                board.plug(device)
             receive = self._plug_card(memory, board)
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
@@ -512,6 +540,17 @@ class Machine:
         card = E1000(memory, board.timers, self._network, self.config.mac)
         board.plug(card)
         return card.receive
+
+    def _devices(self, memory: GuestMemory) -> Iterator[PciDevice]:
+        """Make what is plugged into the board, in order of slots."""
+        from ringfence.devices.virtio.blk import VirtioBlk
+        from ringfence.devices.virtio.pci import VirtioPci
+        from ringfence.devices.virtio.rng import VirtioRng
+
+        for options, disk in zip(self.config.disks, self._storage.disks, strict=True):
+            yield VirtioPci(VirtioBlk(disk, self._storage.pool, serial=options.serial), memory)
+        if self.config.rng:
+            yield VirtioPci(VirtioRng(), memory)
 
     def _ending(self, reason: StopReason) -> None:
         """The board says that the guest turned itself off or asked for a reset."""

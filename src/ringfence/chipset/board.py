@@ -141,6 +141,7 @@ class Board:
             memory=self.mmio,
             interrupt=self.ioapic.set_irq,
             message=self.apics.send_msi,
+            defer=lambda action: self.timers.arm(self.clock.now(), action),
         )
         self._wake: list[Callable[[], None]] = [_nothing] * cpus
         self._devices: dict[str, Any] = {
@@ -271,6 +272,11 @@ class Board:
         """Hand pending console output to the sink."""
         with self.lock:
             self.uart.flush()
+
+    def close(self) -> None:
+        """Close plugged-in devices: wait for what they do in guest RAM. Not with the lock held."""
+        for device in self.pci.devices:
+            device.close()
 
     def save(self) -> State:
         """Return the state of clock and chips as plain data."""

@@ -143,6 +143,17 @@ def run(
     on_reset: Annotated[
         OnReset, typer.Option(help="When the guest resets: leave with status 7, or boot again.")
     ] = OnReset.EXIT,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[,OPTION...]",
+            help="Disk image for /dev/vda and so on (repeatable); options: format=raw|qcow2,"
+            " readonly, snapshot (throw changes away), direct, serial=TEXT, backing.",
+        ),
+    ] = None,
+    rng: Annotated[
+        bool, typer.Option("--rng/--no-rng", help="Give the guest an entropy device.")
+    ] = True,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep translations on disk.")
     ] = True,
@@ -170,6 +181,8 @@ def run(
             on_reset="exit" if on_reset is OnReset.EXIT else "reboot",
             cache=cache,
             cache_dir=cache_dir,
+            disks=tuple(disk or ()),
+            rng=rng,
         )
     )
 

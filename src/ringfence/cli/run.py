@@ -37,6 +37,8 @@ class RunOptions:
     on_reset: Literal["exit", "reboot"]
     cache: bool
     cache_dir: Path | None
+    disks: tuple[str, ...] = ()
+    rng: bool = True
 
 
 def run_guest(options: RunOptions) -> int:
@@ -62,6 +64,8 @@ def run_guest(options: RunOptions) -> int:
         on_reset=options.on_reset,
         cache=options.cache,
         cache_dir=options.cache_dir,
+        disks=options.disks,
+        rng=options.rng,
     )
     session = Session(machine, timeout=options.timeout, trace=options.trace)
     try:
@@ -78,9 +82,12 @@ def _check(options: RunOptions) -> None:
     from ringfence import engine as engines
     from ringfence.network.config import parse_network
     from ringfence.settings import parse_memory
+    from ringfence.storage.options import parse_disk
 
     parse_memory(options.memory)
     parse_network(options.net, options.forwards, options.capture)
+    for disk in options.disks:
+        parse_disk(disk)
     engines.resolve(options.engine)
     if options.cpus != 1:
         raise UsageError(f"--cpus {options.cpus} is not available yet: expected 1")

@@ -19,7 +19,10 @@ def slow_checksum(data: bytes) -> int:
 def transport(protocol: int, payload: bytes, pseudo: bytes) -> bytes:
     """A TCP or UDP segment; other protocols are bare payload."""
     if protocol == 6:
-        head, at = bytearray(struct.pack(">HHIIBBHHH", 1234, 80, 1000, 0, 0x50, 0x18, 512, 0, 0)), 16
+        head, at = (
+            bytearray(struct.pack(">HHIIBBHHH", 1234, 80, 1000, 0, 0x50, 0x18, 512, 0, 0)),
+            16,
+        )
     elif protocol == 17:
         head, at = bytearray(struct.pack(">HHHH", 1234, 53, 8 + len(payload), 0)), 6
     else:

@@ -206,7 +206,9 @@ def test_rings_outside_ram(driver, base) -> None:
     stays_usable(driver)
 
 
-@pytest.mark.parametrize("address", [MEMORY - 50, MEMORY, 0xC0000000, (1 << 64) - 1, (1 << 64) - 50])
+@pytest.mark.parametrize(
+    "address", [MEMORY - 50, MEMORY, 0xC0000000, (1 << 64) - 1, (1 << 64) - 50]
+)
 def test_buffers_outside_ram(driver, address) -> None:
     descriptor = driver.put(address, EOP_RS | 100)
     driver.ring_tail()

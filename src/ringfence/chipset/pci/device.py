@@ -81,6 +81,8 @@ class Socket:
         Drives the interrupt pin.
     message : Callable[[int, int], None]
         Takes a message-signalled interrupt: address, data.
+    defer : Callable[[Callable[[], None]], object]
+        Has something done soon by the timers' thread, the lock held.
     """
 
     lock: threading.RLock
@@ -89,6 +91,7 @@ class Socket:
     rank: int
     interrupt: Callable[[bool], None]
     message: Callable[[int, int], None]
+    defer: Callable[[Callable[[], None]], object]
 
 
 class _BarAccess:
@@ -194,6 +197,11 @@ class PciDevice(Saved):
     def uses_messages(self) -> bool:
         """Whether the guest has switched MSI-X or MSI on."""
         return any(each is not None and each.enabled for each in (self.msix, self.msi))
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Have ``action`` called soon, the lock held, when others have had their turn."""
+        if self._socket is not None:
+            self._socket.defer(action)
 
     def set_intx(self, asserted: bool) -> None:
         """Say whether the device wants its level-triggered pin asserted."""

@@ -61,6 +61,8 @@ class PciHost(Saved):
         Drives a GSI.
     message : Callable[[int, int], None]
         Takes message-signalled interrupts: address, data.
+    defer : Callable[[Callable[[], None]], object]
+        Has something done soon by the timers' thread, the lock held.
     """
 
     FIELDS = ("address", "lines")
@@ -74,6 +76,7 @@ class PciHost(Saved):
         memory: MmioBus,
         interrupt: Callable[[int, bool], None],
         message: Callable[[int, int], None],
+        defer: Callable[[Callable[[], None]], object],
     ) -> None:
         self._reset_control = reset_control
         self._lock = lock
@@ -81,6 +84,7 @@ class PciHost(Saved):
         self._memory = memory
         self._interrupt = interrupt
         self._message = message
+        self._defer = defer
         self.address = 0
         self.lines = [0] * LINES
         """Per line, which pins assert it: bit 4 * slot + pin."""
@@ -126,6 +130,7 @@ class PciHost(Saved):
                     rank=1 + slot * FUNCTIONS + number,
                     interrupt=lambda asserted: self.set_irq(slot, max(pin, 0), asserted),
                     message=self._message,
+                    defer=self._defer,
                 )
             )
             return slot

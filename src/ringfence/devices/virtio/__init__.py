@@ -1,0 +1,6 @@
+"""Paravirtual devices: virtio 1.2 over PCI, modern interface only.
+
+`ring` says what a ring is, `split` and `packed` are the two layouts, `pci` is the transport,
+`device` the base of the device types, which are one file each. Section numbers in this folder are
+those of the OASIS Virtual I/O Device specification, version 1.2.
+"""

@@ -1,0 +1,270 @@
+"""The block device (5.2): a disk whose work is done by the threads of an `IoPool`.
+
+A notification turns chains into requests and hands them to the pool; data move between the host's
+file and guest RAM without a copy. A worker that has finished appends its chain to a list, waits for
+the board's lock and gives back all chains that are on that list by then.
+
+Where the driver has not accepted FLUSH, or has switched the write cache off, a write is on stable
+storage before it is given back (5.2.6.2).
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import deque
+from typing import Protocol
+
+from ringfence.devices.virtio.device import VirtioDevice
+from ringfence.devices.virtio.ring import Chain, Ring
+from ringfence.memory.buffers import Buffers, scatter, split, total
+
+SECTOR = 512
+QUEUE_SIZE = 256
+SEGMENTS = 254
+"""Data buffers in a request; the header and the status take one each."""
+MAX_REQUEST = 64 << 20
+"""Bytes that one request may move."""
+MAX_DISCARD = MAX_REQUEST // SECTOR
+MAX_RANGES = 16
+"""Ranges in one DISCARD or WRITE_ZEROES request."""
+SERIAL_LENGTH = 20
+
+# Feature bits (5.2.3)
+SEG_MAX, RO, BLK_SIZE, FLUSH, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES = (
+    1 << bit for bit in (2, 5, 6, 9, 11, 12, 13, 14)
+)
+# Request types (5.2.6)
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+UNMAP = 1 << 0
+"""Flag of a WRITE_ZEROES range."""
+# Status (5.2.6)
+OK, IOERR, UNSUPPORTED = 0, 1, 2
+
+HEADER = struct.Struct("<IIQ")
+"""type, reserved, sector (struct virtio_blk_req)."""
+RANGE = struct.Struct("<QII")
+"""sector, num_sectors, flags (struct virtio_blk_discard_write_zeroes)."""
+CONFIG = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+"""struct virtio_blk_config up to write_zeroes_may_unmap, in the order of 5.2.4."""
+WRITEBACK_OFFSET = 32
+
+
+class BlockBackend(Protocol):
+    """What holds the data; see ``storage.disk.Disk``, whose methods these are."""
+
+    size: int
+    read_only: bool
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        """Fill ``buffers``."""
+
+    def write(self, offset: int, buffers: Buffers) -> None:
+        """Store ``buffers``."""
+
+    def flush(self) -> None:
+        """Return when everything is on stable storage."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Forget a range."""
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Clear a range."""
+
+
+class Workers(Protocol):
+    """Threads that may block; see ``storage.pool.IoPool``."""
+
+    def submit(self, job: Job) -> None:
+        """Do something soon."""
+
+
+class Job(Protocol):
+    """Something to do."""
+
+    def __call__(self) -> None:
+        """Do it."""
+
+
+class _Refused(Exception):
+    """A request that ends with a status other than OK."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+class VirtioBlk(VirtioDevice):
+    """A disk.
+
+    Parameters
+    ----------
+    disk : BlockBackend
+        The data. It is not closed with the device: it outlives a reset of the machine.
+    pool : Workers
+        Who waits for it.
+    serial : str
+        What the guest sees as the disk's serial number, 20 ASCII characters at most.
+    queues : int
+        Number of request queues.
+    """
+
+    TYPE = 2
+    CLASS_CODE = 0x010000
+    FIELDS = ("writeback",)
+
+    def __init__(
+        self, disk: BlockBackend, pool: Workers, *, serial: str = "", queues: int = 1
+    ) -> None:
+        features = SEG_MAX | BLK_SIZE | FLUSH | CONFIG_WCE
+        features |= RO if disk.read_only else DISCARD | WRITE_ZEROES
+        if queues > 1:
+            features |= MQ
+        super().__init__(features, (QUEUE_SIZE,) * queues)
+        self._disk = disk
+        self._pool = pool
+        self._serial = serial.encode("ascii", "replace")[:SERIAL_LENGTH]
+        self.writeback = 1
+        self._done: deque[tuple[int, Ring, Chain, int]] = deque()
+        self._settled = threading.Event()
+        self._settled.set()
+
+    def config(self) -> bytes:
+        """See `VirtioDevice.config` (5.2.4)."""
+        return CONFIG.pack(
+            self._disk.size // SECTOR,
+            0,  # size_max
+            SEGMENTS,
+            0, 0, 0,  # geometry
+            SECTOR,
+            0, 0, 0, 0,  # topology
+            self.writeback,
+            len(self.queue_sizes),
+            MAX_DISCARD, MAX_RANGES, 1,  # discard: sectors, ranges, alignment
+            MAX_DISCARD, MAX_RANGES, 1,  # write zeroes: sectors, ranges, may unmap
+        )  # fmt: skip
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        """See `VirtioDevice.config_write`: only writeback may be written."""
+        if offset <= WRITEBACK_OFFSET < offset + len(data) and self.transport.features & CONFIG_WCE:
+            self.writeback = data[WRITEBACK_OFFSET - offset] & 1
+
+    def notified(self, number: int) -> None:
+        """See `VirtioDevice.notified`."""
+        ring = self.transport.ring(number)
+        if ring is not None:
+            self.drain(number, lambda chain: self._begin(number, ring, chain))
+
+    def reset(self) -> None:
+        """See `VirtioDevice.reset`."""
+        self.writeback = 1
+
+    def quiesce(self) -> None:
+        """See `VirtioDevice.quiesce`."""
+        self._settled.wait()
+
+    # ---- requests
+
+    def _begin(self, number: int, ring: Ring, chain: Chain) -> int | None:
+        """Take a request; one without room for a status can't even be refused (5.2.6.1)."""
+        if not chain.writable:
+            return 0
+        self.busy += 1
+        self._settled.clear()
+        self._pool.submit(lambda: self._work(number, ring, chain))
+        return None
+
+    def _work(self, number: int, ring: Ring, chain: Chain) -> None:
+        """Do a request (a worker's thread)."""
+        try:
+            written = self._perform(chain)
+            status = OK
+        except _Refused as refusal:
+            written, status = 0, refusal.status
+        except Exception:
+            # Whatever the host or an image does wrong is the guest's I/O error and no more.
+            written, status = 0, IOERR
+        chain.writable[-1][-1] = status
+        if status != OK or written == chain.writable_length - 1:
+            written = chain.writable_length
+        else:
+            written = min(written + 1, chain.writable_length)
+        self._done.append((number, ring, chain, written))
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Return finished chains to the driver; whoever has the lock does it for all."""
+        with self.transport.lock:
+            numbers = set()
+            while self._done:
+                number, ring, chain, written = self._done.popleft()
+                self.busy -= 1
+                if self.transport.ring(number) is ring:
+                    ring.push(chain, written)
+                    numbers.add(number)
+            for number in numbers:
+                self.transport.publish(number)
+            if not self.busy:
+                self.transport.finished()
+                self._settled.set()
+
+    def _perform(self, chain: Chain) -> int:
+        """Do a request and return how much it has written for the driver, the status aside."""
+        header, outward = split(chain.readable, HEADER.size)
+        raw = b"".join(header)
+        if len(raw) < HEADER.size:
+            raise _Refused(IOERR)
+        kind, _, sector = HEADER.unpack(raw)
+        inward, _ = split(chain.writable, chain.writable_length - 1)
+        if kind == T_IN:
+            length = total(inward)
+            self._check(sector, length)
+            self._disk.read(sector * SECTOR, inward)
+            return length
+        if kind == T_OUT:
+            self._refuse_if_read_only()
+            self._check(sector, total(outward))
+            self._disk.write(sector * SECTOR, outward)
+            self._write_through()
+        elif kind == T_FLUSH:
+            self._disk.flush()
+        elif kind == T_GET_ID:
+            return scatter(self._serial.ljust(SERIAL_LENGTH, b"\0"), inward)
+        elif kind in (T_DISCARD, T_WRITE_ZEROES):
+            self._refuse_if_read_only()
+            self._clear(kind, b"".join(split(outward, MAX_RANGES * RANGE.size + 1)[0]))
+            self._write_through()
+        else:
+            raise _Refused(UNSUPPORTED)
+        return 0
+
+    def _refuse_if_read_only(self) -> None:
+        if self._disk.read_only:
+            raise _Refused(IOERR)
+
+    def _check(self, sector: int, length: int) -> None:
+        """Refuse what is no run of whole sectors inside the disk."""
+        end = sector * SECTOR + length
+        if length % SECTOR or length > MAX_REQUEST or end > self._disk.size:
+            raise _Refused(IOERR)
+
+    def _clear(self, kind: int, data: bytes) -> None:
+        """Discard ranges, or fill them with zeroes (5.2.6.2)."""
+        if not data or len(data) % RANGE.size or len(data) > MAX_RANGES * RANGE.size:
+            raise _Refused(IOERR)
+        ranges = list(RANGE.iter_unpack(data))
+        for sector, count, flags in ranges:
+            if flags & ~(UNMAP if kind == T_WRITE_ZEROES else 0):
+                raise _Refused(UNSUPPORTED)
+            self._check(sector, count * SECTOR)
+        for sector, count, flags in ranges:
+            if not count:
+                continue
+            if kind == T_DISCARD:
+                self._disk.discard(sector * SECTOR, count * SECTOR)
+            else:
+                self._disk.write_zeroes(sector * SECTOR, count * SECTOR, unmap=bool(flags & UNMAP))
+
+    def _write_through(self) -> None:
+        features = self.transport.features
+        if not features & (FLUSH | CONFIG_WCE) or (features & CONFIG_WCE and not self.writeback):
+            self._disk.flush()

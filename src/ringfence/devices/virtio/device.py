@@ -1,0 +1,138 @@
+"""What virtio devices of all types share.
+
+A device type knows its feature bits, its queues, its configuration structure and what to do with a
+chain. How the driver reaches it is the transport's matter: `Transport` is all that a device sees of
+it. Everything runs with the board's lock held; what may take long is done by threads of the
+device's backend, which take ``transport.lock`` to give chains back.
+
+**Bounded work.** `VirtioDevice.drain` takes as many chains per notification as the queue is long;
+if there are more, it lets others have the lock and goes on from the timers' thread.
+
+**Reset with work in flight.** A chain that a backend still works on belongs to guest memory until
+the backend is done. So a device counts such chains in ``busy``, and the transport does not call
+itself reset before that is zero (4.1.4.3.1 has the driver wait for it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import ClassVar, Protocol
+
+from ringfence.chipset.state import Saved
+from ringfence.devices.virtio.ring import Chain, Ring
+from ringfence.memory.ram import GuestMemory
+
+VERSION_1 = 1 << 32
+
+
+class Transport(Protocol):
+    """What carries a device: how it reaches its driver."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """The board's lock."""
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest RAM."""
+
+    @property
+    def features(self) -> int:
+        """What the driver has accepted."""
+
+    def ring(self, number: int) -> Ring | None:
+        """A queue that is enabled and may be worked on, or None."""
+
+    def publish(self, number: int) -> None:
+        """Publish what was pushed to a queue; interrupt the driver if it wants that."""
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration structure has changed."""
+
+    def finished(self) -> None:
+        """Hear that ``busy`` has become zero."""
+
+    def again(self, number: int) -> None:
+        """Have `VirtioDevice.notified` called once more, after others had their turn."""
+
+
+class VirtioDevice(Saved):
+    """Base of all device types.
+
+    Attributes
+    ----------
+    TYPE : int
+        The device's number (5).
+    CLASS_CODE : int
+        What it is on a PCI bus.
+    features : int
+        Feature bits of the type that are offered.
+    queue_sizes : tuple[int, ...]
+        The largest size of each queue.
+    busy : int
+        Chains that a backend works on.
+    """
+
+    TYPE: ClassVar[int]
+    CLASS_CODE: ClassVar[int]
+
+    def __init__(self, features: int, queue_sizes: tuple[int, ...]) -> None:
+        self.features = features
+        self.queue_sizes = queue_sizes
+        self.busy = 0
+        self.transport: Transport
+
+    def attach(self, transport: Transport) -> None:
+        """Meet the transport, once."""
+        self.transport = transport
+
+    # ---- what the transport calls
+
+    def config(self) -> bytes:
+        """Return the device configuration structure."""
+        return b""
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        """Take a write to the configuration structure."""
+
+    def started(self) -> None:
+        """Hear that the driver is ready (DRIVER_OK); queues may be used from now on."""
+
+    def notified(self, number: int) -> None:
+        """Hear that there may be chains in an enabled queue; RingError for a broken one."""
+
+    def reset(self) -> None:
+        """Forget the driver; chains in flight are waited for by the transport."""
+
+    def quiesce(self) -> None:
+        """Wait until ``busy`` is zero, without the lock; the vCPUs stand still."""
+
+    def close(self) -> None:
+        """Let go of the backend, after `quiesce`."""
+
+    # ---- what device types use
+
+    def drain(self, number: int, handle: Callable[[Chain], int | None]) -> None:
+        """Hand a queue's chains to ``handle`` and give them back.
+
+        ``handle`` returns how many bytes it has written, or None to keep the chain and push it
+        later.
+        """
+        ring = self.transport.ring(number)
+        if ring is None:
+            return
+        ring.want_kicks(False)
+        try:
+            for _ in range(ring.size + 1):
+                chain = ring.pop()
+                if chain is None:
+                    if not ring.want_kicks(True):
+                        return
+                    continue
+                written = handle(chain)
+                if written is not None:
+                    ring.push(chain, written)
+            self.transport.again(number)
+        finally:
+            self.transport.publish(number)
