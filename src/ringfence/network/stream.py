@@ -5,8 +5,10 @@ frame. Whoever comes first listens, and is the *hub* for those who come later: i
 frame to all others and to its own card, as an Ethernet repeater does. When the hub goes, its peers
 try again every second; the first of them becomes the new hub.
 
-What a peer may do: send frames of any content. A length that no frame has ends its connection. To a
-peer that doesn't read, at most `BACKLOG` bytes are kept, and whole frames are dropped.
+What a peer may do: send frames of any content. A length that no frame has ends its connection. For
+a peer that doesn't read, at most `BACKLOG` bytes are kept. With one peer the card's frames then wait
+(and are dropped only when that queue is full, too); with several, frames for the slow one are
+dropped, so that the others don't wait for it.
 """
 
 from __future__ import annotations
@@ -59,6 +61,11 @@ class Peer:
             found.append(bytes(data[at - length : at]))
         del data[:at]
         return found
+
+    @property
+    def full(self) -> bool:
+        """True if the next frame may not find room."""
+        return len(self.outgoing) + PREFIX + MAXIMUM_FRAME > BACKLOG
 
     def queue(self, frame: bytes) -> bool:
         """Note a frame for sending; False if too much waits already."""
@@ -212,6 +219,10 @@ class SocketNetwork(ThreadedBackend):
         for frame in frames:
             self._repeat(frame, descriptor)
             self._deliver(frame)
+
+    @property
+    def _jammed(self) -> bool:
+        return len(self._peers) == 1 and next(iter(self._peers.values())).full
 
     def _send(self, frame: bytes) -> None:
         self._repeat(frame, None)

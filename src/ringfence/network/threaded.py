@@ -116,6 +116,11 @@ class ThreadedBackend:
         """Give back descriptors and the like; the thread has ended."""
         raise NotImplementedError
 
+    @property
+    def _jammed(self) -> bool:
+        """True while frames of the card's had better wait in the queue."""
+        return False
+
     # ---- what a subclass calls, in the thread
 
     @property
@@ -157,6 +162,8 @@ class ThreadedBackend:
             self._offer()
             self._handle(ready)
             for _ in range(len(self._outgoing)):
+                if self._jammed:
+                    break
                 self._send(self._outgoing.popleft())
 
     def _sleep(self) -> dict[int, int]:
