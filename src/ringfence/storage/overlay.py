@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from ringfence.memory.buffers import Buffers, split, total
 from ringfence.storage.disk import Disk, read_full, write_full
@@ -27,7 +28,7 @@ class Overlay(Disk):
         self.size = base.size
         self.read_only = False
         self._fd, name = tempfile.mkstemp(prefix="ringfence-overlay-")
-        os.unlink(name)
+        Path(name).unlink()
         os.ftruncate(self._fd, self.size)
         self._present = bytearray(-(-self.size // BLOCK))
         self._lock = threading.Lock()
