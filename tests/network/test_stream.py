@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import socket
+import subprocess
 
 import pytest
 
@@ -190,3 +192,32 @@ def test_frames_are_cut_off_whole() -> None:
     assert not peer.incoming
     ours.close()
     theirs.close()
+
+
+def test_qemu_s_stream(join, path) -> None:
+    """QEMU joins the wire, and its own user network answers from there."""
+    qemu = shutil.which("qemu-system-x86_64")
+    if qemu is None:
+        pytest.skip("qemu-system-x86_64 is missing")
+    end, card = join()
+    arguments = [qemu, "-M", "none", "-display", "none", "-nodefaults"]
+    for network in (
+        f"stream,id=wire,server=off,addr.type=unix,addr.path={path}",
+        "user,id=user",
+        "hubport,hubid=1,id=one,netdev=wire",
+        "hubport,hubid=1,id=two,netdev=user",
+    ):
+        arguments += ["-netdev", network]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE) as process:
+        try:
+            until(lambda: end._peers or process.poll() is not None)
+            if process.poll() is not None:
+                pytest.skip("this QEMU has no stream backend")
+            request = bytes.fromhex(
+                "ffffffffffff020000000001080600010800060400010200000000010a00020f"
+            )
+            end.transmit((request + bytes(6) + bytes([10, 0, 2, 2])).ljust(60, b"\0"))
+            until(lambda: card.frames)
+        finally:
+            process.kill()
+    assert card.frames[0][12:14] + card.frames[0][28:32] == b"\x08\x06" + bytes([10, 0, 2, 2])

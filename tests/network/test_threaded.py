@@ -119,6 +119,29 @@ def test_room_found_between_refusal_and_waiting(pair) -> None:
     until(lambda: len(frames) == 2)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_frame_in_the_moment_of_waking_up(pair, monkeypatch, moment) -> None:
+    """Whenever a frame comes, it and the next one are sent, without another event to help."""
+    real, waiting = os.eventfd_read, [frame(2)]
+
+    def read(descriptor: int) -> int:
+        if moment == "before" and waiting:
+            pair.transmit(waiting.pop())
+        value = real(descriptor)
+        if waiting:
+            pair.transmit(waiting.pop())
+        return value
+
+    monkeypatch.setattr(os, "eventfd_read", read)
+    pair.outer.settimeout(20)
+    pair.attach(Card().receive)
+    pair.transmit(frame(1))
+    received = {pair.outer.recv(100), pair.outer.recv(100)}
+    pair.transmit(frame(3))
+    assert pair.outer.recv(100) == frame(3)
+    assert received == {frame(1), frame(2)}
+
+
 def test_detached_means_that_no_call_is_under_way(pair) -> None:
     inside, leave = threading.Event(), threading.Event()
 

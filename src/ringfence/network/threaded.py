@@ -174,8 +174,9 @@ class ThreadedBackend:
             poller.register(descriptor, events)
         ready = dict(poller.poll(None if timeout is None else timeout * 1000))
         if ready.pop(self._wake, 0):
-            # First the flag, then the counter, then (our caller) the queue: a frame that comes
-            # behind the look at the queue finds the flag down and wakes us anew.
-            self._signalled = False
+            # First the counter, then the flag, then (our caller) the queue. A frame that finds the
+            # flag still up is in the queue before we look there; one that finds it down counts up
+            # the counter, which is not read again before the next sleep.
             os.eventfd_read(self._wake)
+            self._signalled = False
         return ready
