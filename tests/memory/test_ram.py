@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,21 @@ def test_observers_hear_what_devices_write(memory: GuestMemory) -> None:
     assert heard == [(0x1000, 6), (0x2000, 4)]
     assert memory.read(0x1000, 6) == b"device"
     assert memory.read(0x2000, 4) == b"more"
+
+
+def test_discarded_pages_are_zero_and_take_no_space(memory: GuestMemory) -> None:
+    heard: list[tuple[int, int]] = []
+    memory.write(0, b"x" * SIZE)
+    memory.watch_dma(lambda offset, length: heard.append((offset, length)))
+    before = os.fstat(memory.fd).st_blocks
+    memory.discard(0x1000, 0x4000)
+    assert heard == [(0x1000, 0x4000)]
+    assert before - os.fstat(memory.fd).st_blocks == 0x4000 // 512
+    assert memory.read(0xFFF, 0x4002) == b"x" + bytes(0x4000) + b"x"
+    with pytest.raises(ValueError, match="whole pages"):
+        memory.discard(0x1800, 0x1000)
+    with pytest.raises(IndexError):
+        memory.discard(SIZE - 0x1000, 0x2000)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ _libc.mmap.argtypes = [
     ctypes.c_long,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MADV_REMOVE = 9
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -156,6 +158,16 @@ class GuestMemory:
         self.view[at : at + len(data)] = data
         for observer in self._observers:
             observer(at, len(data))
+
+    def discard(self, address: int, length: int) -> None:
+        """Give whole pages back to the host: they read as zeroes; IndexError outside RAM."""
+        at = self.offset(address, length)
+        if at % PAGE or length % PAGE:
+            raise ValueError(f"{address:#x}+{length:#x} are no whole pages")
+        if length and _libc.madvise(self.host_base + at, length, _MADV_REMOVE):
+            raise OSError(ctypes.get_errno(), "madvise")
+        for observer in self._observers:
+            observer(at, length)
 
     def close(self) -> None:
         """Unmap and free the RAM; the object is dead afterwards."""

@@ -42,6 +42,16 @@ class Disk(ABC):
     def write(self, offset: int, buffers: Buffers) -> None:
         """Store ``buffers`` from ``offset`` on."""
 
+    def read_now(self, offset: int, buffers: Buffers) -> bool:
+        """Do `read` if that needs no waiting; False, with ``buffers`` undefined, if it would."""
+        del offset, buffers
+        return False
+
+    def write_now(self, offset: int, buffers: Buffers) -> bool:
+        """Do `write` if that needs no waiting; False, with the range undefined, if it would."""
+        del offset, buffers
+        return False
+
     @abstractmethod
     def flush(self) -> None:
         """Return when all writes that are done are on stable storage."""

@@ -13,12 +13,14 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ringfence.errors import ImageError
 from ringfence.memory.buffers import Buffers, scatter, split, total
 from ringfence.storage.disk import (
+    IOV_MAX,
     SECTOR,
     Disk,
     open_file,
@@ -79,6 +81,8 @@ class RawDisk(Disk):
     def __init__(self, path: Path, *, read_only: bool = False, direct: bool = False) -> None:
         self.read_only = read_only
         self._direct = direct
+        self._must_wait: set[object] = set()
+        """Transfers that this file can't try without waiting."""
         self._fd = open_file(path, read_only=read_only, direct=direct)
         self._block = _direct_block(self._fd) if direct else 1
         self._turn: AbstractContextManager[object] = (
@@ -103,6 +107,28 @@ class RawDisk(Disk):
                 self._bounce(offset, buffers, write=True)
             else:
                 write_full(self._fd, offset, buffers)
+
+    def read_now(self, offset: int, buffers: Buffers) -> bool:
+        """See `Disk.read_now`: what the page cache has."""
+        return self._at_once(os.preadv, offset, buffers)
+
+    def write_now(self, offset: int, buffers: Buffers) -> bool:
+        """See `Disk.write_now`: where the file system takes it into the page cache at once."""
+        return self._at_once(os.pwritev, offset, buffers)
+
+    def _at_once(
+        self, transfer: Callable[[int, Buffers, int, int], int], offset: int, buffers: Buffers
+    ) -> bool:
+        """Do a transfer with RWF_NOWAIT (preadv2(2)); give up for good where it is not offered."""
+        if transfer in self._must_wait or self._direct or len(buffers) > IOV_MAX:
+            return False
+        try:
+            return transfer(self._fd, buffers, offset, os.RWF_NOWAIT) == total(buffers)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._must_wait.add(transfer)
+            return False
 
     def flush(self) -> None:
         """See `Disk.flush`."""

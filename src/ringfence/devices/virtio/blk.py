@@ -1,8 +1,9 @@
 """The block device (5.2): a disk whose work is done by the threads of an `IoPool`.
 
-A notification turns chains into requests and hands them to the pool; data move between the host's
-file and guest RAM without a copy. A worker that has finished appends its chain to a list, waits for
-the board's lock and gives back all chains that are on that list by then.
+A notification turns chains into requests; data move between the host's file and guest RAM without a
+copy. A small request that the host's page cache can serve is done on the spot: waking a thread
+would take longer. All others go to the pool. A worker that has finished appends its chain to a
+list, waits for the board's lock and gives back all chains that are on that list by then.
 
 Where the driver has not accepted FLUSH, or has switched the write cache off, a write is on stable
 storage before it is given back (5.2.6.2).
@@ -25,6 +26,8 @@ SEGMENTS = 254
 """Data buffers in a request; the header and the status take one each."""
 MAX_REQUEST = 64 << 20
 """Bytes that one request may move."""
+AT_ONCE = 64 << 10
+"""Bytes of a request that may be done by the thread that asks."""
 MAX_DISCARD = MAX_REQUEST // SECTOR
 MAX_RANGES = 16
 """Ranges in one DISCARD or WRITE_ZEROES request."""
@@ -61,6 +64,12 @@ class BlockBackend(Protocol):
 
     def write(self, offset: int, buffers: Buffers) -> None:
         """Store ``buffers``."""
+
+    def read_now(self, offset: int, buffers: Buffers) -> bool:
+        """Fill ``buffers`` if that needs no waiting."""
+
+    def write_now(self, offset: int, buffers: Buffers) -> bool:
+        """Store ``buffers`` if that needs no waiting."""
 
     def flush(self) -> None:
         """Return when everything is on stable storage."""
@@ -168,10 +177,34 @@ class VirtioBlk(VirtioDevice):
         """Take a request; one without room for a status can't even be refused (5.2.6.1)."""
         if not chain.writable:
             return 0
+        written = self._at_once(chain)
+        if written is not None:
+            return written
         self.busy += 1
         self._settled.clear()
         self._pool.submit(lambda: self._work(number, ring, chain))
         return None
+
+    def _at_once(self, chain: Chain) -> int | None:
+        """Do a small request that needs no waiting; None if this is not one."""
+        if len(chain.readable) == 0 or len(chain.readable[0]) != HEADER.size:
+            return None
+        if len(chain.writable[-1]) != 1:
+            return None
+        kind, _, sector = HEADER.unpack(chain.readable[0])
+        if kind == T_IN:
+            buffers, transfer = chain.writable[:-1], self._disk.read_now
+        elif kind == T_OUT and not self._disk.read_only and not self._writes_through():
+            buffers, transfer = chain.readable[1:], self._disk.write_now
+        else:
+            return None
+        length = total(buffers)
+        if length > AT_ONCE or not self._inside(sector, length):
+            return None
+        if not transfer(sector * SECTOR, buffers):
+            return None
+        chain.writable[-1][0] = OK
+        return length + 1 if kind == T_IN else 1
 
     def _work(self, number: int, ring: Ring, chain: Chain) -> None:
         """Do a request (a worker's thread)."""
@@ -243,9 +276,12 @@ class VirtioBlk(VirtioDevice):
 
     def _check(self, sector: int, length: int) -> None:
         """Refuse what is no run of whole sectors inside the disk."""
-        end = sector * SECTOR + length
-        if length % SECTOR or length > MAX_REQUEST or end > self._disk.size:
+        if not self._inside(sector, length):
             raise _Refused(IOERR)
+
+    def _inside(self, sector: int, length: int) -> bool:
+        end = sector * SECTOR + length
+        return length % SECTOR == 0 and length <= MAX_REQUEST and end <= self._disk.size
 
     def _clear(self, kind: int, data: bytes) -> None:
         """Discard ranges, or fill them with zeroes (5.2.6.2)."""
@@ -264,7 +300,13 @@ class VirtioBlk(VirtioDevice):
             else:
                 self._disk.write_zeroes(sector * SECTOR, count * SECTOR, unmap=bool(flags & UNMAP))
 
-    def _write_through(self) -> None:
+    def _writes_through(self) -> bool:
+        """Tell whether a write has to be on stable storage when it is given back."""
         features = self.transport.features
-        if not features & (FLUSH | CONFIG_WCE) or (features & CONFIG_WCE and not self.writeback):
+        if features & CONFIG_WCE:
+            return not self.writeback
+        return not features & FLUSH
+
+    def _write_through(self) -> None:
+        if self._writes_through():
             self._disk.flush()

@@ -44,6 +44,9 @@ class Transport(Protocol):
     def ring(self, number: int) -> Ring | None:
         """A queue that is enabled and may be worked on, or None."""
 
+    def take(self, number: int) -> Chain | None:
+        """Take the next chain of a queue, outside of a notification; None where there is none."""
+
     def publish(self, number: int) -> None:
         """Publish what was pushed to a queue; interrupt the driver if it wants that."""
 

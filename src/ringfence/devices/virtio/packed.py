@@ -94,6 +94,13 @@ class PackedRing(Ring):
                 chain.identifier = identifier
                 return chain
 
+    def unpop(self, chain: Chain) -> None:
+        """See `Ring.unpop`."""
+        self.next_avail -= chain.count
+        if self.next_avail < 0:
+            self.next_avail += self.size
+            self.avail_wrap = not self.avail_wrap
+
     def push(self, chain: Chain, written: int) -> None:
         """See `Ring.push`; the guest sees it at once, `flush` decides about the interrupt."""
         self._tell_written(chain, written)

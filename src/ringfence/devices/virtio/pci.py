@@ -26,6 +26,7 @@ from ringfence.devices.virtio.ring import (
     EVENT_IDX,
     INDIRECT_DESC,
     RING_PACKED,
+    Chain,
     Ring,
     RingError,
 )
@@ -186,6 +187,15 @@ class VirtioPci(PciDevice):
             return None
         return self.queues[number].ring
 
+    def take(self, number: int) -> Chain | None:
+        """See `Transport.take`."""
+        ring = self.ring(number)
+        try:
+            return None if ring is None else ring.pop()
+        except RingError:
+            self._break()
+            return None
+
     def publish(self, number: int) -> None:
         """See `Transport.publish`."""
         queue = self.queues[number]
@@ -230,7 +240,7 @@ class VirtioPci(PciDevice):
             if vector != NO_VECTOR:
                 self.msix.signal(vector)
             return
-        self.isr |= cause
+        self.isr = int(self.isr | cause)
         self.set_intx(True)
 
     def _notify(self, number: int) -> None:
@@ -244,7 +254,7 @@ class VirtioPci(PciDevice):
     def _break(self) -> None:
         """The driver can't be understood: ask it for a reset (2.1.2)."""
         if not self.status & DeviceStatus.DEVICE_NEEDS_RESET:
-            self.status |= DeviceStatus.DEVICE_NEEDS_RESET
+            self.status = int(self.status | DeviceStatus.DEVICE_NEEDS_RESET)
             self.config_changed()
 
     def _set_status(self, value: int) -> None:
@@ -256,7 +266,7 @@ class VirtioPci(PciDevice):
         new = value & ~self.status
         if new & DeviceStatus.FEATURES_OK and not self._acceptable():
             value &= ~DeviceStatus.FEATURES_OK
-        self.status = value | self.status & DeviceStatus.DEVICE_NEEDS_RESET
+        self.status = int(value | self.status & DeviceStatus.DEVICE_NEEDS_RESET)
         if new & DeviceStatus.DRIVER_OK:
             self.device.started()
 
@@ -283,6 +293,8 @@ class VirtioPci(PciDevice):
             self._break()
 
     def _make_ring(self, queue: QueueRegisters) -> Ring:
+        if queue.size > queue.maximum:
+            raise RingError(f"a queue of {queue.size}: expected at most {queue.maximum}")
         kind = PackedRing if self.driver_features & RING_PACKED else SplitRing
         return kind(
             self._memory,
@@ -465,7 +477,7 @@ class VirtioPci(PciDevice):
     def restore(self, state: State) -> None:
         """See `Saved.restore`; guest memory has to be restored first."""
         missing = {"queues", "rings", "device"} - set(state)
-        if missing or len(state["queues"]) != len(self.queues) != len(state["rings"]):
+        if missing or any(len(state[each]) != len(self.queues) for each in ("queues", "rings")):
             raise ImageError("saved virtio device has other queues: restore it into one alike")
         super().restore(state)
         rows = zip(self.queues, state["queues"], state["rings"], strict=True)

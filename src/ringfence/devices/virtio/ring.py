@@ -127,6 +127,10 @@ class Ring(Saved, ABC):
         """Take the next chain that the driver has made available, or None."""
 
     @abstractmethod
+    def unpop(self, chain: Chain) -> None:
+        """Put the chain that was popped last back, to be popped again."""
+
+    @abstractmethod
     def push(self, chain: Chain, written: int) -> None:
         """Give a chain back, its first ``written`` writable bytes filled; `flush` tells of it."""
 

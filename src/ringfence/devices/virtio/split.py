@@ -87,6 +87,11 @@ class SplitRing(Ring):
                 return chain
             index = following
 
+    def unpop(self, chain: Chain) -> None:
+        """See `Ring.unpop`."""
+        del chain
+        self.last_avail = self.last_avail - 1 & 0xFFFF
+
     def push(self, chain: Chain, written: int) -> None:
         """See `Ring.push`."""
         self._tell_written(chain, written)

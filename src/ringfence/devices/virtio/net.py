@@ -1,0 +1,229 @@
+"""The network device (5.1): frames between a backend and the driver's queues.
+
+Backends deal in finished Ethernet frames. What the driver leaves to the card (checksums, cutting
+large TCP segments: that saves the guest most of its work) is done here before a frame is handed
+over, see `devices.offload`. What comes in is complete and correct, and the driver is told so.
+
+Transmission: frames go to the backend in order, within the notification. Reception: the backend
+calls `VirtioNet.receive` from any thread; where a frame finds no room, the backend keeps it and
+hears `resume` when the driver has added buffers. With mergeable buffers a frame may take several.
+
+With several queue pairs (MQ) the driver says by command how many it uses; received frames are
+spread by a hash of their addresses, so that a conversation stays on one queue.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from ringfence.devices.offload import Malformed, finish_checksum, segments
+from ringfence.devices.virtio.device import VirtioDevice
+from ringfence.devices.virtio.ring import Chain
+from ringfence.memory.buffers import scatter, split
+
+QUEUE_SIZE = 256
+CONTROL_QUEUE_SIZE = 64
+MTU = 1500
+ETHERNET = 14
+MAX_FRAME = 65535 + ETHERNET
+"""The largest frame that either side may send."""
+
+# Feature bits (5.1.3)
+CSUM, GUEST_CSUM, MTU_FEATURE, MAC, HOST_TSO4, HOST_TSO6 = (
+    1 << bit for bit in (0, 1, 3, 5, 11, 12)
+)
+MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, MQ = (1 << bit for bit in (15, 16, 17, 18, 22))
+LINK_UP = 1
+"""Status in the configuration structure."""
+
+HEADER = struct.Struct("<BBHHHHH")
+"""flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers (5.1.6)."""
+CONFIG = struct.Struct("<6sHHH")
+"""mac, status, max_virtqueue_pairs, mtu (5.1.4)."""
+
+NEEDS_CSUM, DATA_VALID = 1, 2
+"""Header flags."""
+GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_ECN = 0, 1, 4, 0x80
+
+# Control commands (5.1.6.5)
+CTRL_RX_CLASS, CTRL_MQ_CLASS = 0, 4
+MQ_VQ_PAIRS_SET = 0
+CTRL_OK, CTRL_ERR = 0, 1
+
+
+class NetworkBackend(Protocol):
+    """The host's side of a network card, as far as the card knows it."""
+
+    def attach(self, receive: Callable[[bytes], bool]) -> None:
+        """Deliver frames to ``receive`` from now on, from any thread; False: no room now."""
+
+    def detach(self) -> None:
+        """Stop doing so; no call is under way when this has returned. Not with the lock held."""
+
+    def resume(self) -> None:
+        """Offer frames again: there is room; must not call ``receive`` itself."""
+
+    def transmit(self, frame: bytes) -> None:
+        """Take a frame of the guest's; must not block and must not call ``receive`` itself."""
+
+
+class VirtioNet(VirtioDevice):
+    """A network card.
+
+    Parameters
+    ----------
+    backend : NetworkBackend
+        Where frames go to and come from. It is not closed with the device, which a reset of the
+        machine replaces.
+    mac : bytes
+        The card's address, 6 bytes.
+    pairs : int
+        Pairs of receive and transmit queues.
+    """
+
+    TYPE = 1
+    CLASS_CODE = 0x020000
+    FIELDS = ("active_pairs", "received", "sent", "dropped")
+
+    def __init__(self, backend: NetworkBackend, mac: bytes, *, pairs: int = 1) -> None:
+        features = CSUM | GUEST_CSUM | HOST_TSO4 | HOST_TSO6
+        features |= MAC | MRG_RXBUF | STATUS | CTRL_VQ | CTRL_RX | MTU_FEATURE
+        sizes = (QUEUE_SIZE,) * (2 * pairs) + (CONTROL_QUEUE_SIZE,)
+        super().__init__(features | (MQ if pairs > 1 else 0), sizes)
+        self._backend = backend
+        self._mac = mac
+        self._pairs = pairs
+        self.active_pairs = 1
+        self.received = 0
+        self.sent = 0
+        self.dropped = 0
+        """Frames that were malformed, or too large for the driver's buffers."""
+        self._starved = False
+        """Whether the backend waits for `resume`."""
+        backend.attach(self.receive)
+
+    def config(self) -> bytes:
+        """See `VirtioDevice.config`."""
+        return CONFIG.pack(self._mac, LINK_UP, self._pairs, MTU)
+
+    def reset(self) -> None:
+        """See `VirtioDevice.reset`."""
+        self.active_pairs = 1
+
+    def notified(self, number: int) -> None:
+        """See `VirtioDevice.notified`: receive queues are looked at when a frame comes."""
+        if number == self._control_queue:
+            self.drain(number, self._command)
+        elif number % 2:
+            self.drain(number, self._transmit)
+        else:
+            ring = self.transport.ring(number)
+            if ring is not None:
+                ring.want_kicks(False)
+            if self._starved:
+                self._starved = False
+                self._backend.resume()
+
+    def close(self) -> None:
+        """See `VirtioDevice.close`."""
+        self._backend.detach()
+
+    @property
+    def _control_queue(self) -> int:
+        """Its number depends on whether the driver knows of several pairs (5.1.2)."""
+        return 2 * self._pairs if self.transport.features & MQ else 2
+
+    # ---- from the driver
+
+    def _transmit(self, chain: Chain) -> int:
+        head, body = split(chain.readable, HEADER.size)
+        raw, frame = b"".join(head), b"".join(body)
+        if len(raw) == HEADER.size and ETHERNET <= len(frame) <= MAX_FRAME:
+            try:
+                for each in self._finished(raw, frame):
+                    self.sent += 1
+                    self._backend.transmit(each)
+                return 0
+            except Malformed:
+                pass
+        self.dropped += 1
+        return 0
+
+    def _finished(self, raw: bytes, frame: bytes) -> Iterable[bytes]:
+        """Do what the header asks for (5.1.6.2)."""
+        flags, gso_type, _, gso_size, csum_start, csum_offset, _ = HEADER.unpack(raw)
+        kind = gso_type & ~GSO_ECN
+        if kind in (GSO_TCPV4, GSO_TCPV6):
+            version = 4 if kind == GSO_TCPV4 else 6
+            return segments(frame, csum_start, gso_size, version=version)
+        if kind != GSO_NONE:
+            raise Malformed(f"segmentation of type {kind}")
+        if flags & NEEDS_CSUM:
+            whole = bytearray(frame)
+            finish_checksum(whole, csum_start, csum_offset)
+            frame = bytes(whole)
+        return (frame,)
+
+    def _command(self, chain: Chain) -> int:
+        command = b"".join(split(chain.readable, 64)[0])
+        result = CTRL_ERR
+        if command[:1] == bytes([CTRL_RX_CLASS]) and len(command) >= 3:
+            result = CTRL_OK  # the backend filters nothing: all that comes is delivered
+        elif command[:2] == bytes([CTRL_MQ_CLASS, MQ_VQ_PAIRS_SET]) and len(command) >= 4:
+            wanted = int.from_bytes(command[2:4], "little")
+            if 1 <= wanted <= self._pairs:
+                self.active_pairs = wanted
+                result = CTRL_OK
+        return chain.write(bytes([result]))
+
+    # ---- to the driver
+
+    def receive(self, frame: bytes) -> bool:
+        """Give the driver a frame (any thread); False if it had no buffers for it."""
+        with self.transport.lock:
+            number = 0
+            if self.active_pairs > 1:
+                number = 2 * (zlib.crc32(frame[:ETHERNET] + frame[26:38]) % self.active_pairs)
+            if not ETHERNET <= len(frame) <= MAX_FRAME:
+                self.dropped += 1
+                return True
+            return self._deliver(number, frame)
+
+    def _deliver(self, number: int, frame: bytes) -> bool:
+        ring = self.transport.ring(number)
+        if ring is None:
+            self._starved = True
+            return False
+        mergeable = self.transport.features & MRG_RXBUF
+        needed = HEADER.size + len(frame)
+        chains: list[Chain] = []
+        room = 0
+        while room < needed:
+            chain = self.transport.take(number)
+            if chain is None:
+                if self.transport.ring(number) is ring and ring.want_kicks(True):
+                    continue
+                for each in reversed(chains):
+                    ring.unpop(each)
+                self._starved = True
+                return False
+            chains.append(chain)
+            room += chain.writable_length
+            if not mergeable or len(chains) == ring.size:
+                break
+        fits = room >= needed and chains[0].writable_length >= HEADER.size
+        valid = DATA_VALID if self.transport.features & GUEST_CSUM else 0
+        data = memoryview(HEADER.pack(valid, 0, 0, 0, 0, 0, len(chains)) + frame)
+        for chain in chains:
+            done = scatter(data, chain.writable) if fits else 0
+            data = data[done:]
+            ring.push(chain, done)
+        self.transport.publish(number)
+        if fits:
+            self.received += 1
+        else:
+            self.dropped += 1
+        return True
