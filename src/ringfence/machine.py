@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
-NICS = ("e1000",)
+NICS = ("e1000", "virtio")
 """Network cards that a machine may have."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
@@ -145,7 +145,7 @@ class Machine:
         ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
         ``none``: no card.
     nic : str
-        The kind of card: ``e1000``.
+        The kind of card: ``e1000`` or ``virtio``.
     mac : str, optional
         Its Ethernet address, ``02:00:00:00:00:01``; by default a random one.
     forwards : sequence of str
@@ -535,6 +535,13 @@ class Machine:
         """Give the machine its network card, if it has a network; return the card's receiver."""
         if self._network is None:
             return None
+        if self.config.nic == "virtio":
+            from ringfence.devices.virtio.net import VirtioNet
+            from ringfence.devices.virtio.pci import VirtioPci
+
+            device = VirtioNet(self._network, self.config.mac)
+            board.plug(VirtioPci(device, memory))
+            return device.receive
         from ringfence.devices.e1000.card import E1000
 
         card = E1000(memory, board.timers, self._network, self.config.mac)

@@ -124,7 +124,7 @@ def run(
     net: Annotated[
         str, typer.Option(help="none, user, user:loopback, socket:PATH or tap:NAME.")
     ] = "none",
-    nic: Annotated[str, typer.Option(help="The network card: e1000.")] = "e1000",
+    nic: Annotated[str, typer.Option(help="The network card: e1000 or virtio.")] = "e1000",
     forward: Annotated[
         list[str] | None,
         typer.Option(help="With --net user, [udp:][ADDRESS:]HOST_PORT:GUEST_PORT; repeatable."),

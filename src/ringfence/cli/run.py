@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ringfence.cli.session import Ending, Session
 from ringfence.engine import StopReason
 from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, UsageError
-from ringfence.machine import Machine
+from ringfence.machine import NICS, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,8 @@ def _check(options: RunOptions) -> None:
 
     parse_memory(options.memory)
     parse_network(options.net, options.forwards, options.capture)
+    if options.nic not in NICS:
+        raise UsageError(f"--nic {options.nic} is unknown: expected {' or '.join(NICS)}")
     for disk in options.disks:
         parse_disk(disk)
     engines.resolve(options.engine)

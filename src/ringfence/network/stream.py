@@ -6,8 +6,8 @@ frame to all others and to its own card, as an Ethernet repeater does. When the 
 try again every second; the first of them becomes the new hub.
 
 What a peer may do: send frames of any content. A length that no frame has ends its connection. For
-a peer that doesn't read, at most `BACKLOG` bytes are kept. With one peer the card's frames then wait
-(and are dropped only when that queue is full, too); with several, frames for the slow one are
+a peer that doesn't read, at most `BACKLOG` bytes are kept. With one peer the card's frames then
+wait (and are dropped only when that queue is full, too); with several, frames for the slow one are
 dropped, so that the others don't wait for it.
 """
 

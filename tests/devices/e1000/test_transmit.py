@@ -269,3 +269,13 @@ def test_loopback_into_its_own_registers(driver) -> None:
     assert driver.card.receiver.ring.failed
     driver.write(0x100, driver.read(0x100) & ~0xC2)
     stays_usable(driver)
+
+
+def test_nothing_is_fetched_without_bus_mastering(driver) -> None:
+    driver.card.config_write(4, 2, 0x03)
+    descriptor = driver.send(frame_of(60))
+    driver.clock.advance(1_000_000)
+    assert driver.wire.frames == []
+    assert not done(driver, descriptor)
+    driver.card.config_write(4, 2, 0x07)
+    assert driver.wire.frames == [frame_of(60)]

@@ -18,7 +18,7 @@ from functools import partial
 from typing import ClassVar
 
 from ringfence.chipset.clock import TimerQueue
-from ringfence.chipset.pci.config import Identity
+from ringfence.chipset.pci.config import ConfigSpace, Identity
 from ringfence.chipset.pci.device import PciDevice, Space
 from ringfence.chipset.state import State
 from ringfence.devices.e1000 import registers as at
@@ -88,7 +88,9 @@ class E1000(PciDevice):
         self.statistics = Statistics()
         self.interrupts = Interrupts(timers, self.set_intx)
         self.transmitter = Transmitter(
-            memory, timers, self.interrupts, self.statistics, self._transmit, self._vlan
+            *(memory, timers, self.interrupts, self.statistics, self._transmit),
+            vlan=self._vlan,
+            master=lambda: self.bus_master,
         )
         self.receiver = Receiver(
             *(memory, self.interrupts, self.statistics, self.filters),
@@ -155,6 +157,12 @@ class E1000(PciDevice):
 
     def _vlan(self) -> int:
         return self.plain[at.VET] if self.ctrl & CTRL.VME else 0
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """See `PciDevice.config_write`; what waited for bus mastering goes on."""
+        super().config_write(offset, size, value)
+        if ConfigSpace.command.touched(offset, size):
+            self.transmitter.run()
 
     # ---- registers
 

@@ -49,6 +49,8 @@ class Transmitter(Saved):
         Takes finished frames.
     vlan : Callable[[], int]
         The Ethernet type of VLAN tags, or 0 if tags are not the card's affair.
+    master : Callable[[], bool]
+        Whether the card may access memory.
     """
 
     FIELDS = ("tctl", "options", "special", "flags", "segment", "overrun")
@@ -61,6 +63,7 @@ class Transmitter(Saved):
         statistics: Statistics,
         send: Callable[[bytes], None],
         vlan: Callable[[], int],
+        master: Callable[[], bool],
     ) -> None:
         self._memory = memory
         self._clock = queue.clock
@@ -69,6 +72,7 @@ class Transmitter(Saved):
         self._statistics = statistics
         self._send = send
         self._vlan = vlan
+        self._master = master
         self.ring = DescriptorRing(memory, Ring.TRANSMIT)
         self.reset()
 
@@ -111,7 +115,7 @@ class Transmitter(Saved):
     def run(self) -> None:
         """Do a turn; arm the next one if something is left."""
         self._next.set(None)
-        if not self.tctl & TCTL.EN:
+        if not self.tctl & TCTL.EN or not self._master():
             return
         self._frames, self._bytes = FRAMES, BYTES
         descriptors, causes = DESCRIPTORS, 0
