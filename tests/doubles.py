@@ -173,7 +173,7 @@ class ScriptedMachine(Machine):
         )
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
-        return _Parts(memory, clock, board, engine)  # type: ignore[arg-type]
+        return _Parts(memory, clock, board, engine, lambda frame: True)  # type: ignore[arg-type]
 
 
 def scripted(script: Script, **options: Any) -> ScriptedMachine:
