@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
-NICS = ("e1000", "virtio")
-"""Network cards that a machine may have."""
+NICS = ("virtio", "e1000")
+"""Network cards that a machine may have; the first is what it has unless told otherwise."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
 
@@ -145,7 +145,7 @@ class Machine:
         ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
         ``none``: no card.
     nic : str
-        The kind of card: ``e1000`` or ``virtio``.
+        The kind of card: ``virtio`` or ``e1000``.
     mac : str, optional
         Its Ethernet address, ``02:00:00:00:00:01``; by default a random one.
     forwards : sequence of str

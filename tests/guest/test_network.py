@@ -95,6 +95,7 @@ def net(
         initrd=with_program(generic.initrd, ethtool),
         append=APPEND,
         network="user:loopback",
+        nic="e1000",
         forwards=[f"{forward}:80"],
         mac="02:00:00:00:00:07",
         capture=capture,
@@ -258,6 +259,7 @@ def test_two_machines_on_a_wire(generic: Image, known: Path, tmp_path: Path) -> 
             append=APPEND,
             memory="256M",
             network=f"socket:{tmp_path}/wire",
+            nic="e1000",
             cache_dir=known,
         )
         for _ in range(2)
@@ -284,6 +286,7 @@ def test_a_reboot_keeps_the_network(generic: Image, known: Path) -> None:
         initrd=generic.initrd,
         append=APPEND,
         network="user",
+        nic="e1000",
         on_reset="reboot",
         cache_dir=known,
     ) as machine:
@@ -298,3 +301,21 @@ def test_a_reboot_keeps_the_network(generic: Image, known: Path) -> None:
         machine.console.wait_for("~ # ", support.BOOT)
         assert machine.stats()["machine"]["resets"] == 2
         assert addresses[0] == addresses[1]
+
+
+def test_the_same_with_virtio(cloud: Image, cache: Path, net: Networked) -> None:
+    """The default card, and the small kernel."""
+    assert cloud.initrd is not None
+    with Machine(
+        kernel=cloud.kernel,
+        initrd=cloud.initrd,
+        append=APPEND,
+        network="user:loopback",
+        cache_dir=cache,
+    ) as machine:
+        machine.start()
+        shell = Shell(machine)
+        shell.take_over()
+        assert "1 packets received" in shell.run("ping -c 1 -W 20 10.0.2.2")
+        said = shell.run(f"wget -q -O - http://10.0.2.2:{net.port}/file | sha256sum", 120)
+        assert said.split()[0] == net.digest

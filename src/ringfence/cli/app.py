@@ -41,7 +41,7 @@ ringfence run
 ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
 echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
 ringfence run builtin --stats - --trace exits
-ringfence run debian-generic --net user --forward 8080:80
+ringfence run --net user --forward 8080:80
 
 The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
 On a terminal, Ctrl-A x leaves and Ctrl-A h lists the other keys.
@@ -124,7 +124,7 @@ def run(
     net: Annotated[
         str, typer.Option(help="none, user, user:loopback, socket:PATH or tap:NAME.")
     ] = "none",
-    nic: Annotated[str, typer.Option(help="The network card: e1000 or virtio.")] = "e1000",
+    nic: Annotated[str, typer.Option(help="The network card: virtio or e1000.")] = "virtio",
     forward: Annotated[
         list[str] | None,
         typer.Option(help="With --net user, [udp:][ADDRESS:]HOST_PORT:GUEST_PORT; repeatable."),
