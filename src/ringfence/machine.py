@@ -12,10 +12,9 @@ nothing of the old life can leak into the next.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -28,6 +27,7 @@ from ringfence.console import Console
 from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, UsageError
 from ringfence.memory.ram import GuestMemory
+from ringfence.network.config import open_network, parse_mac
 from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.storage import Storage
 from ringfence.storage.options import DiskOptions, parse_disk
@@ -36,9 +36,13 @@ if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
-    from ringfence.chipset.pci.device import PciDevice
+    from ringfence.devices.virtio.balloon import VirtioBalloon
+    from ringfence.devices.virtio.blk import VirtioBlk
+    from ringfence.devices.virtio.console import VirtioConsole
+    from ringfence.devices.virtio.device import VirtioDevice
+    from ringfence.devices.virtio.rng import VirtioRng
     from ringfence.engine.exits import TraceRecord
-    from ringfence.network.backend import NetworkBackend, Receive
+    from ringfence.network.backend import NetworkBackend, NetworkCard
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
@@ -75,6 +79,10 @@ class MachineConfig:
         The guest's disks, in order.
     rng : bool
         Whether there is an entropy device.
+    balloon : bool
+        Whether there is a memory balloon.
+    ports : mapping of str to callable
+        Named byte ports of a virtio console, and what takes the guest's bytes.
     nic : str
         The kind of network card, if there is a network.
     mac : bytes
@@ -90,8 +98,28 @@ class MachineConfig:
     on_reset: Literal["exit", "reboot"] = "exit"
     disks: tuple[DiskOptions, ...] = ()
     rng: bool = True
+    balloon: bool = False
+    ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
     nic: str = NICS[0]
     mac: bytes = b""
+
+
+@dataclass(slots=True)
+class Devices:
+    """What is plugged into a machine."""
+
+    disks: list[VirtioBlk] = field(default_factory=list)
+    rng: VirtioRng | None = None
+    balloon: VirtioBalloon | None = None
+    console: VirtioConsole | None = None
+    card: NetworkCard | None = None
+
+    def all(self) -> Iterator[VirtioDevice]:
+        """Give the virtio devices in order of slots; the network card comes behind them."""
+        yield from self.disks
+        for device in (self.rng, self.balloon, self.console):
+            if device is not None:
+                yield device
 
 
 @dataclass(slots=True)
@@ -102,8 +130,7 @@ class _Parts:
     clock: HostClock
     board: Board
     engine: Engine
-    receive: Receive | None = None
-    """Where the network's frames go: to the card, if there is one."""
+    devices: Devices = field(default_factory=Devices)
     ending: StopReason | None = None
 
     def close(self) -> None:
@@ -140,6 +167,12 @@ class Machine:
         ``"root.qcow2,snapshot"``. They are open as long as the machine is.
     rng : bool
         Whether the guest has an entropy device.
+    balloon : bool
+        Whether the guest has a memory balloon; see `set_balloon`.
+    ports : mapping of str to callable, optional
+        Named ports of bytes (/dev/virtio-ports/NAME in the guest, where udev runs): each callable
+        is given what the guest writes, in a thread of the machine's, and must return soon. With
+        ports the guest has a console hvc0 as well, whose output is the machine's console's.
     network : str or NetworkBackend, optional
         What the network card's cable leads to: ``user``, ``user:loopback``, ``socket:PATH``,
         ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
@@ -183,6 +216,8 @@ class Machine:
         cache_dir: str | Path | None = None,
         disks: Sequence[str | Path | DiskOptions] = (),
         rng: bool = True,
+        balloon: bool = False,
+        ports: Mapping[str, Callable[[bytes], None]] | None = None,
         network: str | NetworkBackend | None = None,
         nic: str = NICS[0],
         mac: str | None = None,
@@ -214,8 +249,10 @@ class Machine:
             on_reset,
             tuple(parse_disk(disk) for disk in disks),
             rng,
+            balloon,
+            dict(ports or {}),
             nic,
-            _parse_mac(mac),
+            parse_mac(mac),
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -239,7 +276,7 @@ class Machine:
         with ExitStack() as opened:
             self._storage = Storage(self.config.disks)
             opened.callback(self._storage.close)
-            self._network = _network(network, forwards, capture)
+            self._network = open_network(network, forwards, capture)
             if self._network is not None:
                 opened.callback(self._network.close)
             self._parts = self._assemble()
@@ -401,6 +438,34 @@ class Machine:
         with self._change:  # a reset exchanges the parts under it
             return {"machine": about, **self._parts.engine.stats(), **network}
 
+    def set_balloon(self, size: int | str) -> None:
+        """Ask the guest to give ``size`` bytes of its RAM back to the host; it does what it can.
+
+        Raises
+        ------
+        UsageError
+            The machine was made without a balloon.
+        """
+        with self._change:
+            balloon = self._parts.devices.balloon
+            if balloon is None:
+                raise UsageError("the machine has no balloon: make it with balloon=True")
+            balloon.set_target(size if isinstance(size, int) else parse_memory(size))
+
+    def send_port(self, name: str, data: bytes) -> int:
+        """Give bytes to a named port; return how many were taken (the rest: try again later).
+
+        Raises
+        ------
+        UsageError
+            There is no such port.
+        """
+        with self._change:
+            console = self._parts.devices.console
+            if console is None or name not in self.config.ports:
+                raise UsageError(f"the machine has no port {name!r}: name it in ports=")
+            return console.send(1 + list(self.config.ports).index(name), data)
+
     def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
         """Call ``callback`` with every exit, from the vCPU's thread; None stops it."""
         self._trace = callback
@@ -476,8 +541,8 @@ class Machine:
 
     def _connect(self, parts: _Parts) -> None:
         """Let frames reach the guest."""
-        if self._network is not None and parts.receive is not None:
-            self._network.attach(parts.receive)
+        if self._network is not None and parts.devices.card is not None:
+            self._network.attach(parts.devices.card.receive)
 
     def _disconnect(self) -> None:
         """Hold frames back: the guest's memory is not to change any more."""
@@ -492,6 +557,7 @@ class Machine:
         from ringfence.chipset import acpi
         from ringfence.chipset.board import Board
         from ringfence.chipset.clock import HostClock
+        from ringfence.devices.virtio.pci import VirtioPci
         from ringfence.paravirt import clock as paravirt
 
         config = self.config
@@ -509,9 +575,10 @@ class Machine:
                 on_power_off=lambda: self._ending(StopReason.POWER_OFF),
                 on_reset=lambda: self._ending(StopReason.RESET),
             )
-            for device in self._devices(memory):
-                board.plug(device)
-            receive = self._plug_card(memory, board)
+            devices = self._devices()
+            for device in devices.all():
+                board.plug(VirtioPci(device, memory))
+            devices.card = self._plug_card(memory, board)
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
             boot = load_linux(
@@ -529,10 +596,10 @@ class Machine:
         except BaseException:
             memory.close()
             raise
-        return _Parts(memory, clock, board, engine, receive)
+        return _Parts(memory, clock, board, engine, devices)
 
-    def _plug_card(self, memory: GuestMemory, board: Board) -> Receive | None:
-        """Give the machine its network card, if it has a network; return the card's receiver."""
+    def _plug_card(self, memory: GuestMemory, board: Board) -> NetworkCard | None:
+        """Make and plug the network card, if the machine has a network."""
         if self._network is None:
             return None
         if self.config.nic == "virtio":
@@ -541,23 +608,31 @@ class Machine:
 
             device = VirtioNet(self._network, self.config.mac)
             board.plug(VirtioPci(device, memory))
-            return device.receive
+            return device
         from ringfence.devices.e1000.card import E1000
 
         card = E1000(memory, board.timers, self._network, self.config.mac)
         board.plug(card)
-        return card.receive
+        return card
 
-    def _devices(self, memory: GuestMemory) -> Iterator[PciDevice]:
-        """Make what is plugged into the board, in order of slots."""
+    def _devices(self) -> Devices:
+        """Make what is plugged into the board."""
+        from ringfence.devices.virtio.balloon import VirtioBalloon
         from ringfence.devices.virtio.blk import VirtioBlk
-        from ringfence.devices.virtio.pci import VirtioPci
+        from ringfence.devices.virtio.console import Port, VirtioConsole
         from ringfence.devices.virtio.rng import VirtioRng
 
-        for options, disk in zip(self.config.disks, self._storage.disks, strict=True):
-            yield VirtioPci(VirtioBlk(disk, self._storage.pool, serial=options.serial), memory)
-        if self.config.rng:
-            yield VirtioPci(VirtioRng(), memory)
+        config, storage = self.config, self._storage
+        named = [Port(name, sink) for name, sink in config.ports.items()]
+        return Devices(
+            disks=[
+                VirtioBlk(disk, storage.pool, serial=options.serial)
+                for options, disk in zip(config.disks, storage.disks, strict=True)
+            ],
+            rng=VirtioRng() if config.rng else None,
+            balloon=VirtioBalloon() if config.balloon else None,
+            console=VirtioConsole([Port("", self.console.feed), *named]) if named else None,
+        )
 
     def _ending(self, reason: StopReason) -> None:
         """The board says that the guest turned itself off or asked for a reset."""
@@ -582,35 +657,6 @@ class Machine:
         """Wait (holding ``_change``) for something that the vCPU's thread does soon."""
         if not self._change.wait_for(condition, STOP_PATIENCE):
             raise HostError(f"the vCPU did not come back within {STOP_PATIENCE:g} s: a bug of ours")
-
-
-def _network(
-    network: str | NetworkBackend | None, forwards: Sequence[str], capture: str | Path | None
-) -> NetworkBackend | None:
-    """Make the host's side of the cable, as the arguments of `Machine` have it."""
-    if network is None and not forwards and capture is None:
-        return None
-    from ringfence.network.config import connect, parse_network
-
-    if network is not None and not isinstance(network, str):
-        if forwards or capture is not None:
-            raise UsageError("forwards and capture are for networks by name, not for a backend")
-        return network
-    config = parse_network(network, forwards, capture)
-    return None if config is None else connect(config)
-
-
-def _parse_mac(text: str | None) -> bytes:
-    """Return an Ethernet address from its text; without one, a random one of our own range."""
-    if text is None:
-        return b"\x02RF" + os.urandom(3)
-    try:
-        mac = bytes(int(part, 16) for part in text.split(":"))
-    except ValueError:
-        mac = b""
-    if len(mac) != 6 or mac[0] & 1 or not any(mac):
-        raise UsageError(f"{text!r} is no card's address: expected one like 02:00:00:00:00:01")
-    return mac
 
 
 def _from_image(

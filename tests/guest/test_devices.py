@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def initrd(cloud: Image, store: Store, tmp_path_factory: pytest.TempPathFactory)
 
 
 @contextmanager
-def booted(cloud: Image, initrd: Path, cache: Path, *disks: str, **options: str) -> Iterator[Shell]:
+def booted(cloud: Image, initrd: Path, cache: Path, *disks: str, **options: Any) -> Iterator[Shell]:
     """A shell on a machine with disks, which is stopped at the end."""
     with Machine(
         kernel=cloud.kernel,
@@ -51,7 +52,7 @@ def booted(cloud: Image, initrd: Path, cache: Path, *disks: str, **options: str)
         append=APPEND,
         cache_dir=cache,
         disks=disks,
-        **options,  # type: ignore[arg-type]
+        **options,
     ) as machine:
         machine.start()
         shell = Shell(machine)
@@ -189,3 +190,32 @@ def test_what_was_synced_survives_a_kill(
     contents = as_raw(disk).read_bytes()
     for number in range(1, 26):
         assert contents[4096 * number :][:8] == b"%08d" % number
+
+
+def test_named_ports(cloud: Image, initrd: Path, cache: Path) -> None:
+    heard = bytearray()
+    with booted(cloud, initrd, cache, ports={"agent": heard.extend}) as shell:
+        assert shell.run("cat /sys/class/virtio-ports/vport*p1/name") == "agent\n"
+        port = shell.run("echo /dev/vport*p1").strip()
+        shell.run(f"echo from the guest > {port}")
+        assert heard == b"from the guest\n"
+        shell.run(f"(head -n 1 < {port} > /tmp/got) & sleep 0.2")
+        assert shell.machine.send_port("agent", b"from the host\n") == 14
+        assert shell.run("wait; sleep 0.2; cat /tmp/got") == "from the host\n"
+        shell.machine.console.send("echo by another way > /dev/hvc0\n")
+        shell.machine.console.wait_for("by another way\r\n", 10)
+
+
+def test_balloon(cloud: Image, initrd: Path, cache: Path) -> None:
+    free = "awk '/MemFree/{print $2}' /proc/meminfo"
+    with booted(cloud, initrd, cache, balloon=True) as shell:
+        before = int(shell.run(free))
+        shell.machine.set_balloon("128M")
+        shell.run(f"until [ $({free}) -le {before - (120 << 10)} ]; do sleep 0.1; done")
+        balloon = shell.machine._parts.devices.balloon
+        assert balloon is not None
+        assert 120 << 8 <= balloon.actual <= 128 << 8
+        shell.machine.set_balloon(0)
+        shell.run(f"until [ $({free}) -ge {before - (16 << 10)} ]; do sleep 0.1; done")
+        shell.run("dd if=/dev/zero of=/tmp/fill bs=1M count=100 2> /dev/null")
+        shell.run("cmp -n 1000000 /tmp/fill /dev/zero")

@@ -25,6 +25,13 @@ Receive = Callable[[bytes], bool]
 """Hands a frame to the card; False if it has no room for it now."""
 
 
+class NetworkCard(Protocol):
+    """The other end, as far as the machine that joins the two knows it."""
+
+    def receive(self, frame: bytes) -> bool:
+        """Take a frame, from the backend's thread; False if there is no room for it now."""
+
+
 class NetworkBackend(Protocol):
     """One end of a wire. All methods may be called from any thread, and none of them blocks long.
 

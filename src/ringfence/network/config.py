@@ -1,13 +1,15 @@
 """What people write about networks, and the backends that come of it.
 
 Text on the command line and arguments of `Machine` become one checked `NetworkConfig`; `connect`
-makes the backend, once per machine: it lives on through a guest's resets.
+makes the backend, once per machine: it lives on through a guest's resets. The libraries that a
+backend needs are loaded only then.
 """
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +79,37 @@ def parse_forward(text: str) -> Forward:
             " such as 8080:80"
         )
     return Forward(host, guest, address, udp)
+
+
+def parse_mac(text: str | None) -> bytes:
+    """Return an Ethernet address from its text; without one, a random one of our own range.
+
+    Raises
+    ------
+    UsageError
+        It is no address that a card may have.
+    """
+    if text is None:
+        return b"\x02RF" + os.urandom(3)
+    try:
+        mac = bytes(int(part, 16) for part in text.split(":"))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or mac[0] & 1 or not any(mac):
+        raise UsageError(f"{text!r} is no card's address: expected one like 02:00:00:00:00:01")
+    return mac
+
+
+def open_network(
+    network: str | NetworkBackend | None, forwards: Sequence[str], capture: str | Path | None
+) -> NetworkBackend | None:
+    """Return the backend that `Machine`'s arguments ask for, which may be the caller's own."""
+    if network is not None and not isinstance(network, str):
+        if forwards or capture is not None:
+            raise UsageError("forwards and capture are for networks by name, not for a backend")
+        return network
+    config = parse_network(network, forwards, capture)
+    return None if config is None else connect(config)
 
 
 def connect(config: NetworkConfig) -> NetworkBackend:
