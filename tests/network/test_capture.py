@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 
@@ -75,18 +77,28 @@ def test_what_goes_through_is_recorded(tmp_path) -> None:
         assert len(done.stdout.splitlines()) >= 3
 
 
-def test_a_full_disk_costs_frames_only() -> None:
+def test_a_full_disk_costs_frames_only(tmp_path) -> None:
+    """And the file stays readable: half a record is taken back."""
     inner, card = Echo(), Card()
-    wire = Capture(inner, "/dev/null")
-    wire._file.close()
-    wire._file = open("/dev/full", "wb", buffering=0)  # noqa: PTH123, SIM115
+    target = tmp_path / "f.pcap"
+    wire = Capture(inner, target)
     wire.attach(card.receive)
     wire.transmit(frame(1))
-    assert inner.receive(frame(2))
-    assert (inner.sent, card.frames) == ([frame(1)], [frame(2)])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (target.stat().st_size + 30, limit[1]))
+        wire.transmit(frame(2))
+        assert inner.receive(frame(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    wire.transmit(frame(4))
+    assert (inner.sent, card.frames) == ([frame(1), frame(2), frame(4)], [frame(3)])
     assert wire.stats()["not_captured"] == 2
+    assert records(target.read_bytes()) == [frame(1), frame(4)]
     wire.close()
-    wire.transmit(frame(3))
+    wire.transmit(frame(5))
     assert wire.stats()["not_captured"] == 3
 
 

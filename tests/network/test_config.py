@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from network.support import frame, until
 from ringfence.errors import HostError, UsageError
 from ringfence.network.capture import Capture
-from ringfence.network.config import NetworkConfig, connect, parse_forward, parse_network
+from ringfence.network.config import NetworkConfig, connect, parse_network
+from ringfence.network.forward import Forward, parse_forward
 from ringfence.network.stream import SocketNetwork
-from ringfence.network.tap import TapNetwork
-from ringfence.network.user import Forward
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -85,23 +81,3 @@ def test_a_capture_that_can_t_be_written_leaves_nothing_behind(tmp_path) -> None
     with pytest.raises(HostError, match="capture"):
         connect(NetworkConfig("socket", str(target), capture=tmp_path / "absent" / "f.pcap"))
     assert not target.exists()
-
-
-@pytest.mark.parametrize("name", ["", "x" * 16, "a/b", " "])
-def test_bad_interface_names(name) -> None:
-    with pytest.raises(UsageError, match="interface"):
-        TapNetwork(name)
-
-
-def test_tap_where_it_is_permitted() -> None:
-    try:
-        backend = TapNetwork("rftest0")
-    except HostError as error:
-        pytest.skip(str(error))
-    try:
-        assert Path("/sys/class/net/rftest0").exists()
-        backend.attach(lambda data: True)
-        backend.transmit(frame(1))  # the interface is down
-        until(lambda: backend.stats()["dropped_sending"] == 1)
-    finally:
-        backend.close()

@@ -16,7 +16,8 @@ from devices.e1000.packets import slow_checksum
 from network.support import Card, until
 from ringfence.errors import HostError
 from ringfence.network import slirp
-from ringfence.network.user import Forward, UserNetwork
+from ringfence.network.forward import Forward
+from ringfence.network.user import UserNetwork
 
 try:
     slirp.library()

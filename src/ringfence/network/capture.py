@@ -2,7 +2,9 @@
 
 The format is the classic one of pcap-savefile(5), with nanoseconds: a file header of 24 bytes, then
 each frame behind 16 bytes of time and lengths. `Capture` stands between a card and its backend and
-is a backend itself. A frame from the host is recorded when the card takes it.
+is a backend itself. A frame from the host is recorded when the card takes it. Each record is
+written at once, so that the file can be watched while it grows; one that doesn't fit on the disk is
+taken back, so that the file stays readable.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ringfence.errors import HostError
@@ -18,8 +21,6 @@ from ringfence.network.backend import MAXIMUM_FRAME, NetworkBackend, Receive
 MAGIC_NANOSECONDS = 0xA1B23C4D
 VERSION = (2, 4)
 LINKTYPE_ETHERNET = 1
-FLUSH_SECONDS = 1.0
-"""How long a frame may be in a buffer of ours when others follow."""
 
 
 class Capture:
@@ -42,17 +43,17 @@ class Capture:
         self._backend = backend
         self._lock = threading.Lock()
         self._lost = 0
-        self._flushed = time.monotonic()
+        self._end = 0
+        """Where the last whole record ends."""
         try:
-            self._file = Path(path).open("wb")  # noqa: SIM115 - closed by close()
-            self._file.write(
-                struct.pack(
-                    "<IHHiIII", MAGIC_NANOSECONDS, *VERSION, 0, 0, MAXIMUM_FRAME, LINKTYPE_ETHERNET
-                )
-            )
-            self._file.flush()
+            self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise HostError(f"capture {path} can't be written: {error.strerror}") from error
+        self._write(
+            struct.pack(
+                "<IHHiIII", MAGIC_NANOSECONDS, *VERSION, 0, 0, MAXIMUM_FRAME, LINKTYPE_ETHERNET
+            )
+        )
 
     def attach(self, receive: Receive) -> None:
         """See `NetworkBackend.attach`."""
@@ -86,21 +87,28 @@ class Capture:
         """See `NetworkBackend.close`."""
         self._backend.close()
         with self._lock:
-            try:
-                self._file.close()
-            except OSError:
-                self._lost += 1
+            self._file.close()
 
     def _record(self, frame: bytes) -> None:
         """Write a frame; a full disk costs frames, not the run."""
         stamp = time.time_ns()
         length = min(len(frame), MAXIMUM_FRAME)
         header = struct.pack("<IIII", *divmod(stamp, 1_000_000_000), length, len(frame))
+        self._write(header + frame[:length])
+
+    def _write(self, record: bytes) -> None:
+        """Append a record as a whole or not at all."""
         with self._lock:
-            try:
-                self._file.write(header + frame[:length])
-                if time.monotonic() - self._flushed > FLUSH_SECONDS:
-                    self._flushed = time.monotonic()
-                    self._file.flush()
-            except (OSError, ValueError):  # ValueError: closed
+            if self._file.closed:
                 self._lost += 1
+                return
+            try:
+                if self._file.write(record) == len(record):
+                    self._end += len(record)
+                    return
+            except OSError:
+                pass
+            self._lost += 1
+            with suppress(OSError):  # a pipe or a device: there is nothing to take back
+                self._file.truncate(self._end)
+                self._file.seek(self._end)

@@ -8,14 +8,13 @@ backend needs are loaded only then.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.errors import UsageError
 from ringfence.network.backend import NetworkBackend
-from ringfence.network.user import Forward
+from ringfence.network.forward import Forward, parse_forward
 
 KINDS = "none, user, user:loopback, socket:PATH or tap:NAME"
 
@@ -59,26 +58,6 @@ def parse_network(
     if kind in ("socket", "tap") and target:
         return NetworkConfig(kind, target, capture=folder)
     raise UsageError(f"network {text!r} is unknown: expected {KINDS}")
-
-
-def parse_forward(text: str) -> Forward:
-    """Return the forward that ``[udp:|tcp:][ADDRESS:]HOST_PORT:GUEST_PORT`` describes."""
-    parts = text.split(":")
-    udp = parts[0] == "udp"
-    if parts[0] in ("udp", "tcp"):
-        parts = parts[1:]
-    address = parts.pop(0) if len(parts) == 3 else "127.0.0.1"
-    try:
-        host, guest = (int(part) if part.isascii() and part.isdigit() else 0 for part in parts)
-        socket.inet_pton(socket.AF_INET, address)
-    except (ValueError, OSError):
-        host = guest = 0
-    if not (0 < host < 1 << 16 and 0 < guest < 1 << 16):
-        raise UsageError(
-            f"forward {text!r} is none: expected [udp:][ADDRESS:]HOST_PORT:GUEST_PORT,"
-            " such as 8080:80"
-        )
-    return Forward(host, guest, address, udp)
 
 
 def parse_mac(text: str | None) -> bytes:

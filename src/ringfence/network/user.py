@@ -19,10 +19,10 @@ import os
 import select
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from ringfence.errors import HostError
 from ringfence.network import slirp
+from ringfence.network.forward import Forward
 from ringfence.network.threaded import ThreadedBackend
 
 NETWORK, NETMASK = "10.0.2.0", "255.255.255.0"
@@ -35,20 +35,6 @@ _EVENTS = (
     (slirp.POLL_ERR, select.POLLERR),
     (slirp.POLL_HUP, select.POLLHUP),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Connections to a port of the host's that end at a port of the guest's."""
-
-    host_port: int
-    guest_port: int
-    host_address: str = "127.0.0.1"
-    udp: bool = False
-
-    def __str__(self) -> str:
-        kind = "udp:" if self.udp else ""
-        return f"{kind}{self.host_address}:{self.host_port}:{self.guest_port}"
 
 
 class UserNetwork(ThreadedBackend):
