@@ -181,21 +181,14 @@ def test_a_file_goes_whole(net: Networked, offload: str) -> None:
 
 
 def test_a_forward_leads_in(net: Networked) -> None:
-    net.machine.console.send("echo from inside | nc -l -p 80 > /tmp/came\n")
-    deadline = 100
-    while True:
-        with socket.create_connection(("127.0.0.1", net.forward), 10) as connection:
-            connection.sendall(b"from outside")
-            connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(10)
-            try:
-                said = connection.recv(100)
-            except ConnectionResetError:  # nc does not listen yet
-                said = b""
-        deadline -= 1
-        if said or not deadline:
-            break
-    assert said == b"from inside\n"
+    net.shell.run("(echo from inside | nc -l -p 80 > /tmp/came; echo over > /tmp/over) & true")
+    net.shell.run("until grep -q :0050 /proc/net/tcp /proc/net/tcp6; do sleep .05; done")
+    with socket.create_connection(("127.0.0.1", net.forward), 20) as connection:
+        connection.sendall(b"from outside")
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(20)
+        assert connection.recv(100) == b"from inside\n"
+    net.shell.run("until [ -e /tmp/over ]; do sleep .05; done")
     assert net.shell.run("cat /tmp/came") == "from outside"
 
 
