@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from ringfence import engine as engines
 from ringfence.boot.linux import BootState
 from ringfence.chipset.board import Board
 from ringfence.engine import EngineConfig, StopReason
-from ringfence.errors import GuestTimeout, HostError, RingfenceError, UsageError
+from ringfence.errors import GuestTimeout, HostError, ImageError, RingfenceError, UsageError
 from ringfence.machine import Machine, State
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import parse_memory
@@ -310,3 +311,25 @@ def test_the_whole_house_around_an_engine(
         machine.console.send(typed)
         assert machine.wait(10) is outcome
         assert machine.console.output == f"login: {typed}!"
+
+
+def test_disks_are_open_as_long_as_the_machine_is(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    machine = doubles.scripted(doubles.hello, disks=[disk])
+    with machine, pytest.raises(HostError, match="in use"):
+        doubles.scripted(doubles.hello, disks=[disk])
+    doubles.scripted(doubles.hello, disks=[str(disk)]).close()
+    with pytest.raises(ImageError, match="absent"):
+        doubles.scripted(doubles.hello, disks=[disk, tmp_path / "absent"])
+    doubles.scripted(doubles.hello, disks=[disk]).close()
+
+
+def test_what_a_machine_was_made_without(tmp_path: Path) -> None:
+    with doubles.scripted(doubles.hello, vsock=tmp_path / "v") as machine:
+        with pytest.raises(UsageError, match="balloon"):
+            machine.set_balloon("1M")
+        with pytest.raises(UsageError, match="port"):
+            machine.send_port("agent", b"x")
+        assert (tmp_path / "v").is_socket()
+    assert not (tmp_path / "v").exists()

@@ -41,11 +41,15 @@ if TYPE_CHECKING:
     from ringfence.devices.virtio.console import VirtioConsole
     from ringfence.devices.virtio.device import VirtioDevice
     from ringfence.devices.virtio.rng import VirtioRng
+    from ringfence.devices.virtio.vsock import VirtioVsock
+    from ringfence.devices.virtio.vsock_unix import UnixHost
     from ringfence.engine.exits import TraceRecord
     from ringfence.network.backend import NetworkBackend, NetworkCard
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
+GUEST_CID = 3
+"""The guest's address for sockets between it and the host."""
 NICS = ("virtio", "e1000")
 """Network cards that a machine may have; the first is what it has unless told otherwise."""
 STOP_PATIENCE = 10.0
@@ -83,6 +87,10 @@ class MachineConfig:
         Whether there is a memory balloon.
     ports : mapping of str to callable
         Named byte ports of a virtio console, and what takes the guest's bytes.
+    vsock : Path or None
+        The Unix socket that the guest's sockets are reached by.
+    packed : bool
+        Whether virtio devices offer packed rings.
     nic : str
         The kind of network card, if there is a network.
     mac : bytes
@@ -97,9 +105,11 @@ class MachineConfig:
     engine_config: EngineConfig = field(default_factory=EngineConfig)
     on_reset: Literal["exit", "reboot"] = "exit"
     disks: tuple[DiskOptions, ...] = ()
-    rng: bool = True
+    rng: bool = False
     balloon: bool = False
     ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
+    vsock: Path | None = None
+    packed: bool = False
     nic: str = NICS[0]
     mac: bytes = b""
 
@@ -112,12 +122,13 @@ class Devices:
     rng: VirtioRng | None = None
     balloon: VirtioBalloon | None = None
     console: VirtioConsole | None = None
+    vsock: VirtioVsock | None = None
     card: NetworkCard | None = None
 
     def all(self) -> Iterator[VirtioDevice]:
         """Give the virtio devices in order of slots; the network card comes behind them."""
         yield from self.disks
-        for device in (self.rng, self.balloon, self.console):
+        for device in (self.rng, self.balloon, self.console, self.vsock):
             if device is not None:
                 yield device
 
@@ -166,13 +177,18 @@ class Machine:
         Disk images for /dev/vda, /dev/vdb…; text as `storage.options.parse_disk` reads it, such as
         ``"root.qcow2,snapshot"``. They are open as long as the machine is.
     rng : bool
-        Whether the guest has an entropy device.
+        Whether the guest has an entropy device, beside the CPU's RDRAND and RDSEED.
     balloon : bool
         Whether the guest has a memory balloon; see `set_balloon`.
     ports : mapping of str to callable, optional
         Named ports of bytes (/dev/virtio-ports/NAME in the guest, where udev runs): each callable
         is given what the guest writes, in a thread of the machine's, and must return soon. With
         ports the guest has a console hvc0 as well, whose output is the machine's console's.
+    vsock : str or Path, optional
+        Make a Unix socket there by which the host reaches the guest's sockets (AF_VSOCK, CID 3);
+        see `devices.virtio.vsock_unix` for what to say to it.
+    packed : bool
+        Whether virtio devices offer packed rings beside split ones.
     network : str or NetworkBackend, optional
         What the network card's cable leads to: ``user``, ``user:loopback``, ``socket:PATH``,
         ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
@@ -215,9 +231,11 @@ class Machine:
         cache: bool = True,
         cache_dir: str | Path | None = None,
         disks: Sequence[str | Path | DiskOptions] = (),
-        rng: bool = True,
+        rng: bool = False,
         balloon: bool = False,
         ports: Mapping[str, Callable[[bytes], None]] | None = None,
+        vsock: str | Path | None = None,
+        packed: bool = False,
         network: str | NetworkBackend | None = None,
         nic: str = NICS[0],
         mac: str | None = None,
@@ -251,6 +269,8 @@ class Machine:
             rng,
             balloon,
             dict(ports or {}),
+            Path(vsock) if vsock else None,
+            packed,
             nic,
             parse_mac(mac),
         )
@@ -273,14 +293,17 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        with ExitStack() as opened:
+        with ExitStack() as host:
             self._storage = Storage(self.config.disks)
-            opened.callback(self._storage.close)
+            host.callback(self._storage.close)
+            self._vsock = self._open_vsock()
+            if self._vsock is not None:
+                host.callback(self._vsock.close)
             self._network = open_network(network, forwards, capture)
             if self._network is not None:
-                opened.callback(self._network.close)
+                host.callback(self._network.close)
             self._parts = self._assemble()
-            opened.pop_all()
+            self._host = host.pop_all()
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------
@@ -374,10 +397,8 @@ class Machine:
         if self._thread.is_alive():
             self._thread.join(STOP_PATIENCE)
         self._last_stats = self.stats()
-        if self._network is not None:
-            self._network.close()
         self._parts.close()
-        self._storage.close()
+        self._host.close()
 
     def __enter__(self) -> Machine:
         return self
@@ -577,7 +598,7 @@ class Machine:
             )
             devices = self._devices()
             for device in devices.all():
-                board.plug(VirtioPci(device, memory))
+                board.plug(VirtioPci(device, memory, packed=config.packed))
             devices.card = self._plug_card(memory, board)
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
@@ -607,7 +628,7 @@ class Machine:
             from ringfence.devices.virtio.pci import VirtioPci
 
             device = VirtioNet(self._network, self.config.mac)
-            board.plug(VirtioPci(device, memory))
+            board.plug(VirtioPci(device, memory, packed=self.config.packed))
             return device
         from ringfence.devices.e1000.card import E1000
 
@@ -615,12 +636,18 @@ class Machine:
         board.plug(card)
         return card
 
+    def _open_vsock(self) -> UnixHost | None:
+        from ringfence.devices.virtio.vsock_unix import UnixHost
+
+        return UnixHost(self.config.vsock) if self.config.vsock else None
+
     def _devices(self) -> Devices:
         """Make what is plugged into the board."""
         from ringfence.devices.virtio.balloon import VirtioBalloon
         from ringfence.devices.virtio.blk import VirtioBlk
         from ringfence.devices.virtio.console import Port, VirtioConsole
         from ringfence.devices.virtio.rng import VirtioRng
+        from ringfence.devices.virtio.vsock import VirtioVsock
 
         config, storage = self.config, self._storage
         named = [Port(name, sink) for name, sink in config.ports.items()]
@@ -632,6 +659,7 @@ class Machine:
             rng=VirtioRng() if config.rng else None,
             balloon=VirtioBalloon() if config.balloon else None,
             console=VirtioConsole([Port("", self.console.feed), *named]) if named else None,
+            vsock=VirtioVsock(GUEST_CID, self._vsock) if self._vsock else None,
         )
 
     def _ending(self, reason: StopReason) -> None:

@@ -30,6 +30,8 @@ from ringfence.cli.doctor import NEEDED_FEATURES, OFFERED_FEATURES, examine
         (["run", "--timeout", "nan"], "above 0"),
         (["run", "--timeout", "soon"], "--timeout"),
         (["run", "--trace", "dreams"], "--trace"),
+        (["run", "--disk", "a,format=vdi"], "format=raw|qcow2"),
+        (["run", "--disk", ",readonly"], "names no file"),
         (["run", "--on-reset", "explode"], "--on-reset"),
         (["run", "--net", "pigeon"], "expected none, user"),
         (["run", "--nic", "ne2000"], "--nic"),

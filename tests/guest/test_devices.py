@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,10 +104,12 @@ def read_file(disk: Path, name: str) -> bytes:
     return subprocess.run(command, check=True, capture_output=True).stdout
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
-def test_ext4(cloud: Image, initrd: Path, cache: Path, tree: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "packed"), [("raw", True), ("qcow2", False)])
+def test_ext4(cloud: Image, initrd: Path, cache: Path, tree: Path, kind: str, packed: bool) -> None:
     disk = make_disk(tree, kind)
-    with booted(cloud, initrd, cache, f"{disk},serial=RF-1") as shell:
+    with booted(cloud, initrd, cache, f"{disk},serial=RF-1", packed=packed) as shell:
+        features = shell.run("cat /sys/bus/virtio/devices/virtio0/features")
+        assert features[34] == str(int(packed))
         assert shell.run("cat /sys/block/vda/serial") == "RF-1"
         assert int(shell.run("cat /sys/block/vda/size")) * 512 == SIZE
         shell.run("mount /dev/vda /mnt")
@@ -126,7 +130,7 @@ def test_ext4(cloud: Image, initrd: Path, cache: Path, tree: Path, kind: str) ->
 def test_lspci(cloud: Image, initrd: Path, cache: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(1 << 20))
-    with booted(cloud, initrd, cache, f"{disk},readonly") as shell:
+    with booted(cloud, initrd, cache, f"{disk},readonly", rng=True) as shell:
         said = shell.run("lspci -vv 2> /dev/null")
         slots = {part.split(" ", 1)[0]: part for part in re.split(r"\n\n", said) if part.strip()}
         assert list(slots) == ["00:00.0", "00:01.0", "00:02.0"]
@@ -204,6 +208,46 @@ def test_named_ports(cloud: Image, initrd: Path, cache: Path) -> None:
         assert shell.run("wait; sleep 0.2; cat /tmp/got") == "from the host\n"
         shell.machine.console.send("echo by another way > /dev/hvc0\n")
         shell.machine.console.wait_for("by another way\r\n", 10)
+
+
+def test_sockets_between_guest_and_host(
+    cloud: Image, initrd: Path, cache: Path, tmp_path: Path
+) -> None:
+    program = support.compile_c(support.PROGRAMS / "vsock.c", tmp_path / "vsock")
+    root = GuestRoot()
+    root.add_file("usr/bin/vsock", program.read_bytes(), 0o755)
+    archive = tmp_path / "initrd"
+    archive.write_bytes(initrd.read_bytes() + root.pack())
+    path = tmp_path / "v.sock"
+    data = bytes(range(256)) * 4000
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        booted(cloud, archive, cache, vsock=path) as shell,
+    ):
+        listener.bind(f"{path}_2000")
+        listener.listen()
+        shell.run("vsock listen 1000 & sleep 0.3")
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.settimeout(30)
+            stream.connect(str(path))
+            stream.sendall(b"CONNECT 1000\n")
+            answer = stream.makefile("rb")
+            assert answer.readline().startswith(b"OK ")
+            sender = threading.Thread(target=lambda: stream.sendall(data))
+            sender.start()
+            assert answer.read(len(data)) == data
+            sender.join()
+            stream.shutdown(socket.SHUT_WR)
+            assert answer.read() == b""
+        shell.run("echo from the guest | vsock connect 2000 > /tmp/answer & sleep 0.3")
+        listener.settimeout(30)
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(100) == b"from the guest\n"
+            connection.sendall(b"from the host\n")
+        shell.run("until grep -q host /tmp/answer; do sleep 0.1; done")
+        assert "onnect" in shell.run("echo | vsock connect 2001", status=1)
+    assert not path.exists()
 
 
 def test_balloon(cloud: Image, initrd: Path, cache: Path) -> None:

@@ -153,7 +153,11 @@ def run(
     ] = None,
     rng: Annotated[
         bool, typer.Option("--rng/--no-rng", help="Give the guest an entropy device.")
-    ] = True,
+    ] = False,
+    vsock: Annotated[
+        Path | None,
+        typer.Option(help="Unix socket to make, by which the guest's vsock ports are reached."),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep translations on disk.")
     ] = True,
@@ -183,6 +187,7 @@ def run(
             cache_dir=cache_dir,
             disks=tuple(disk or ()),
             rng=rng,
+            vsock=vsock,
         )
     )
 

@@ -38,7 +38,8 @@ class RunOptions:
     cache: bool
     cache_dir: Path | None
     disks: tuple[str, ...] = ()
-    rng: bool = True
+    rng: bool = False
+    vsock: Path | None = None
 
 
 def run_guest(options: RunOptions) -> int:
@@ -66,6 +67,7 @@ def run_guest(options: RunOptions) -> int:
         cache_dir=options.cache_dir,
         disks=options.disks,
         rng=options.rng,
+        vsock=options.vsock,
     )
     session = Session(machine, timeout=options.timeout, trace=options.trace)
     try:

@@ -257,3 +257,12 @@ def test_broken_receive_ring(drive: Drive) -> None:
     driver.start()
     add_buffers(driver, 1, 2000)
     assert wire(driver).receive(frame_of(60))
+
+
+def test_nothing_is_written_after_the_end(drive: Drive) -> None:
+    driver = card(drive)
+    add_buffers(driver, 1, 2000)
+    receive = wire(driver).receive
+    driver.function.close()
+    assert not receive(frame_of(60))
+    assert driver.rings[0].used() == []

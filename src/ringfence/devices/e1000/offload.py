@@ -2,10 +2,6 @@
 
 Functions of bytes only; the rings are elsewhere. All offsets come from the guest and may be
 anything: what would lie outside the frame is not done.
-
-The Internet checksum (RFC 1071) is a sum of 16-bit words modulo 65535. As 65536 leaves 1 modulo
-65535, a whole frame read as one big-endian number leaves the same: one conversion and one division
-by a small number, both in C.
 """
 
 from __future__ import annotations
@@ -14,6 +10,7 @@ import struct
 from dataclasses import dataclass
 
 from ringfence.devices.e1000.registers import TxDescriptor
+from ringfence.devices.offload import checksum
 
 IPV4, IPV6, VLAN = 0x0800, 0x86DD, 0x8100
 TCP, UDP = 6, 17
@@ -21,15 +18,6 @@ ETHERNET = 14
 _FIN_PSH = 0x09
 _CONTEXT = struct.Struct("<BBHBBHII")
 Bytes = bytes | bytearray | memoryview
-
-
-def checksum(data: Bytes) -> int:
-    """Return the Internet checksum of ``data``: the complement of the sum of its words."""
-    number = int.from_bytes(data, "big")
-    if len(data) & 1:
-        number <<= 8
-    folded = number % 0xFFFF
-    return 0xFFFF - (folded or (0xFFFF if number else 0))
 
 
 def insert(frame: bytearray, start: int, offset: int, end: int, *, udp: bool = False) -> None:

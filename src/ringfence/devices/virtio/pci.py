@@ -493,7 +493,8 @@ class VirtioPci(PciDevice):
         self.device.restore(state["device"])
 
     def close(self) -> None:
-        """See `PciDevice.close`: waits for what is in flight."""
-        self.device.reset()
+        """See `PciDevice.close`: nothing touches guest RAM any more when this has returned."""
+        with self.lock:
+            self._begin_reset()
         self.device.quiesce()
         self.device.close()
