@@ -19,6 +19,9 @@ _NEVER = -1
 class DelayedCause:
     """A cause that is raised when its packet timer or its absolute timer expires.
 
+    Each event puts the packet timer off. The board's timer is not moved for that: when it fires too
+    early, it is armed once more.
+
     Attributes
     ----------
     packet, absolute : int
@@ -27,7 +30,7 @@ class DelayedCause:
 
     def __init__(self, queue: TimerQueue, raise_cause: Callable[[], None]) -> None:
         self._clock = queue.clock
-        self._timer = Deadline(queue, self.expire)
+        self._timer = Deadline(queue, self._fired)
         self._raise = raise_cause
         self.packet = 0
         self.absolute = 0
@@ -45,23 +48,25 @@ class DelayedCause:
         if self.limit == _NEVER and self.absolute:
             self.limit = now + self.absolute * Delay.UNIT_NS
         due = now + self.packet * Delay.UNIT_NS
-        self.arm(due if self.limit == _NEVER else min(due, self.limit))
+        self.due = due if self.limit == _NEVER else min(due, self.limit)
+        if not self._timer.armed:
+            self._timer.set(self.due)
 
-    def arm(self, due: int) -> None:
-        """Raise the cause at ``due``."""
-        self.due = due
-        self._timer.set(None if due == _NEVER else due)
+    def _fired(self) -> None:
+        if self._clock.now() < self.due:
+            self._timer.set(self.due)
+        else:
+            self.expire()
 
     def expire(self) -> None:
         """Raise the cause now, and stop both timers."""
-        self.limit = _NEVER
-        self.arm(_NEVER)
+        self.stop()
         self._raise()
 
     def stop(self) -> None:
         """Stop both timers, the cause not raised."""
-        self.limit = _NEVER
-        self.arm(_NEVER)
+        self.limit = self.due = _NEVER
+        self._timer.set(None)
 
     def read_packet(self) -> int:
         """Read RDTR or TIDV."""
@@ -87,8 +92,8 @@ class DelayedCause:
 
     def set_values(self, values: list[int]) -> None:
         """Take over what `values` returned."""
-        self.packet, self.absolute, self.limit, due = values
-        self.arm(due)
+        self.packet, self.absolute, self.limit, self.due = values
+        self._timer.set(None if self.due == _NEVER else self.due)
 
 
 class Interrupts(Saved):
