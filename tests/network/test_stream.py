@@ -6,7 +6,9 @@ import contextlib
 import random
 import shutil
 import socket
+import stat
 import subprocess
+import threading
 
 import pytest
 
@@ -164,6 +166,37 @@ def test_a_socket_left_behind_is_replaced(join, path) -> None:
     stale.close()
     end, _ = join()
     assert end.hub
+
+
+def test_the_socket_is_the_user_s_own(join, path) -> None:
+    join()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_many_at_once(path) -> None:
+    """However they race, there is one hub, and all are on one wire."""
+    ends: list[SocketNetwork] = []
+    cards = [Card() for _ in range(8)]
+
+    def enter(card: Card) -> None:
+        end = SocketNetwork(path)
+        end.attach(card.receive)
+        ends.append(end)
+
+    threads = [threading.Thread(target=enter, args=(card,)) for card in cards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert sum(end.hub for end in ends) == 1
+        hub = next(end for end in ends if end.hub)
+        until(lambda: len(hub._peers) == 7)
+        ends[0].transmit(frame(1))
+        until(lambda: sum(len(card.frames) for card in cards) == 7)
+    finally:
+        for end in ends:
+            end.close()
 
 
 def test_another_file_is_left_alone(path) -> None:

@@ -35,6 +35,8 @@ READ = 1 << 18
 """Bytes taken from a peer per turn at most."""
 RETRY = 1.0
 """Seconds between two attempts to find a hub, or become one."""
+PATIENCE = 5.0
+"""Seconds to wait at first for others that are joining at the same moment."""
 PATH_LIMIT = 107
 """Bytes of ``sun_path`` without its NUL (unix(7))."""
 
@@ -102,7 +104,7 @@ class SocketNetwork(ThreadedBackend):
         self._retry_at = 0.0
         self._counters["dropped_peers"] = 0
         try:
-            self._join()
+            self._join(PATIENCE)
         except OSError as error:
             self.close()
             raise HostError(
@@ -117,11 +119,19 @@ class SocketNetwork(ThreadedBackend):
 
     # ---- finding the others
 
-    def _join(self) -> None:
+    def _join(self, patience: float = 0.0) -> None:
         """Connect to the hub, or become it. A lock keeps two from becoming it at once."""
         lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + patience
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.01)
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.setblocking(False)
             try:
@@ -145,6 +155,7 @@ class SocketNetwork(ThreadedBackend):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.setblocking(False)
+            os.fchmod(listener.fileno(), 0o600)  # what the socket's file will have
             listener.bind(str(self.path))
             listener.listen(PEERS)
         except BaseException:

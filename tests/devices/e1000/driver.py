@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 from ringfence.chipset.clock import MockClock, TimerQueue
@@ -57,21 +58,18 @@ class Driver:
 
     def __init__(self, entries: int = ENTRIES) -> None:
         self.memory = GuestMemory(MEMORY)
+        weakref.finalize(self, self.memory.close)
         self.clock = MockClock()
         self.queue = TimerQueue(self.clock, threading.RLock())
         self.wire = Wire()
         self.pin: list[bool] = []
         self.card = E1000(self.memory, self.queue, self.wire, MAC)
-        self.card.set_intx = self._set_intx
-        self.card.interrupts._pin = self._set_intx
+        self.card.interrupts._pin = self.pin.append
         self.entries = entries
         self.tx_tail = self.rx_head = 0
         self.status = self.errors = self.tag = 0
         """Of the last descriptor that `take` found."""
         self.card.config_write(4, 2, COMMAND)
-
-    def _set_intx(self, asserted: bool) -> None:
-        self.pin.append(asserted)
 
     @property
     def asserted(self) -> bool:

@@ -45,7 +45,6 @@ def test_any_transmit_descriptors(made) -> None:
     assert ring.failed or ring.head == len(made)
     assert driver.queue.next_deadline() is None
     assert all(14 <= len(frame) <= 16288 + 4 for frame in driver.wire.frames)
-    driver.memory.close()
 
 
 @given(descriptors, st.lists(st.integers(0, 20000), max_size=20), words)
@@ -56,4 +55,3 @@ def test_any_receive_descriptors(made, lengths, rctl) -> None:
         driver.memory.write(RX_RING + 16 * at, struct.pack("<QII", address, lower, upper))
     for length in lengths:
         driver.card.receive(frame_of(length))
-    driver.memory.close()
