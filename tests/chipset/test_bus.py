@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from ringfence.chipset.bus import MmioBus, PortBus
+from ringfence.chipset.bus import AddressMap, MmioBus, PortBus, Window
 from ringfence.errors import UsageError
 
 
@@ -90,3 +92,37 @@ def test_mmio_regions_do_not_overlap() -> None:
         bus.register(0x10FF, 1, Recorder())
     bus.unregister(0x1000)
     bus.register(0x10FF, 1, Recorder())
+
+
+def test_overlapping_windows_are_seen_by_rank() -> None:
+    """Against the plain search through all windows, while they come and go."""
+    chance, bus, windows = random.Random(4), AddressMap(), []
+    for _ in range(500):
+        if len(windows) > 12 or (windows and chance.random() < 0.4):
+            bus.remove(windows.pop(chance.randrange(len(windows))))
+        else:
+            base, length = chance.randrange(64), chance.choice((1, 2, 8, 16))
+            windows.append(Window(base, length, Recorder(), chance.randrange(4)))
+            bus.add(windows[-1])
+        for address in range(-1, 82):
+            holders = [each for each in windows if each.base <= address < each.end]
+            expected = min(holders, key=lambda each: each.rank, default=None)
+            found = bus.find(address)
+            if expected is None:
+                assert found is None
+                continue
+            assert found is not None
+            end, base, device = found
+            assert (base, device) == (expected.base, expected.device)
+            assert address < end <= expected.end
+
+
+def test_windows_come_behind_the_board_s_ports() -> None:
+    bus, fixed, window = PortBus(), Recorder(), Recorder()
+    bus.register(0x104, 2, fixed, widths=(1,))
+    bus.windows.add(Window(0x100, 16, window, 1))
+    assert bus.read(0x100, 4) == 0x13121110
+    assert bus.read(0x104, 4) == 0x17161110
+    bus.write(0x106, 2, 0xBBAA)
+    assert fixed.log == [(0, 1), (1, 1)]
+    assert window.log == [(0, 4), (6, 1), (7, 1), (6, 2, 0xBBAA)]

@@ -38,11 +38,13 @@ def exercise(disk: Disk, model: bytearray, seed: int, rounds: int = 250) -> None
         what = chance.randrange(10)
         if what < 5:
             data = chance.randbytes(length)
-            disk.write(offset, views(data, chance))
+            if chance.random() < 0.5 or not disk.write_now(offset, views(data, chance)):
+                disk.write(offset, views(data, chance))
             model[offset : offset + length] = data
         elif what < 8:
             got = views(bytes(length), chance)
-            disk.read(offset, got)
+            if chance.random() < 0.5 or not disk.read_now(offset, got):
+                disk.read(offset, got)
             assert b"".join(got) == model[offset : offset + length]
         elif what == 8:
             disk.write_zeroes(offset, length, unmap=chance.random() < 0.5)

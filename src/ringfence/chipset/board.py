@@ -273,6 +273,11 @@ class Board:
         with self.lock:
             self.uart.flush()
 
+    def quiesce(self) -> None:
+        """Wait until no device works on guest RAM, before `save`. Not with the lock held."""
+        for device in self.pci.devices:
+            device.quiesce()
+
     def close(self) -> None:
         """Close plugged-in devices: wait for what they do in guest RAM. Not with the lock held."""
         for device in self.pci.devices:

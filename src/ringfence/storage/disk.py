@@ -15,10 +15,11 @@ import fcntl
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 from ringfence.errors import HostError, ImageError
-from ringfence.memory.buffers import Buffers, split
+from ringfence.memory.buffers import Buffers, split, total
 
 SECTOR = 512
 IOV_MAX = 1024
@@ -97,6 +98,38 @@ def write_full(fd: int, offset: int, buffers: Buffers) -> None:
         done = os.pwritev(fd, batch, offset)
         offset += done
         views = split(views, done)[1]
+
+
+class Immediate:
+    """Transfers of a file that need no waiting (RWF_NOWAIT, preadv2(2)).
+
+    A file system that doesn't offer one kind of them is not asked for it again.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._refused: set[object] = set()
+
+    def read(self, offset: int, buffers: Buffers) -> bool:
+        """Read if the page cache has everything."""
+        return self._try(os.preadv, offset, buffers)
+
+    def write(self, offset: int, buffers: Buffers) -> bool:
+        """Write if the page cache takes everything."""
+        return self._try(os.pwritev, offset, buffers)
+
+    def _try(
+        self, transfer: Callable[[int, Buffers, int, int], int], offset: int, buffers: Buffers
+    ) -> bool:
+        if transfer in self._refused or len(buffers) > IOV_MAX:
+            return False
+        try:
+            return transfer(self._fd, buffers, offset, os.RWF_NOWAIT) == total(buffers)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._refused.add(transfer)
+            return False
 
 
 def open_file(path: Path, *, read_only: bool, direct: bool = False) -> int:

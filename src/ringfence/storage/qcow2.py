@@ -33,7 +33,7 @@ from pathlib import Path
 
 from ringfence.errors import ImageError, UsageError
 from ringfence.memory.buffers import Buffers, scatter, split, total
-from ringfence.storage.disk import Disk, open_file, read_full, write_full
+from ringfence.storage.disk import Disk, Immediate, open_file, read_full, write_full
 from ringfence.storage.qcow2_header import AUTOCLEAR_FEATURES, COMPRESSION_ZSTD, Header, Snapshot
 from ringfence.storage.qcow2_refcounts import Refcounts
 
@@ -98,6 +98,7 @@ class Qcow2Disk(Disk):
         self._dirty = 0
         self._given_up: list[tuple[int, int]] = []
         self._fd = open_file(path, read_only=self.read_only)
+        self._now = Immediate(self._fd)
         try:
             self.header = Header.read(self._fd, path, writable=not self.read_only)
             self._cluster = 1 << self.header.cluster_bits
@@ -153,6 +154,25 @@ class Qcow2Disk(Disk):
                         self._write_new(start, part)
                         continue
             write_full(self._fd, host, part)
+
+    def read_now(self, offset: int, buffers: Buffers) -> bool:
+        """See `Disk.read_now`: inside a cluster whose table is known."""
+        entry = self._entry_now(offset, total(buffers))
+        if entry is None or entry & OFLAG_COMPRESSED:
+            return False
+        if (entry & OFLAG_ZERO and self.header.version >= 3) or (
+            not entry and self._backing is None
+        ):
+            _zero(buffers)
+            return True
+        host = self._host(entry)
+        return bool(host) and self._now.read(host + offset % self._cluster, buffers)
+
+    def write_now(self, offset: int, buffers: Buffers) -> bool:
+        """See `Disk.write_now`: inside a cluster that is ours and whose table is known."""
+        entry = self._entry_now(offset, total(buffers))
+        place = None if entry is None else self._place(entry, offset)
+        return place is not None and self._now.write(place, buffers)
 
     def flush(self) -> None:
         """See `Disk.flush`."""
@@ -286,6 +306,17 @@ class Qcow2Disk(Disk):
         table = self._table(offset)
         return 0 if table is None else table.entries[offset // self._cluster % self._l2_entries]
 
+    def _entry_now(self, offset: int, length: int) -> int | None:
+        """Return the L2 entry for a range inside one cluster, if that needs no waiting."""
+        number, at = divmod(offset, self._cluster)
+        if at + length > self._cluster or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            table = self._tables.get(number // self._l2_entries)
+            return None if table is None else table.entries[number % self._l2_entries]
+        finally:
+            self._lock.release()
+
     def _set_entry(self, offset: int, value: int) -> None:
         """Change an L2 entry; the file's is changed by `_commit`. With the lock."""
         table = self._writable_table(offset)
@@ -371,6 +402,10 @@ class Qcow2Disk(Disk):
             if table is None:
                 return None
             entry = table.entries[start // self._cluster % self._l2_entries]
+        return self._place(entry, start)
+
+    def _place(self, entry: int, start: int) -> int | None:
+        """Return where in the file an L2 entry lets a guest offset be written, or None."""
         if not entry & OFLAG_COPIED or entry & (OFLAG_COMPRESSED | OFLAG_ZERO):
             return None
         host = self._host(entry)

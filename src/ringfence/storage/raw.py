@@ -13,16 +13,15 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from ringfence.errors import ImageError
 from ringfence.memory.buffers import Buffers, scatter, split, total
 from ringfence.storage.disk import (
-    IOV_MAX,
     SECTOR,
     Disk,
+    Immediate,
     open_file,
     read_full,
     write_full,
@@ -81,9 +80,8 @@ class RawDisk(Disk):
     def __init__(self, path: Path, *, read_only: bool = False, direct: bool = False) -> None:
         self.read_only = read_only
         self._direct = direct
-        self._must_wait: set[object] = set()
-        """Transfers that this file can't try without waiting."""
         self._fd = open_file(path, read_only=read_only, direct=direct)
+        self._now = Immediate(self._fd)
         self._block = _direct_block(self._fd) if direct else 1
         self._turn: AbstractContextManager[object] = (
             threading.Lock() if self._block > SECTOR else nullcontext()
@@ -110,25 +108,11 @@ class RawDisk(Disk):
 
     def read_now(self, offset: int, buffers: Buffers) -> bool:
         """See `Disk.read_now`: what the page cache has."""
-        return self._at_once(os.preadv, offset, buffers)
+        return not self._direct and self._now.read(offset, buffers)
 
     def write_now(self, offset: int, buffers: Buffers) -> bool:
         """See `Disk.write_now`: where the file system takes it into the page cache at once."""
-        return self._at_once(os.pwritev, offset, buffers)
-
-    def _at_once(
-        self, transfer: Callable[[int, Buffers, int, int], int], offset: int, buffers: Buffers
-    ) -> bool:
-        """Do a transfer with RWF_NOWAIT (preadv2(2)); give up for good where it is not offered."""
-        if transfer in self._must_wait or self._direct or len(buffers) > IOV_MAX:
-            return False
-        try:
-            return transfer(self._fd, buffers, offset, os.RWF_NOWAIT) == total(buffers)
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._must_wait.add(transfer)
-            return False
+        return not self._direct and self._now.write(offset, buffers)
 
     def flush(self) -> None:
         """See `Disk.flush`."""

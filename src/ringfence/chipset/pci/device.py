@@ -224,6 +224,9 @@ class PciDevice(Saved):
     def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
         """Store ``size`` (1, 2, 4) bytes in a BAR; ``offset`` is naturally aligned."""
 
+    def quiesce(self) -> None:
+        """Wait, without the lock, until nothing is in flight; the vCPUs stand still."""
+
     def close(self) -> None:
         """Let go of what the device holds outside the board; no more accesses follow."""
 

@@ -201,8 +201,11 @@ class VirtioBlk(VirtioDevice):
         length = total(buffers)
         if length > AT_ONCE or not self._inside(sector, length):
             return None
-        if not transfer(sector * SECTOR, buffers):
-            return None
+        try:
+            if not transfer(sector * SECTOR, buffers):
+                return None
+        except Exception:
+            return None  # the pool will meet the same trouble, and report it
         chain.writable[-1][0] = OK
         return length + 1 if kind == T_IN else 1
 

@@ -466,8 +466,12 @@ class VirtioPci(PciDevice):
 
     # ---- state
 
+    def quiesce(self) -> None:
+        """See `PciDevice.quiesce`."""
+        self.device.quiesce()
+
     def save(self) -> State:
-        """See `Saved.save`; call the device's `quiesce` first."""
+        """See `Saved.save`; `quiesce` first."""
         return super().save() | {
             "queues": [queue.save() for queue in self.queues],
             "rings": [queue.ring.save() if queue.ring else {} for queue in self.queues],
@@ -496,5 +500,5 @@ class VirtioPci(PciDevice):
         """See `PciDevice.close`: nothing touches guest RAM any more when this has returned."""
         with self.lock:
             self._begin_reset()
-        self.device.quiesce()
+        self.quiesce()
         self.device.close()
