@@ -127,7 +127,11 @@ def run(
     nic: Annotated[str, typer.Option(help="The network card: virtio or e1000.")] = "virtio",
     forward: Annotated[
         list[str] | None,
-        typer.Option(help="With --net user, [udp:][ADDRESS:]HOST_PORT:GUEST_PORT; repeatable."),
+        typer.Option(
+            metavar="HOST:GUEST",
+            help="Ports that lead in, with --net user (repeatable): 8080:80,"
+            " 0.0.0.0:2222:22, udp:53:53.",
+        ),
     ] = None,
     capture: Annotated[
         Path | None, typer.Option(help="Write all frames to this file, for Wireshark or tcpdump.")
