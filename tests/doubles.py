@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ringfence.engine import StopReason
 from ringfence.engine.exits import ExitCounters, PortOut, Reason, TraceRecord
-from ringfence.machine import Machine, _Parts
+from ringfence.machine import Devices, Machine, _Parts
 from ringfence.memory.ram import GuestMemory
 
 Life: TypeAlias = Generator[None, None, StopReason]
@@ -173,7 +173,8 @@ class ScriptedMachine(Machine):
         )
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
-        return _Parts(memory, clock, board, engine)  # type: ignore[arg-type]
+        devices = Devices(card=SimpleNamespace(receive=lambda frame: True))
+        return _Parts(memory, clock, board, engine, devices)  # type: ignore[arg-type]
 
 
 def scripted(script: Script, **options: Any) -> ScriptedMachine:

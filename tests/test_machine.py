@@ -62,11 +62,76 @@ def test_more_than_the_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"on_reset": "explode"}, "on_reset"),
         ({"image": "debian"}, "both an image and a kernel"),
         ({"memory": "lots"}, "memory"),
+        ({"network": "carrier-pigeon"}, "network"),
+        ({"nic": "ne2000"}, "network card"),
+        ({"mac": "02:00"}, "address"),
+        ({"mac": "01:00:00:00:00:01"}, "address"),
+        ({"mac": "00:00:00:00:00:00"}, "address"),
+        ({"forwards": ["8080:80"]}, "--net user"),
+        ({"network": "user", "forwards": ["80"]}, "forward"),
+        ({"capture": "f.pcap"}, "capture"),
+        ({"network": object(), "capture": "f.pcap"}, "by name"),
     ],
 )
 def test_what_makes_no_sense(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Machine(kernel=b"never read", **options)  # type: ignore[arg-type]
+
+
+class Wire:
+    """A network that notes what the machine does with it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def attach(self, receive: object) -> None:
+        self.calls.append("attach")
+
+    def detach(self) -> None:
+        self.calls.append("detach")
+
+    def stats(self) -> dict[str, int]:
+        return {"sent": 5}
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_frames_come_only_while_the_guest_runs() -> None:
+    wire = Wire()
+    with doubles.scripted(doubles.hang, network=wire) as machine:
+        assert wire.calls == []
+        machine.start()
+        machine.console.wait_for("ready", 10)
+        assert wire.calls == ["attach"]
+        machine.pause()
+        assert wire.calls == ["attach", "detach"]
+        machine.resume()
+        while len(wire.calls) < 3:
+            time.sleep(0.001)
+        assert machine.stats()["network"] == {"sent": 5}
+        machine.stop()
+        assert wire.calls == ["attach", "detach", "attach", "detach"]
+    assert wire.calls[-1] == "close"
+
+
+def test_a_network_outlives_resets() -> None:
+    wire = Wire()
+    with doubles.scripted(doubles.reset, network=wire, on_reset="reboot") as machine:
+        machine.start()
+        while machine.stats()["machine"]["resets"] < 3:
+            time.sleep(0.001)
+        machine.stop()
+        assert "close" not in wire.calls
+        assert wire.calls[:6] == ["attach", "detach"] * 3
+
+
+def test_addresses_of_cards() -> None:
+    with doubles.scripted(doubles.hello, mac="02:AB:00:00:00:01") as machine:
+        assert machine.config.mac == bytes.fromhex("02ab00000001")
+    made = {doubles.scripted(doubles.hello).config.mac for _ in range(3)}
+    assert len(made) == 3
+    assert all(mac[0] & 3 == 2 for mac in made), "unicast, locally administered"
 
 
 def test_power_off() -> None:

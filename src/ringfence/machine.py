@@ -27,6 +27,7 @@ from ringfence.console import Console
 from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, UsageError
 from ringfence.memory.ram import GuestMemory
+from ringfence.network.config import open_network, parse_mac
 from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.storage import Storage
 from ringfence.storage.options import DiskOptions, parse_disk
@@ -43,11 +44,14 @@ if TYPE_CHECKING:
     from ringfence.devices.virtio.vsock import VirtioVsock
     from ringfence.devices.virtio.vsock_unix import UnixHost
     from ringfence.engine.exits import TraceRecord
+    from ringfence.network.backend import NetworkBackend, NetworkCard
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
 GUEST_CID = 3
 """The guest's address for sockets between it and the host."""
+NICS = ("virtio", "e1000")
+"""Network cards that a machine may have; the first is what it has unless told otherwise."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
 
@@ -87,6 +91,10 @@ class MachineConfig:
         The Unix socket that the guest's sockets are reached by.
     packed : bool
         Whether virtio devices offer packed rings.
+    nic : str
+        The kind of network card, if there is a network.
+    mac : bytes
+        Its Ethernet address.
     """
 
     kernel: ImageSource
@@ -102,6 +110,8 @@ class MachineConfig:
     ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
     vsock: Path | None = None
     packed: bool = False
+    nic: str = NICS[0]
+    mac: bytes = b""
 
 
 @dataclass(slots=True)
@@ -113,9 +123,10 @@ class Devices:
     balloon: VirtioBalloon | None = None
     console: VirtioConsole | None = None
     vsock: VirtioVsock | None = None
+    card: NetworkCard | None = None
 
     def all(self) -> Iterator[VirtioDevice]:
-        """Give them in order of slots."""
+        """Give the virtio devices in order of slots; the network card comes behind them."""
         yield from self.disks
         for device in (self.rng, self.balloon, self.console, self.vsock):
             if device is not None:
@@ -178,6 +189,18 @@ class Machine:
         see `devices.virtio.vsock_unix` for what to say to it.
     packed : bool
         Whether virtio devices offer packed rings beside split ones.
+    network : str or NetworkBackend, optional
+        What the network card's cable leads to: ``user``, ``user:loopback``, ``socket:PATH``,
+        ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
+        ``none``: no card.
+    nic : str
+        The kind of card: ``virtio`` or ``e1000``.
+    mac : str, optional
+        Its Ethernet address, ``02:00:00:00:00:01``; by default a random one.
+    forwards : sequence of str
+        Ports of the host's that lead to the guest's, with a ``user`` network: ``8080:80``.
+    capture : str or Path, optional
+        File for all frames, in pcap format.
 
     Raises
     ------
@@ -213,9 +236,16 @@ class Machine:
         ports: Mapping[str, Callable[[bytes], None]] | None = None,
         vsock: str | Path | None = None,
         packed: bool = False,
+        network: str | NetworkBackend | None = None,
+        nic: str = NICS[0],
+        mac: str | None = None,
+        forwards: Sequence[str] = (),
+        capture: str | Path | None = None,
     ) -> None:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
+        if nic not in NICS:
+            raise UsageError(f"network card {nic!r} is unknown: expected one of {', '.join(NICS)}")
         size = parse_memory(memory)
         engine = engines.select(engine, cpus)
         folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
@@ -239,6 +269,8 @@ class Machine:
             dict(ports or {}),
             Path(vsock) if vsock else None,
             packed,
+            nic,
+            parse_mac(mac),
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -265,6 +297,9 @@ class Machine:
             self._vsock = self._open_vsock()
             if self._vsock is not None:
                 host.callback(self._vsock.close)
+            self._network = open_network(network, forwards, capture)
+            if self._network is not None:
+                host.callback(self._network.close)
             self._parts = self._assemble()
             self._host = host.pop_all()
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
@@ -381,7 +416,7 @@ class Machine:
         return self._still().memory.read(address, length)
 
     def write_physical(self, address: int, data: bytes) -> None:
-        """Change guest RAM, as a device would; IndexError outside it. The guest must stand still."""
+        """Change guest RAM as a device would; IndexError outside it. The guest must stand still."""
         self._still().memory.dma_write(address, data)
 
     def read_virtual(self, address: int, length: int) -> bytes:
@@ -400,7 +435,7 @@ class Machine:
         """Counters as nested plain data, at any time; those of the last assembly after a reset.
 
         Beside what `Engine.stats` gives: ``machine`` with ``outcome``, ``seconds`` of host time,
-        ``resets``, ``engine`` and ``memory`` in bytes.
+        ``resets``, ``engine`` and ``memory`` in bytes; ``network`` with the backend's counters.
         """
         if self._closed and self._last_stats:
             return self._last_stats
@@ -415,8 +450,9 @@ class Machine:
             "memory": self.config.memory,
             "cmdline": self.config.cmdline,
         }
+        network = {"network": self._network.stats()} if self._network is not None else {}
         with self._change:  # a reset exchanges the parts under it
-            return {"machine": about, **self._parts.engine.stats()}
+            return {"machine": about, **self._parts.engine.stats(), **network}
 
     def set_balloon(self, size: int | str) -> None:
         """Ask the guest to give ``size`` bytes of its RAM back to the host; it does what it can.
@@ -491,6 +527,7 @@ class Machine:
     def _run_once(self) -> StopReason:
         parts = self._parts
         parts.board.timers.start()
+        self._connect(parts)
         try:
             while True:
                 reason = parts.engine.run()
@@ -499,11 +536,14 @@ class Machine:
                 if reason is not StopReason.PAUSED:
                     return reason
                 parts.clock.pause()
+                self._disconnect()
                 self._stand_still()
+                self._connect(parts)
                 parts.clock.resume()
                 if self._stop_wanted:
                     return StopReason.STOPPED
         finally:
+            self._disconnect()
             parts.board.timers.stop()
             parts.board.flush()
 
@@ -514,6 +554,16 @@ class Machine:
             self._state = State.PAUSED
             self._change.notify_all()
             self._change.wait_for(lambda: self._state is State.RUNNING or self._stop_wanted)
+
+    def _connect(self, parts: _Parts) -> None:
+        """Let frames reach the guest."""
+        if self._network is not None and parts.devices.card is not None:
+            self._network.attach(parts.devices.card.receive)
+
+    def _disconnect(self) -> None:
+        """Hold frames back: the guest's memory is not to change any more."""
+        if self._network is not None:
+            self._network.detach()
 
     # -- composition --------------------------------------------------------------------------
 
@@ -544,6 +594,7 @@ class Machine:
             devices = self._devices()
             for device in devices.all():
                 board.plug(VirtioPci(device, memory, packed=config.packed))
+            devices.card = self._plug_card(memory, board)
             tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
             memory.write(acpi.ADDRESS, tables)
             boot = load_linux(
@@ -562,6 +613,23 @@ class Machine:
             memory.close()
             raise
         return _Parts(memory, clock, board, engine, devices)
+
+    def _plug_card(self, memory: GuestMemory, board: Board) -> NetworkCard | None:
+        """Make and plug the network card, if the machine has a network."""
+        if self._network is None:
+            return None
+        if self.config.nic == "virtio":
+            from ringfence.devices.virtio.net import VirtioNet
+            from ringfence.devices.virtio.pci import VirtioPci
+
+            device = VirtioNet(self._network, self.config.mac)
+            board.plug(VirtioPci(device, memory, packed=self.config.packed))
+            return device
+        from ringfence.devices.e1000.card import E1000
+
+        card = E1000(memory, board.timers, self._network, self.config.mac)
+        board.plug(card)
+        return card
 
     def _open_vsock(self) -> UnixHost | None:
         from ringfence.devices.virtio.vsock_unix import UnixHost

@@ -35,6 +35,11 @@ from ringfence.engine.kvm.probe import Kind
         (["run", "--disk", "a,format=vdi"], "format=raw|qcow2"),
         (["run", "--disk", ",readonly"], "names no file"),
         (["run", "--on-reset", "explode"], "--on-reset"),
+        (["run", "--net", "pigeon"], "expected none, user"),
+        (["run", "--nic", "ne2000"], "--nic"),
+        (["run", "--forward", "8080:80"], "--net user"),
+        (["run", "--net", "user", "--forward", "80"], "forward"),
+        (["run", "--capture", "f.pcap"], "capture"),
         (["run", "--stats", "/nonexistent/folder/stats.json"], "--stats"),
         (["run", "debian", "--kernel", "bzImage"], "both an image and --kernel"),
         (["run", "../../etc"], "image"),
@@ -158,6 +163,19 @@ def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     failed = [row for row in rows if row["needed"] and not row["ok"]]
     assert ended.value.code == (6 if failed else 0)
     assert {"KVM", "engine", "apt", "memory", "limits"} <= {row["name"] for row in rows}
+
+
+def test_doctor_says_what_user_networking_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringfence.network import slirp
+
+    monkeypatch.setattr(slirp, "SONAME", "libnosuchthing.so.0")
+    slirp.library.cache_clear()
+    try:
+        check = {each.name: each for each in examine()}["network (user)"]
+        assert (check.ok, check.needed) == (False, False)
+        assert "install libslirp0" in check.detail
+    finally:
+        slirp.library.cache_clear()
 
 
 def test_without_apt_the_builtin_guest_starts(

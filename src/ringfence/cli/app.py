@@ -41,6 +41,7 @@ ringfence run
 ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
 echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
 ringfence run builtin --stats - --trace exits
+ringfence run --net user --forward 8080:80
 
 The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
 On a terminal, Ctrl-A x leaves and Ctrl-A h lists the other keys.
@@ -120,6 +121,21 @@ def run(
     memory: Annotated[str, typer.Option(help="Guest RAM, such as 512M or 1G.")] = "512M",
     cpus: Annotated[int, typer.Option(help="Number of vCPUs.")] = 1,
     engine: Annotated[str, typer.Option(help="auto, translate or kvm (see doctor).")] = "auto",
+    net: Annotated[
+        str, typer.Option(help="none, user, user:loopback, socket:PATH or tap:NAME.")
+    ] = "none",
+    nic: Annotated[str, typer.Option(help="The network card: virtio or e1000.")] = "virtio",
+    forward: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST:GUEST",
+            help="Ports that lead in, with --net user (repeatable): 8080:80,"
+            " 0.0.0.0:2222:22, udp:53:53.",
+        ),
+    ] = None,
+    capture: Annotated[
+        Path | None, typer.Option(help="Write all frames to this file, for Wireshark or tcpdump.")
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds until the guest is stopped (status 5).")
     ] = None,
@@ -163,6 +179,10 @@ def run(
             memory=memory,
             cpus=cpus,
             engine=engine,
+            net=net,
+            nic=nic,
+            forwards=tuple(forward or ()),
+            capture=capture,
             timeout=timeout,
             stats=stats,
             trace=trace is not None,

@@ -79,6 +79,8 @@ def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Check]:
         _tried("W^X dual mapping", True, _dual_mapping),
         _limits(),
         _apt(),
+        _user_network(),
+        _tap(),
         _tried("cache folder", False, _cache),
     ]
 
@@ -166,6 +168,24 @@ def _apt() -> Check:
     found = shutil.which("apt-get")
     detail = found or "not found: 'ringfence pull' can't fetch Debian's kernel, 'run builtin' works"
     return Check("apt", found is not None, False, detail)
+
+
+def _user_network() -> Check:
+    from ringfence.network import slirp
+
+    name = "network (user)"
+    try:
+        return Check(name, True, False, f"libslirp {slirp.version()}")
+    except HostError as error:
+        return Check(name, False, False, str(error))
+
+
+def _tap() -> Check:
+    from ringfence.network.tap import DEVICE
+
+    ok = os.access(DEVICE, os.R_OK | os.W_OK)
+    advice = f"no access to {DEVICE}: --net tap is not possible, --net user doesn't need it"
+    return Check("network (tap)", ok, False, f"{DEVICE} accessible" if ok else advice)
 
 
 def _tried(name: str, needed: bool, attempt: Callable[[], str]) -> Check:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ringfence.cli.session import Ending, Session
 from ringfence.engine import StopReason
 from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, UsageError
-from ringfence.machine import Machine
+from ringfence.machine import NICS, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,10 @@ class RunOptions:
     memory: str
     cpus: int
     engine: str
+    net: str
+    nic: str
+    forwards: tuple[str, ...]
+    capture: Path | None
     timeout: float | None
     stats: str | None
     trace: bool
@@ -54,6 +58,10 @@ def run_guest(options: RunOptions) -> int:
         memory=options.memory,
         cpus=options.cpus,
         engine=options.engine,
+        network=options.net,
+        nic=options.nic,
+        forwards=options.forwards,
+        capture=options.capture,
         on_reset=options.on_reset,
         cache=options.cache,
         cache_dir=options.cache_dir,
@@ -74,11 +82,15 @@ def run_guest(options: RunOptions) -> int:
 def _check(options: RunOptions) -> None:
     """Refuse what makes no sense before anything is fetched or built."""
     from ringfence import engine as engines
+    from ringfence.network.config import parse_network
     from ringfence.settings import parse_memory
     from ringfence.storage.options import parse_disk
 
     parse_memory(options.memory)
     engines.select(options.engine, options.cpus)
+    parse_network(options.net, options.forwards, options.capture)
+    if options.nic not in NICS:
+        raise UsageError(f"--nic {options.nic} is unknown: expected {' or '.join(NICS)}")
     for disk in options.disks:
         parse_disk(disk)
     if options.kernel is not None and options.image is not None:

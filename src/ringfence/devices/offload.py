@@ -26,11 +26,14 @@ class Malformed(ValueError):
 
 
 def checksum(data: bytes | bytearray | memoryview) -> int:
-    """Return the internet checksum of ``data``, its own field included as it is."""
+    """Return the internet checksum of ``data``, its own field included as it is.
+
+    It is 0 if that field is right: a sum that is not zero folds to 65535 where it is a multiple.
+    """
     value = int.from_bytes(data, "big")
     if len(data) % 2:
         value <<= 8
-    return 0xFFFF - value % 0xFFFF
+    return 0xFFFF - (value % 0xFFFF or (0xFFFF if value else 0))
 
 
 def finish_checksum(frame: bytearray, start: int, offset: int) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ringfence.devices.offload import Malformed, finish_checksum, segments
-from ringfence.devices.virtio.device import VirtioDevice
+from ringfence.devices.virtio.device import Transport, VirtioDevice
 from ringfence.devices.virtio.ring import Chain
 from ringfence.memory.buffers import scatter, split
 
@@ -103,7 +103,11 @@ class VirtioNet(VirtioDevice):
         """Frames that were malformed, or too large for the driver's buffers."""
         self._starved = False
         """Whether the backend waits for `resume`."""
-        backend.attach(self.receive)
+
+    def attach(self, transport: Transport) -> None:
+        """See `VirtioDevice.attach`: only now there is somewhere to put frames."""
+        super().attach(transport)
+        self._backend.attach(self.receive)
 
     def config(self) -> bytes:
         """See `VirtioDevice.config`."""

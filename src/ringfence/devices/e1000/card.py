@@ -1,0 +1,284 @@
+"""The PCI function: where registers lead to, resets, and the way to the backend.
+
+Every register is a pair of functions in two tables by offset; those that only keep what is written
+(`registers.PLAIN`) share one. Registers take words of 32 bits: a narrower read gives its part of
+the word, a narrower write is lost (13.1). Offsets without a register read as 0.
+
+The same registers are reached through memory (BAR 0) and through two ports, address and data
+(BAR 2), which drivers use for resets.
+
+**Locking.** Accesses and timers come with the board's lock held; `receive`, which the backend's
+thread calls, takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+from ringfence.chipset.clock import TimerQueue
+from ringfence.chipset.pci.config import ConfigSpace, Identity
+from ringfence.chipset.pci.device import PciDevice, Space
+from ringfence.chipset.state import State
+from ringfence.devices.e1000 import registers as at
+from ringfence.devices.e1000 import statistics
+from ringfence.devices.e1000.eeprom import Eeprom
+from ringfence.devices.e1000.filters import Filters
+from ringfence.devices.e1000.interrupts import Interrupts
+from ringfence.devices.e1000.phy import Phy
+from ringfence.devices.e1000.receive import Receiver
+from ringfence.devices.e1000.registers import (
+    CTRL,
+    EECD,
+    EERD,
+    ICR,
+    ITR,
+    MDIC,
+    PLAIN,
+    RCTL,
+    RXCSUM,
+    STATUS,
+    TCTL,
+    Delay,
+    Ring,
+)
+from ringfence.devices.e1000.statistics import Statistics
+from ringfence.devices.e1000.transmit import Transmitter
+from ringfence.memory.ram import GuestMemory
+from ringfence.network.backend import NetworkBackend
+
+IDENTITY = Identity(0x8086, 0x100E, 0x020000, 2, 0x8086, 0x001E)
+MEMORY_BAR, MEMORY_SIZE = 0, 0x20000
+IO_BAR, IO_SIZE = 2, 64
+IOADDR, IODATA = 0, 4
+
+
+class E1000(PciDevice):
+    """An 82540EM.
+
+    Parameters
+    ----------
+    memory : GuestMemory
+        What its descriptors and buffers are in.
+    timers : TimerQueue
+        The board's.
+    backend : NetworkBackend
+        The other end of its cable, whose owner attaches it to `receive`.
+    mac : bytes
+        Its Ethernet address, 6 bytes.
+    """
+
+    FIELDS: ClassVar[tuple[str, ...]] = (*PciDevice.FIELDS, "ctrl", "plain", "ioaddr")
+
+    def __init__(
+        self, memory: GuestMemory, timers: TimerQueue, backend: NetworkBackend, mac: bytes
+    ) -> None:
+        super().__init__(IDENTITY)
+        self.add_bar(MEMORY_BAR, MEMORY_SIZE)
+        self.add_bar(IO_BAR, IO_SIZE, Space.IO)
+        self.mac = mac
+        self.backend = backend
+        self.ctrl = CTRL.DEFAULT
+        self.ioaddr = 0
+        self.plain: dict[int, int] = {}
+        self.eeprom = Eeprom(mac)
+        self.phy = Phy()
+        self.filters = Filters()
+        self.statistics = Statistics()
+        self.interrupts = Interrupts(timers, self.set_intx)
+        self.transmitter = Transmitter(
+            *(memory, timers, self.interrupts, self.statistics, self._transmit),
+            vlan=self._vlan,
+            master=lambda: self.bus_master,
+        )
+        self.receiver = Receiver(
+            *(memory, self.interrupts, self.statistics, self.filters),
+            resume=backend.resume,
+            vlan=self._vlan,
+        )
+        self._parts = {
+            "eeprom": self.eeprom,
+            "phy": self.phy,
+            "filters": self.filters,
+            "statistics": self.statistics,
+            "interrupts": self.interrupts,
+            "transmitter": self.transmitter,
+            "receiver": self.receiver,
+        }
+        self._readers: dict[int, Callable[[], int]] = {}
+        self._writers: dict[int, Callable[[int], object]] = {}
+        self._lay_out()
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as after power-on (CTRL.RST, 14.2); the PHY and PCI configuration stay."""
+        self.ctrl = CTRL.DEFAULT
+        self.plain.update({offset: value for offset, (value, _) in PLAIN.items()})
+        self.eeprom.reset()
+        self.filters.reset(self.mac)
+        self.statistics.reset()
+        self.transmitter.reset()
+        self.receiver.reset()
+        self.interrupts.reset()
+
+    # ---- the owner's side
+
+    @property
+    def link(self) -> bool:
+        """Whether the cable is plugged in."""
+        return self.phy.link
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or pull it; the guest is told."""
+        with self.lock:
+            if up != self.phy.link:
+                self.phy.link = up
+                self.interrupts.cause(ICR.LSC)
+
+    # ---- frames
+
+    def receive(self, frame: bytes) -> bool:
+        """Take a frame from the backend, in its thread; False if there is no room now."""
+        with self.lock:
+            if not self.phy.link or self.phy.loopback or self.receiver.rctl & RCTL.LBM:
+                return True
+            return self._arrive(frame)
+
+    def _arrive(self, frame: bytes) -> bool:
+        return not self.bus_master or self.receiver.receive(frame)
+
+    def _transmit(self, frame: bytes) -> None:
+        """Take a frame from the transmitter."""
+        if self.phy.loopback or self.receiver.rctl & RCTL.LBM:
+            self._arrive(frame)  # what finds no room is lost, as in the chip's own buffer
+        elif self.phy.link:
+            self.backend.transmit(frame)
+
+    def _vlan(self) -> int:
+        return self.plain[at.VET] if self.ctrl & CTRL.VME else 0
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """See `PciDevice.config_write`; what waited for bus mastering goes on."""
+        super().config_write(offset, size, value)
+        if ConfigSpace.command.touched(offset, size):
+            self.transmitter.run()
+
+    # ---- registers
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        """See `PciDevice.bar_read`."""
+        if bar == IO_BAR:
+            return self._io_read(offset, size)
+        reader = self._readers.get(offset & ~3)
+        return reader() >> 8 * (offset & 3) if reader is not None else 0
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """See `PciDevice.bar_write`."""
+        if size != 4:
+            return
+        if bar == IO_BAR:
+            self._io_write(offset, value)
+            return
+        writer = self._writers.get(offset)
+        if writer is not None:
+            writer(value)
+
+    def _io_read(self, offset: int, size: int) -> int:
+        """Read IOADDR or IODATA."""
+        if offset & ~3 == IOADDR:
+            return self.ioaddr >> 8 * (offset & 3)
+        if offset & ~3 == IODATA and self.ioaddr < MEMORY_SIZE and not self.ioaddr & 3:
+            return self.bar_read(MEMORY_BAR, self.ioaddr | offset & 3, size)
+        return 0
+
+    def _io_write(self, offset: int, value: int) -> None:
+        if offset == IOADDR:
+            self.ioaddr = value
+        elif offset == IODATA and self.ioaddr < MEMORY_SIZE and not self.ioaddr & 3:
+            self.bar_write(MEMORY_BAR, self.ioaddr, 4, value)
+
+    def _lay_out(self) -> None:
+        """Fill the tables of registers."""
+        readers, writers = self._readers, self._writers
+        for offset, (_, mask) in PLAIN.items():
+            readers[offset] = partial(self._read_plain, offset)
+            writers[offset] = partial(self._write_plain, offset, mask)
+        for offset in (CTRL.OFFSET, CTRL.DUPLICATE):
+            readers[offset] = lambda: self.ctrl
+            writers[offset] = self._write_ctrl
+        readers[STATUS.OFFSET] = self._read_status
+        self._both(EECD.OFFSET, self.eeprom.read_eecd, self.eeprom.write_eecd)
+        self._both(EERD.OFFSET, self.eeprom.read_eerd, self.eeprom.write_eerd)
+        self._both(MDIC.OFFSET, self.phy.read_mdic, self._write_mdic)
+        interrupts = self.interrupts
+        self._both(ICR.OFFSET, interrupts.read_icr, interrupts.write_icr)
+        self._both(ICR.IMS, interrupts.read_ims, interrupts.write_ims)
+        self._both(ITR.OFFSET, interrupts.read_itr, interrupts.write_itr)
+        writers[ICR.ICS] = interrupts.cause
+        writers[ICR.IMC] = interrupts.write_imc
+        receiver, transmitter = self.receiver, self.transmitter
+        self._both(RCTL.OFFSET, receiver.read_rctl, receiver.write_rctl)
+        self._both(RXCSUM.OFFSET, receiver.read_rxcsum, receiver.write_rxcsum)
+        self._both(TCTL.OFFSET, transmitter.read_tctl, transmitter.write_tctl)
+        for part in (receiver, transmitter):
+            for register in (Ring.BAL, Ring.BAH, Ring.LEN, Ring.HEAD):
+                self._both(
+                    part.ring.registers + register,
+                    partial(part.ring.read, register),
+                    partial(part.ring.write, register),
+                )
+            tail = part.ring.registers + Ring.TAIL
+            self._both(tail, partial(part.ring.read, Ring.TAIL), part.write_tail)
+        for delayed, packet, absolute in (
+            (interrupts.received, Delay.RDTR, Delay.RADV),
+            (interrupts.transmitted, Delay.TIDV, Delay.TADV),
+        ):
+            self._both(packet, delayed.read_packet, delayed.write_packet)
+            self._both(absolute, delayed.read_absolute, delayed.write_absolute)
+        for index in range(statistics.COUNT):
+            readers[at.STATISTICS + 4 * index] = partial(self.statistics.read, index)
+        tables = (("mta", at.MTA, at.MTA_WORDS), ("ra", at.RA, at.RA_WORDS))
+        for table, offset, words in (*tables, ("vfta", at.VFTA, at.VFTA_WORDS)):
+            for index in range(words):
+                readers[offset + 4 * index] = partial(self.filters.read, table, index)
+                writers[offset + 4 * index] = partial(self.filters.write, table, index)
+
+    def _both(
+        self, offset: int, reader: Callable[[], int], writer: Callable[[int], object]
+    ) -> None:
+        self._readers[offset], self._writers[offset] = reader, writer
+
+    def _read_plain(self, offset: int) -> int:
+        return self.plain[offset]
+
+    def _write_plain(self, offset: int, mask: int, value: int) -> None:
+        self.plain[offset] = value & mask
+
+    def _read_status(self) -> int:
+        link = STATUS.LU if self.phy.link else 0
+        return STATUS.FD | STATUS.SPEED_1000 | STATUS.ASDV_1000 | link
+
+    def _write_ctrl(self, value: int) -> None:
+        if value & CTRL.PHY_RST:
+            self.phy.reset()
+        if value & CTRL.RST:
+            self.reset()
+        else:
+            self.ctrl = value & ~(CTRL.PHY_RST | CTRL.RST)
+
+    def _write_mdic(self, value: int) -> None:
+        if self.phy.write_mdic(value):
+            self.interrupts.cause(ICR.MDAC)
+
+    # ---- state
+
+    def save(self) -> State:
+        """See `Saved.save`."""
+        return super().save() | {name: part.save() for name, part in self._parts.items()}
+
+    def restore(self, state: State) -> None:
+        """See `Saved.restore`."""
+        super().restore(state)
+        for name, part in self._parts.items():
+            part.restore(state[name])

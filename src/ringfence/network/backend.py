@@ -1,0 +1,60 @@
+"""The seam between a network card and the host: what a card calls, and what calls the card.
+
+A backend takes frames from a card (`transmit`) and brings frames to it, from a thread of its own,
+through the one function that the card has attached. Neither knows what the other is. A frame is
+an Ethernet frame from destination address to payload, without preamble and frame check sequence;
+its length is whatever the sender made it, so both sides check.
+
+Flow: a card that has no room answers False, keeps nothing of the frame, and says `resume` as soon
+as it has room again. The backend then offers that frame once more, or counts it as dropped. A
+card never waits: `transmit` queues or drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+HEADER = 14
+"""Bytes of an Ethernet header: destination, source, type."""
+MINIMUM_FRAME = HEADER
+MAXIMUM_FRAME = 65536 + HEADER + 4
+"""What any backend carries at most: an IP packet of any length with a VLAN tag."""
+
+Receive = Callable[[bytes], bool]
+"""Hands a frame to the card; False if it has no room for it now."""
+
+
+class NetworkCard(Protocol):
+    """The other end, as far as the machine that joins the two knows it."""
+
+    def receive(self, frame: bytes) -> bool:
+        """Take a frame, from the backend's thread; False if there is no room for it now."""
+
+
+class NetworkBackend(Protocol):
+    """One end of a wire. All methods may be called from any thread, and none of them blocks long.
+
+    `transmit` and `resume` are called with the card's locks held, and never call the card.
+    """
+
+    def attach(self, receive: Receive) -> None:
+        """Bring frames to ``receive``, from a thread of the backend's own, starting now."""
+
+    def detach(self) -> None:
+        """Stop; when this returns, no call of ``receive`` is under way or will come.
+
+        The caller holds no lock that ``receive`` takes. `attach` starts anew.
+        """
+
+    def resume(self) -> None:
+        """Offer frames again: the card, which was without room, has some."""
+
+    def transmit(self, frame: bytes) -> None:
+        """Take a frame from the card; one that is too short, too long or too much is dropped."""
+
+    def stats(self) -> dict[str, int]:
+        """Return counters by name: frames and bytes either way, and what was dropped."""
+
+    def close(self) -> None:
+        """Give back what the backend has of the host's. Safe to repeat."""

@@ -1,0 +1,182 @@
+"""What backends with file descriptors share: one thread, one poll, two bounded queues.
+
+``_outgoing`` has frames from the card on their way to the thread. Appending to it is all that the
+card's thread does; an eventfd wakes the poller, once for many frames. ``_held`` has frames that
+the card had no room for. A subclass says what to poll, and is told what is ready; while frames are
+held it should not ask for input, so that the kernel's or the peer's own flow control takes over.
+
+Why a held frame is queued *before* it is offered: the card may find room, and say `resume`,
+between its refusal and our noting it. `resume` sees the frame in the queue and wakes the thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import deque
+
+from ringfence.network.backend import MAXIMUM_FRAME, MINIMUM_FRAME, Receive
+
+QUEUE = 1024
+"""Frames that may wait in either direction; what comes on top is dropped and counted."""
+
+
+class ThreadedBackend:
+    """Base of backends; a subclass implements `_interest`, `_handle`, `_send` and `_release`."""
+
+    NAME = "network"
+
+    def __init__(self) -> None:
+        self._receive: Receive | None = None
+        self._delivering = threading.Lock()
+        self._outgoing: deque[bytes] = deque()
+        self._held: deque[bytes] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._signalled = False
+        self._closing = False
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._counters = {
+            "sent": 0,
+            "sent_bytes": 0,
+            "received": 0,
+            "received_bytes": 0,
+            "dropped_sending": 0,
+            "dropped_receiving": 0,
+        }
+
+    # ---- what the card and the machine call
+
+    def attach(self, receive: Receive) -> None:
+        """See `NetworkBackend.attach`."""
+        with self._delivering:
+            self._receive = receive
+        if self._thread is None and not self._closing:
+            self._thread = threading.Thread(
+                target=self._run, name=f"ringfence-{self.NAME}", daemon=True
+            )
+            self._thread.start()
+        self._notify()
+
+    def detach(self) -> None:
+        """See `NetworkBackend.detach`."""
+        with self._delivering:
+            self._receive = None
+
+    def resume(self) -> None:
+        """See `NetworkBackend.resume`."""
+        if self._held:
+            self._notify()
+
+    def transmit(self, frame: bytes) -> None:
+        """See `NetworkBackend.transmit`."""
+        counters = self._counters
+        if len(self._outgoing) >= QUEUE or not MINIMUM_FRAME <= len(frame) <= MAXIMUM_FRAME:
+            counters["dropped_sending"] += 1
+            return
+        counters["sent"] += 1
+        counters["sent_bytes"] += len(frame)
+        self._outgoing.append(frame)
+        self._notify()
+
+    def stats(self) -> dict[str, int]:
+        """See `NetworkBackend.stats`."""
+        return dict(self._counters)
+
+    def close(self) -> None:
+        """See `NetworkBackend.close`."""
+        if self._closed:
+            return
+        self._closing = True
+        self.detach()
+        if self._thread is not None:
+            self._signalled = False
+            self._notify()
+            self._thread.join()
+        self._closed = True
+        self._release()
+        os.close(self._wake)
+
+    # ---- what a subclass implements; called in the thread
+
+    def _interest(self) -> tuple[list[tuple[int, int]], float | None]:
+        """Return (descriptor, poll(2) events) to wait for, and seconds at most (None: forever)."""
+        raise NotImplementedError
+
+    def _handle(self, ready: dict[int, int]) -> None:
+        """Deal with what poll reported, as events by descriptor; may be empty."""
+        raise NotImplementedError
+
+    def _send(self, frame: bytes) -> None:
+        """Carry a frame of the card's away."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Give back descriptors and the like; the thread has ended."""
+        raise NotImplementedError
+
+    @property
+    def _jammed(self) -> bool:
+        """True while frames of the card's had better wait in the queue."""
+        return False
+
+    # ---- what a subclass calls, in the thread
+
+    @property
+    def _stalled(self) -> bool:
+        """True while the card has no room: no more input, please."""
+        return bool(self._held)
+
+    def _deliver(self, frame: bytes) -> None:
+        """Hand a frame to the card, or hold it, or drop it."""
+        if len(self._held) >= QUEUE or not MINIMUM_FRAME <= len(frame) <= MAXIMUM_FRAME:
+            self._counters["dropped_receiving"] += 1
+            return
+        self._held.append(frame)
+        if len(self._held) == 1:
+            self._offer()
+
+    def _offer(self) -> None:
+        """Hand held frames to the card as long as it takes them."""
+        held, counters = self._held, self._counters
+        with self._delivering:
+            receive = self._receive
+            while receive is not None and held and receive(held[0]):
+                frame = held.popleft()
+                counters["received"] += 1
+                counters["received_bytes"] += len(frame)
+
+    # ---- the thread
+
+    def _notify(self) -> None:
+        if not self._signalled and not self._closed:
+            self._signalled = True
+            os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        while True:
+            ready = self._sleep()
+            if self._closing:
+                return
+            self._offer()
+            self._handle(ready)
+            for _ in range(len(self._outgoing)):
+                if self._jammed:
+                    break
+                self._send(self._outgoing.popleft())
+
+    def _sleep(self) -> dict[int, int]:
+        wanted, timeout = self._interest()
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        for descriptor, events in wanted:
+            poller.register(descriptor, events)
+        ready = dict(poller.poll(None if timeout is None else timeout * 1000))
+        if ready.pop(self._wake, 0):
+            # First the counter, then the flag, then (our caller) the queue. A frame that finds the
+            # flag still up is in the queue before we look there; one that finds it down counts up
+            # the counter, which is not read again before the next sleep.
+            os.eventfd_read(self._wake)
+            self._signalled = False
+        return ready

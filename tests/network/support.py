@@ -1,0 +1,44 @@
+"""Cards of a few lines to put at a backend's end, and waiting for what other threads do."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+PATIENCE = 20.0
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("it never came")
+        time.sleep(0.002)
+
+
+class Card:
+    """Takes frames while it has room."""
+
+    def __init__(self, room: int = 1 << 30) -> None:
+        self.room = room
+        self.frames: list[bytes] = []
+        self.refused = 0
+        self.thread = ""
+
+    def receive(self, frame: bytes) -> bool:
+        self.thread = threading.current_thread().name
+        if len(self.frames) >= self.room:
+            self.refused += 1
+            return False
+        self.frames.append(frame)
+        return True
+
+
+def frame(number: int, length: int = 60) -> bytes:
+    """A broadcast frame with a number in it."""
+    return (b"\xff" * 6 + b"\x02\0\0\0\0\1" + b"\x88\xb5" + struct.pack(">I", number)).ljust(
+        length, b"."
+    )

@@ -1,0 +1,181 @@
+"""What all backends share: queues with a bound, waiting cards, attaching and closing."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+
+import pytest
+
+from network.support import Card, frame, until
+from ringfence.network.backend import MAXIMUM_FRAME
+from ringfence.network.threaded import QUEUE, ThreadedBackend
+
+
+class Pair(ThreadedBackend):
+    """A datagram socket; its other end is the test's."""
+
+    NAME = "pair"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.inner.setblocking(False)
+        self.released = 0
+
+    def _interest(self):
+        return ([] if self._stalled else [(self.inner.fileno(), select.POLLIN)]), None
+
+    def _handle(self, ready):
+        if ready:
+            self._deliver(self.inner.recv(1 << 20))
+
+    def _send(self, sent: bytes) -> None:
+        self.inner.setblocking(True)
+        self.inner.send(sent)
+        self.inner.setblocking(False)
+
+    def _release(self) -> None:
+        self.released += 1
+        self.inner.close()
+        self.outer.close()
+
+
+@pytest.fixture
+def pair():
+    made = Pair()
+    yield made
+    made.close()
+
+
+def test_both_ways(pair) -> None:
+    card = Card()
+    pair.attach(card.receive)
+    for number in range(200):
+        pair.outer.send(frame(number))
+        pair.transmit(frame(number, 1514))
+    assert [pair.outer.recv(2000) for _ in range(200)] == [frame(n, 1514) for n in range(200)]
+    until(lambda: len(card.frames) == 200)
+    assert card.frames == [frame(number) for number in range(200)]
+    assert card.thread == "ringfence-pair"
+    until(lambda: pair.stats()["received"] == 200)
+    assert pair.stats() == {
+        "sent": 200,
+        "sent_bytes": 200 * 1514,
+        "received": 200,
+        "received_bytes": 200 * 60,
+        "dropped_sending": 0,
+        "dropped_receiving": 0,
+    }
+
+
+@pytest.mark.parametrize("length", [0, 1, 13, MAXIMUM_FRAME + 1, 1 << 20])
+def test_frames_of_absurd_lengths_are_dropped(pair, length) -> None:
+    pair.attach(Card().receive)
+    pair.transmit(bytes(length))
+    pair.transmit(frame(1))
+    assert pair.outer.recv(1 << 21) == frame(1)
+    assert pair.stats()["dropped_sending"] == 1
+
+
+def test_a_flood_is_bounded(pair) -> None:
+    """Nobody takes the frames away before something is attached."""
+    for number in range(3 * QUEUE):
+        pair.transmit(frame(number))
+    assert pair.stats()["dropped_sending"] == 2 * QUEUE
+    pair.attach(Card().receive)
+    assert [pair.outer.recv(100) for _ in range(QUEUE)] == [frame(n) for n in range(QUEUE)]
+
+
+def test_a_card_without_room_is_asked_again_when_it_says_so(pair) -> None:
+    card = Card(room=3)
+    pair.attach(card.receive)
+    for number in range(10):
+        pair.outer.send(frame(number))
+    until(lambda: card.refused)
+    assert len(card.frames) == 3
+    card.room = 1000
+    pair.resume()
+    until(lambda: len(card.frames) == 10)
+    assert card.frames == [frame(number) for number in range(10)]
+
+
+def test_room_found_between_refusal_and_waiting(pair) -> None:
+    """The card says `resume` while its refusal is still on the way back."""
+    frames = []
+
+    def receive(data: bytes) -> bool:
+        if not frames:
+            frames.append(b"refused once")
+            pair.resume()
+            return False
+        frames.append(data)
+        return True
+
+    pair.attach(receive)
+    pair.outer.send(frame(1))
+    until(lambda: len(frames) == 2)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_frame_in_the_moment_of_waking_up(pair, monkeypatch, moment) -> None:
+    """Whenever a frame comes, it and the next one are sent, without another event to help."""
+    real, waiting = os.eventfd_read, [frame(2)]
+
+    def read(descriptor: int) -> int:
+        if moment == "before" and waiting:
+            pair.transmit(waiting.pop())
+        value = real(descriptor)
+        if waiting:
+            pair.transmit(waiting.pop())
+        return value
+
+    monkeypatch.setattr(os, "eventfd_read", read)
+    pair.outer.settimeout(20)
+    pair.attach(Card().receive)
+    pair.transmit(frame(1))
+    received = {pair.outer.recv(100), pair.outer.recv(100)}
+    pair.transmit(frame(3))
+    assert pair.outer.recv(100) == frame(3)
+    assert received == {frame(1), frame(2)}
+
+
+def test_detached_means_that_no_call_is_under_way(pair) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def receive(data: bytes) -> bool:
+        inside.set()
+        leave.wait()
+        return True
+
+    pair.attach(receive)
+    pair.outer.send(frame(1))
+    assert inside.wait(10)
+    done = threading.Event()
+    threading.Thread(target=lambda: (pair.detach(), done.set()), daemon=True).start()
+    assert not done.wait(0.05)
+    leave.set()
+    assert done.wait(10)
+    card = Card()
+    pair.outer.send(frame(2))
+    pair.outer.send(frame(3))
+    pair.attach(card.receive)
+    until(lambda: len(card.frames) == 2)
+    assert card.frames == [frame(2), frame(3)]
+
+
+def test_close_twice_and_use_afterwards() -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    made = Pair()
+    made.attach(Card().receive)
+    made.close()
+    made.close()
+    made.transmit(frame(1))
+    made.resume()
+    made.attach(Card().receive)
+    made.detach()
+    assert made.released == 1
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert not [each for each in threading.enumerate() if each.name == "ringfence-pair"]
