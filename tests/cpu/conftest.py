@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from ringfence.cpu.state import NO_EXCEPTION, Cpu
+from ringfence.native.compiler import compile_image
 from ringfence.native.dialect import NativeFunction
-from ringfence.native.library import Library, compile_object
+from ringfence.native.library import Library
 
 
 def _flat() -> ModuleType:
@@ -107,7 +108,7 @@ def build_natives() -> Build:
                 for value in vars(module).values()
                 if isinstance(value, NativeFunction) and not value.external and not value.inline
             ]
-            made[key] = Library(compile_object(roots))
+            made[key] = Library(compile_image(roots))
         return made[key]
 
     return build

@@ -18,7 +18,7 @@ from hostile.support import code
 from ringfence import Machine
 from ringfence.engine import StopReason
 from ringfence.images.builtin import elf_kernel
-from ringfence.native.library import read_object
+from ringfence.native.library import read_image
 
 LOAD = 0x100000
 LAPIC, IOAPIC = 0xFEE0_0000, 0xFEC0_0000
@@ -316,7 +316,7 @@ def test_damaged_code(filled: Path, tmp_path: Path, kind: str) -> None:
     shutil.copytree(filled, folder)
     path = optimized(folder)
     damaged(kind, path)
-    assert read_object(path) is None
+    assert read_image(path) is None
     greets(folder)
 
 
@@ -381,4 +381,4 @@ def test_two_processes(tmp_path: Path) -> None:
     for child in children:
         _, errors = child.communicate(timeout=90)
         assert child.returncode == 0, errors
-    assert read_object(optimized(tmp_path / "cache"))
+    assert read_image(optimized(tmp_path / "cache"))

@@ -19,7 +19,7 @@ AT = 0x4000_0000
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostileGuest]:
     """A guest with a code cache of 4 MiB and a table for 8192 traces."""
     monkeypatch.setattr(translator, "CodeCache", lambda: CodeCache(4 << 20))
-    monkeypatch.setattr(engine, "TRACE_ROWS", 1 << 13)
+    monkeypatch.setattr(engine, "TRACE_SLOTS", 1 << 13)
     monkeypatch.setattr(translator, "TRACES_MAX", 6 << 10)
     made = HostileGuest()
     yield made
@@ -87,7 +87,7 @@ def test_more_code_pages_than_numbers(guest: HostileGuest) -> None:
     guest.put(page, code("inc rax; ret"))
     for n in range(600):
         guest.map(AT + n * PAGE, page, P | W)
-    guest.engine.translator.writer.page_count = 59900
+    guest.engine.translator.writer.page_count = 49900
     source = f"""
         xor eax, eax
         mov r12d, {AT}

@@ -8,6 +8,7 @@ from typing import Annotated, cast
 
 import pytest
 
+from ringfence.native.compiler import compile_image
 from ringfence.native.dialect import (
     DialectError,
     Unit,
@@ -19,7 +20,7 @@ from ringfence.native.dialect import (
     slt,
 )
 from ringfence.native.layout import Array, Struct, u8, u16, u32, u64
-from ringfence.native.library import Library, compile_object, read_object, write_object
+from ringfence.native.library import Library, read_image, write_image
 
 MASK = (1 << 64) - 1
 VALUES = (0, 1, 2, 63, 64, 0x7F, 0x80, 0xFFFFFFFF, 1 << 63, MASK, 0x123456789ABCDEF0)
@@ -105,7 +106,7 @@ def counted(limit: int) -> int:
 def library(request: pytest.FixtureRequest) -> Library:
     """The functions above, compiled."""
     roots = [arithmetic, signed, control, fields, pointed, counted]
-    return Library(compile_object(roots, optimize=request.param))
+    return Library(compile_image(roots, optimize=request.param))
 
 
 def expected_arithmetic(a: int, b: int) -> int:
@@ -201,17 +202,17 @@ def test_calls_of_ordinary_functions_are_constants(library: Library) -> None:
 
 def test_a_damaged_object_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "below" / "object"
-    write_object(path, b"code")
-    assert read_object(path) == b"code"
+    write_image(path, b"code")
+    assert read_image(path) == b"code"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert read_object(path) is None
+    assert read_image(path) is None
     path.write_bytes(whole)
     path.chmod(0o666)
-    assert read_object(path) is None, "anybody could have written it"
-    assert read_object(tmp_path / "none") is None
+    assert read_image(path) is None, "anybody could have written it"
+    assert read_image(tmp_path / "none") is None
 
 
 def test_an_object_that_can_t_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    write_object(tmp_path / "file" / "object", b"code")
+    write_image(tmp_path / "file" / "object", b"code")

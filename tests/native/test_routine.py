@@ -21,6 +21,6 @@ def test_its_page_can_t_be_written() -> None:
         span, protection = line.split()[:2]
         low, high = (int(each, 16) for each in span.split("-"))
         if low <= address < high:
-            assert protection == "r-xs"
+            assert protection == "r-xp"
             return
     raise AssertionError("the routine is nowhere")

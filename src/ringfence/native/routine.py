@@ -1,7 +1,7 @@
-"""A few bytes of machine code as a Python function, for what the dialect can't say.
+"""Machine code in executable memory, and a few bytes of it as a Python function.
 
-Each routine has pages of its own, which are never writable and executable at once and live as long
-as the process. The calling convention is the C one (System V).
+Each piece has pages of its own, which are never writable and executable at once and live as long as
+the process. The calling convention is the C one (System V).
 """
 
 from __future__ import annotations
@@ -15,6 +15,27 @@ from typing import Any
 _pages: list[mmap.mmap] = []
 
 
+def executable(code: bytes) -> int:
+    """Address of ``code`` in executable memory that lives as long as the process.
+
+    Raises
+    ------
+    OSError
+        The host allows no executable memory.
+    """
+    size = -(-len(code) // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    pages.write(code)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if libc.mprotect(address, size, mmap.PROT_READ | mmap.PROT_EXEC):
+        error = ctypes.get_errno()
+        raise OSError(error, f"mprotect refused executable memory: {os.strerror(error)}")
+    _pages.append(pages)
+    return address
+
+
 def routine(code: bytes, *arguments: Any) -> Callable[..., int]:
     """A function that runs ``code`` with arguments of these ctypes types; RAX is its result.
 
@@ -23,14 +44,5 @@ def routine(code: bytes, *arguments: Any) -> Callable[..., int]:
     OSError
         The host allows no executable memory.
     """
-    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    page.write(code)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    if libc.mprotect(address, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC):
-        error = ctypes.get_errno()
-        raise OSError(error, f"mprotect refused an executable page: {os.strerror(error)}")
-    _pages.append(page)
-    made: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_uint64, *arguments)(address)
+    made: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_uint64, *arguments)(executable(code))
     return made

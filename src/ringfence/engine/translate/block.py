@@ -103,7 +103,7 @@ class Vcpu(Mmu):
     jump_kernel: Annotated[Array, u64, JUMP_ENTRIES, 4096]
     jump_user: Annotated[Array, u64, JUMP_ENTRIES, 4096]
     trace_table: Annotated[int, u64]
-    trace_rows: Annotated[int, u64]
+    trace_slots: Annotated[int, u64]
     page_table: Annotated[int, u64]
     page_rows: Annotated[int, u64]
     writer: Annotated[int, u64]

@@ -6,6 +6,8 @@ The tables that traces are found by, and the translator that makes them, are in 
 
 from __future__ import annotations
 
+from typing import cast
+
 from ringfence.cpu.exceptions import deliver_exception
 from ringfence.cpu.state import (
     CR0_EM,
@@ -43,7 +45,17 @@ from ringfence.engine.translate.block import (
     SLOW_WRITE,
     Vcpu,
 )
-from ringfence.engine.translate.pages import drop_dirty_code, page_find, trace_row, translate
+from ringfence.engine.translate.pages import (
+    drop_dirty_code,
+    entry_of,
+    go_to,
+    page_find,
+    trace_at,
+    trace_find,
+    trace_key,
+    translate,
+)
+from ringfence.engine.translate.tables import TraceRow, Writer
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.memory.mmu import (
     ITLB_ENTRIES,
@@ -155,14 +167,13 @@ def find_known(vcpu: Vcpu, mode: int, physical: int) -> int:
             if not vcpu.walk_global and vcpu.code_filled_count < 256:
                 vcpu.code_filled[vcpu.code_filled_count] = code
                 vcpu.code_filled_count += 1
-    row = trace_row(vcpu, (number << 12) | (address & OFFSET_MASK))
-    if load64(row + 16) == 0:
+    trace = trace_find(vcpu, trace_key(number, address & OFFSET_MASK))
+    if trace == 0:
         return EXIT
-    vcpu.jump_target = load64(row + 16)
-    vcpu.found_local = load64(row + 8)
+    row = trace_at(cast(Writer, vcpu.writer), trace)
     if not mode & MODE_ENTERED:
-        store64(vcpu.jump_current + (address & 0xFFFF) * 8, load64(row + 24))
-    return OK
+        store64(vcpu.jump_current + (address & 0xFFFF) * 8, entry_of(cast(TraceRow, row)))
+    return go_to(vcpu, cast(TraceRow, row))
 
 
 @native
@@ -220,10 +231,10 @@ def find_variant(vcpu: Vcpu, which: int) -> int:
         slow = 4 if which == MODE_SLOW else 0
         variant = load32(vcpu.variants + number * 8 + slow)
         if variant:
-            row = trace_row(vcpu, (variant << 12) | (vcpu.rip & OFFSET_MASK))
-            if load64(row + 16):
-                vcpu.jump_target = load64(row + 16)
-                return OK
+            trace = trace_find(vcpu, trace_key(variant, vcpu.rip & OFFSET_MASK))
+            if trace:
+                row = trace_at(cast(Writer, vcpu.writer), trace)
+                return go_to(vcpu, cast(TraceRow, row))
     return find_code(vcpu, vcpu.mode | which)
 
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 GATHER_NS = 3_000_000
 """How long console output may wait for the guest to leave translated code by itself."""
-TRACE_ROWS = 1 << 19
-PAGE_ROWS = 1 << 17
+TRACE_SLOTS = 1 << 19
+PAGE_ROWS = 1 << 16
 MASK64 = (1 << 64) - 1
 
 
@@ -106,8 +106,8 @@ class TranslateEngine:
         """RAM pages that devices wrote to while they held translated code."""
         self._invalidate = library.function("invalidate", 3)
         memory.watch_dma(self._dma_written)
-        view.trace_table = self._allocate(TRACE_ROWS * pages.ROW_BYTES)
-        view.trace_rows = TRACE_ROWS
+        view.trace_table = self._allocate(TRACE_SLOTS * pages.SLOT_BYTES)
+        view.trace_slots = TRACE_SLOTS
         view.page_table = self._allocate(PAGE_ROWS * pages.ROW_BYTES)
         view.page_rows = PAGE_ROWS
         view.variants = self._allocate((NUMBER_MAX + 1) * 8)

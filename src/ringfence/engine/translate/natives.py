@@ -30,11 +30,10 @@ from ringfence.engine.translate import (
 from ringfence.memory import mmu, strings, walk, walk_state, xstate
 from ringfence.native.library import (
     Library,
-    compile_object,
-    object_path,
-    read_object,
+    image_path,
+    read_image,
     source_key,
-    write_object,
+    write_image,
 )
 
 EFFECTS: dict[str, Any] = {
@@ -122,13 +121,15 @@ class Natives:
     """
 
     def __init__(self, cache: Path | None) -> None:
-        self._path = object_path(cache, _MODULES) if cache else None
+        self._path = image_path(cache, _MODULES) if cache else None
         self._lock = threading.Lock()
         self._users: list[Callable[[Library], None]] = []
         self._replaced: list[Library] = []
-        code = read_object(self._path) if self._path else None
+        code = read_image(self._path) if self._path else None
         if code is None:
-            self.library = Library(compile_object(_ALL, thunks.assembly(), optimize=False))
+            from ringfence.native.compiler import compile_image  # only this needs LLVM
+
+            self.library = Library(compile_image(_ALL, thunks.assembly(), optimize=False))
             if sys.executable:
                 threading.Thread(target=self._improve, name="optimizer", daemon=True).start()
         else:
@@ -179,7 +180,7 @@ def _optimized(path: Path | None) -> bytes | None:
         _, status = os.waitpid(child, 0)
         if status:
             return None
-        return read_object(path) if path else os.pread(out, os.fstat(out).st_size, 0)
+        return read_image(path) if path else os.pread(out, os.fstat(out).st_size, 0)
     finally:
         os.close(out)
 
@@ -193,9 +194,11 @@ def optimize() -> None:
         sys.exit(1)
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    code = compile_object(_ALL, thunks.assembly())
+    from ringfence.native.compiler import compile_image
+
+    code = compile_image(_ALL, thunks.assembly())
     if len(sys.argv) > 2:
-        write_object(Path(sys.argv[2]), code)
+        write_image(Path(sys.argv[2]), code)
     else:
         sys.stdout.buffer.write(code)
 

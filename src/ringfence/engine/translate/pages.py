@@ -58,8 +58,9 @@ from ringfence.native.dialect import (
 )
 
 ROW_BYTES = 32
-"""Of a row of the page table: linear page | mode in the low bits, physical page, number; and of the
-trace table: key, local entry, checked entry, indirect entry."""
+"""Of a row of the page table: linear page | mode in the low bits, physical page, number."""
+SLOT_BYTES = 8
+"""Of a slot of the trace table: key, number of the trace's row, 32 bits each."""
 DEAD_LED = 3
 """Dead traces of an address that are led straight to its newest one: an older one leads to them."""
 DEAD_SEEN = 64
@@ -112,28 +113,38 @@ def page_insert(vcpu: Vcpu, linear_mode: int, physical: int, number: int) -> int
 
 
 @native
-def trace_row(vcpu: Vcpu, key: int) -> int:
-    """Host address of a trace's row, or of the free row where it belongs."""
-    mask = vcpu.trace_rows - 1
+def trace_slot(vcpu: Vcpu, key: int) -> int:
+    """Host address of the slot of a trace, or of the free one where it belongs."""
+    mask = vcpu.trace_slots - 1
     slot = mix(key) & mask
     while 1:
-        row = vcpu.trace_table + slot * ROW_BYTES
-        found = load64(row)
-        if found == key or found == 0:
-            return row
+        at = vcpu.trace_table + slot * SLOT_BYTES
+        found = load32(at)
+        if found in (key, 0):
+            return at
         slot = (slot + 1) & mask
     return 0
 
 
-@native
-def trace_insert(vcpu: Vcpu, key: int, local: int, checked: int, indirect: int) -> int:
-    """Enter a trace, or replace it; entries of 0 remove it."""
-    row = trace_row(vcpu, key)
-    store64(row, key)
-    store64(row + 8, local)
-    store64(row + 16, checked)
-    store64(row + 24, indirect)
+@native_inline
+def trace_insert(vcpu: Vcpu, key: int, number: int) -> int:
+    """Enter a trace by the number of its row, or replace it; number 0 removes it."""
+    at = trace_slot(vcpu, key)
+    store32(at, key)
+    store32(at + 4, number)
     return 0
+
+
+@native_inline
+def trace_find(vcpu: Vcpu, key: int) -> int:
+    """Number of the row of a trace, by its code page and offset (``trace_key``); 0 for none."""
+    return load32(trace_slot(vcpu, key) + 4)
+
+
+@native_inline
+def trace_key(number: int, offset: int) -> int:
+    """Key of the trace at an offset of a code page."""
+    return number << 12 | offset
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -149,6 +160,20 @@ def page_at(w: Writer, number: int) -> int:
 def trace_at(w: Writer, number: int) -> int:
     """Address of a trace's row; they count from 1, and 0 means none."""
     return w.traces + number * TraceRow.size
+
+
+@native_inline
+def go_to(vcpu: Vcpu, row: TraceRow) -> int:
+    """Guest execution goes on in this trace."""
+    vcpu.jump_target = row.start + row.checked
+    vcpu.found_local = row.start + row.local
+    return OK
+
+
+@native_inline
+def entry_of(row: TraceRow) -> int:
+    """The indirect entry of a trace: where its code starts."""
+    return row.start
 
 
 @native
@@ -231,14 +256,13 @@ def write_jump(vcpu: Vcpu, address: int, target: int) -> int:
 @native
 def install(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow, number: int) -> int:
     """Make a relocated trace known; ``number`` is its row's. A living one of its address dies."""
-    key = (row.page << 12) | row.offset
-    if load64(trace_row(vcpu, key) + 16):
+    key = trace_key(row.page, row.offset)
+    if trace_find(vcpu, key):
         retire(vcpu, w, page, row.offset, 0 - 1)
     row.next = page.live
     page.live = number
     mark_lines(vcpu, page.index, row.lines)
-    start = row.start
-    trace_insert(vcpu, key, start + row.local, start + row.checked, start)
+    trace_insert(vcpu, key, number)
     if page.dead:
         succeed(vcpu, w, page, row)
     return 0
@@ -262,8 +286,8 @@ def succeed(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
 
 
 @native
-def kill(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
-    """Make a trace unreachable; its code stays until the cache is flushed."""
+def kill(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow, number: int) -> int:
+    """Make trace ``number`` unreachable; its code stays until the cache is flushed."""
     w.invalidated += 1
     row.dead = 1
     start = row.start
@@ -273,9 +297,9 @@ def kill(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
         store32(indirect + 4, w.indirect_miss)
         write_jump(vcpu, start + row.checked, start + row.reenter)
         write_jump(vcpu, start + row.local, start + row.reenter_local)
-    key = (row.page << 12) | row.offset
-    if load64(trace_row(vcpu, key) + 16) == start + row.checked:
-        trace_insert(vcpu, key, 0, 0, 0)
+    key = trace_key(row.page, row.offset)
+    if trace_find(vcpu, key) == number:
+        trace_insert(vcpu, key, 0)
     return 0
 
 
@@ -292,7 +316,7 @@ def retire(vcpu: Vcpu, w: Writer, page: PageRow, offset: int, lines: int) -> int
         row: TraceRow = cast(TraceRow, trace_at(w, number))
         following = row.next
         if row.lines & lines and (offset == PAGE or row.offset == offset):
-            kill(vcpu, w, page, row)
+            kill(vcpu, w, page, row, number)
             if previous:
                 unlink_behind(cast(TraceRow, trace_at(w, previous)), following)
             else:
@@ -477,10 +501,8 @@ def finish(vcpu: Vcpu, w: Writer, page: PageRow, number: int, offset: int) -> in
         cross(vcpu, w, cast(PageRow, page_at(w, w.second)), row, fresh)
         if w.entered:
             # Entered without a check of the second page: good for this once only.
-            trace_insert(vcpu, (number << 12) | offset, 0, 0, 0)
-    vcpu.jump_target = start + row.checked
-    vcpu.found_local = start + row.local
-    return OK
+            trace_insert(vcpu, trace_key(number, offset), 0)
+    return go_to(vcpu, row)
 
 
 @native

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ringfence.engine.translate import special, templates
+from ringfence.engine.translate import pages, special, templates
 from ringfence.engine.translate.block import MODE_CAREFUL, MODE_SLOW
 from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.forms import Forms, no_modrm, write_form
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
-NUMBER_MAX = 60_000
+NUMBER_MAX = 50_000
 """Code pages until all translations are dropped."""
 TRACES_MAX = 1 << 18
 MARKS_MAX = 1 << 22
@@ -85,9 +85,9 @@ class Translator:
         view.writer = self.address
 
     def _allocate(self, size: int) -> int:
-        pages = mmap.mmap(-1, -(-size // 4096) * 4096)
-        self._pages.append(pages)
-        return ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        made = mmap.mmap(-1, -(-size // 4096) * 4096)
+        self._pages.append(made)
+        return ctypes.addressof(ctypes.c_char.from_buffer(made))
 
     def _prepare(self) -> None:
         """Fill in what does not change."""
@@ -231,8 +231,8 @@ class Translator:
             ctypes.c_uint64.from_address(view.code_lines + index * 8).value = 0
             ctypes.c_uint32.from_address(w.page_of_index + index * 4).value = 0
         ctypes.memset(view.variants, 0, (NUMBER_MAX + 1) * 8)
-        ctypes.memset(view.trace_table, 0, view.trace_rows * 32)
-        ctypes.memset(view.page_table, 0, view.page_rows * 32)
+        ctypes.memset(view.trace_table, 0, view.trace_slots * pages.SLOT_BYTES)
+        ctypes.memset(view.page_table, 0, view.page_rows * pages.ROW_BYTES)
         w.cache_used = w.mark_count = 0
         w.page_count = w.trace_count = 1
         self._jump_forget(self.block)
