@@ -3,12 +3,15 @@
 `ConfigSpace` is 256 bytes with two masks beside them: bits that a write stores, and bits that a
 write of one clears. That is all there is to most registers; what more a write does (moving a BAR,
 raising an interrupt) is done by the device after the write, from the bytes as they then are.
+
+Bits are ``IntEnum`` members and not flags: they are plain numbers to ``&`` and ``|``, which every
+notification of a device goes through, while flags would make objects.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum
 from typing import Any, overload
 
 from ringfence.errors import UsageError
@@ -19,7 +22,7 @@ BARS = 6
 FIRST_CAPABILITY = 0x40
 
 
-class Command(IntFlag):
+class Command(IntEnum):
     """Command register (6.2.2)."""
 
     IO_SPACE = 1 << 0
@@ -33,7 +36,7 @@ class Command(IntFlag):
 COMMAND_WRITABLE = sum(Command)
 
 
-class Status(IntFlag):
+class Status(IntEnum):
     """Status register (6.2.3)."""
 
     INTERRUPT = 1 << 3

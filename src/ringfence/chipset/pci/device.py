@@ -142,6 +142,8 @@ class PciDevice(Saved):
         self._bars: list[Bar] = []
         self._mapped: dict[int, Window] = {}
         self._socket: Socket | None = None
+        self.bus_master = False
+        """Whether the guest lets the device access memory."""
 
     # ---- what a device declares
 
@@ -187,11 +189,6 @@ class PciDevice(Saved):
     def lock(self) -> AbstractContextManager[object]:
         """The board's lock, for the device's own threads."""
         return self._socket.lock if self._socket else nullcontext()
-
-    @property
-    def bus_master(self) -> bool:
-        """Whether the guest lets the device access memory."""
-        return bool(self.config.command & Command.BUS_MASTER)
 
     @property
     def uses_messages(self) -> bool:
@@ -257,6 +254,7 @@ class PciDevice(Saved):
 
     def _settle(self) -> None:
         """Map, move or unmap BARs as the header says, and drive the pin."""
+        self.bus_master = bool(self.config.command & Command.BUS_MASTER)
         if self._socket is None:
             return
         for bar in self._bars:

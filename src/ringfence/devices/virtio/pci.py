@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from enum import IntFlag
+from enum import IntEnum
 
 from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice
@@ -44,7 +44,7 @@ NO_VECTOR = 0xFFFF
 MASK32 = 0xFFFF_FFFF
 
 
-class DeviceStatus(IntFlag):
+class DeviceStatus(IntEnum):
     """Device status (2.1)."""
 
     ACKNOWLEDGE = 1
@@ -55,7 +55,11 @@ class DeviceStatus(IntFlag):
     FAILED = 128
 
 
-class IsrStatus(IntFlag):
+_WORKING = DeviceStatus.DRIVER_OK | DeviceStatus.DEVICE_NEEDS_RESET
+"""Bits that say whether queues are worked on."""
+
+
+class IsrStatus(IntEnum):
     """ISR status (4.1.4.5)."""
 
     QUEUE = 1
@@ -231,16 +235,15 @@ class VirtioPci(PciDevice):
     @property
     def _alive(self) -> bool:
         """Whether queues may be worked on."""
-        wanted = DeviceStatus.DRIVER_OK
-        broken = DeviceStatus.DEVICE_NEEDS_RESET
-        return self.status & (wanted | broken) == wanted and not self._resetting and self.bus_master
+        working = self.status & _WORKING == DeviceStatus.DRIVER_OK
+        return working and self.bus_master and not self._resetting
 
     def _interrupt(self, vector: int, cause: IsrStatus) -> None:
         if self.msix is not None and self.msix.enabled:
             if vector != NO_VECTOR:
                 self.msix.signal(vector)
             return
-        self.isr = int(self.isr | cause)
+        self.isr |= cause
         self.set_intx(True)
 
     def _notify(self, number: int) -> None:
@@ -254,7 +257,7 @@ class VirtioPci(PciDevice):
     def _break(self) -> None:
         """The driver can't be understood: ask it for a reset (2.1.2)."""
         if not self.status & DeviceStatus.DEVICE_NEEDS_RESET:
-            self.status = int(self.status | DeviceStatus.DEVICE_NEEDS_RESET)
+            self.status |= DeviceStatus.DEVICE_NEEDS_RESET
             self.config_changed()
 
     def _set_status(self, value: int) -> None:
@@ -266,7 +269,7 @@ class VirtioPci(PciDevice):
         new = value & ~self.status
         if new & DeviceStatus.FEATURES_OK and not self._acceptable():
             value &= ~DeviceStatus.FEATURES_OK
-        self.status = int(value | self.status & DeviceStatus.DEVICE_NEEDS_RESET)
+        self.status = value | self.status & DeviceStatus.DEVICE_NEEDS_RESET
         if new & DeviceStatus.DRIVER_OK:
             self.device.started()
 
