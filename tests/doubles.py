@@ -11,9 +11,10 @@ from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
+from ringfence.assembly import Devices, Parts
 from ringfence.engine import StopReason
 from ringfence.engine.exits import ExitCounters, PortOut, Reason, TraceRecord
-from ringfence.machine import Devices, Machine, _Parts
+from ringfence.machine import Machine
 from ringfence.memory.ram import GuestMemory
 
 Life: TypeAlias = Generator[None, None, StopReason]
@@ -160,7 +161,7 @@ class ScriptedMachine(Machine):
 
     script: Script = staticmethod(hello)
 
-    def _assemble(self) -> _Parts:
+    def _assemble(self) -> Parts:
         engine = ScriptedEngine(type(self).script, self.console.feed)
 
         def receive(data: bytes) -> None:
@@ -174,7 +175,7 @@ class ScriptedMachine(Machine):
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
         devices = Devices(card=SimpleNamespace(receive=lambda frame: True))
-        return _Parts(memory, clock, board, engine, devices)  # type: ignore[arg-type]
+        return Parts(memory, clock, board, engine, devices)  # type: ignore[arg-type]
 
 
 def scripted(script: Script, **options: Any) -> ScriptedMachine:

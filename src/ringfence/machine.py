@@ -1,6 +1,6 @@
 """How the parts make one computer, and what its owner can do with it.
 
-A `Machine` is RAM, a board, an engine and a loaded kernel, put together by `_assemble`; it holds
+A `Machine` is RAM, a board, an engine and a loaded kernel, put together by `assembly`; it holds
 no device logic. One host thread runs the vCPU. The owner's calls (pause, resume, stop, wait) come
 from any other thread and meet the vCPU's thread at one condition variable, `_change`; the engine
 is only ever *asked* to return, and every change of state is made by the thread that sees it
@@ -14,44 +14,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
+from ringfence.assembly import NICS, HostSide, MachineConfig, Parts, assemble
 from ringfence.console import Console
-from ringfence.engine import Engine, EngineConfig, StopReason
+from ringfence.engine import EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, UsageError
-from ringfence.memory.ram import GuestMemory
-from ringfence.network.config import open_network, parse_mac
+from ringfence.network.config import parse_mac
 from ringfence.settings import default_cache_dir, parse_memory
-from ringfence.storage import Storage
 from ringfence.storage.options import DiskOptions, parse_disk
 
 if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
-    from ringfence.chipset.board import Board
-    from ringfence.chipset.clock import HostClock
-    from ringfence.devices.virtio.balloon import VirtioBalloon
-    from ringfence.devices.virtio.blk import VirtioBlk
-    from ringfence.devices.virtio.console import VirtioConsole
-    from ringfence.devices.virtio.device import VirtioDevice
-    from ringfence.devices.virtio.rng import VirtioRng
-    from ringfence.devices.virtio.vsock import VirtioVsock
-    from ringfence.devices.virtio.vsock_unix import UnixHost
     from ringfence.engine.exits import TraceRecord
-    from ringfence.network.backend import NetworkBackend, NetworkCard
+    from ringfence.network.backend import NetworkBackend
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
-GUEST_CID = 3
-"""The guest's address for sockets between it and the host."""
-NICS = ("virtio", "e1000")
-"""Network cards that a machine may have; the first is what it has unless told otherwise."""
 STOP_PATIENCE = 10.0
 """Seconds until a vCPU thread that does not come back is called a bug."""
 
@@ -63,91 +47,6 @@ class State(Enum):
     RUNNING = "running"
     PAUSED = "paused"
     ENDED = "ended"
-
-
-@dataclass(frozen=True, slots=True)
-class MachineConfig:
-    """What a machine is made of; checked and resolved, so that assembling it can be repeated.
-
-    Attributes
-    ----------
-    kernel, initrd : bytes, str or Path
-        The images, or the files that hold them; ``initrd`` may be None.
-    cmdline : str
-        The whole kernel command line.
-    memory : int
-        Bytes of guest RAM.
-    on_reset : {"exit", "reboot"}
-        What a reset by the guest means.
-    disks : tuple of DiskOptions
-        The guest's disks, in order.
-    rng : bool
-        Whether there is an entropy device.
-    balloon : bool
-        Whether there is a memory balloon.
-    ports : mapping of str to callable
-        Named byte ports of a virtio console, and what takes the guest's bytes.
-    vsock : Path or None
-        The Unix socket that the guest's sockets are reached by.
-    packed : bool
-        Whether virtio devices offer packed rings.
-    nic : str
-        The kind of network card, if there is a network.
-    mac : bytes
-        Its Ethernet address.
-    """
-
-    kernel: ImageSource
-    initrd: ImageSource | None
-    cmdline: str
-    memory: int
-    engine: str
-    engine_config: EngineConfig = field(default_factory=EngineConfig)
-    on_reset: Literal["exit", "reboot"] = "exit"
-    disks: tuple[DiskOptions, ...] = ()
-    rng: bool = False
-    balloon: bool = False
-    ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
-    vsock: Path | None = None
-    packed: bool = False
-    nic: str = NICS[0]
-    mac: bytes = b""
-
-
-@dataclass(slots=True)
-class Devices:
-    """What is plugged into a machine."""
-
-    disks: list[VirtioBlk] = field(default_factory=list)
-    rng: VirtioRng | None = None
-    balloon: VirtioBalloon | None = None
-    console: VirtioConsole | None = None
-    vsock: VirtioVsock | None = None
-    card: NetworkCard | None = None
-
-    def all(self) -> Iterator[VirtioDevice]:
-        """Give the virtio devices in order of slots; the network card comes behind them."""
-        yield from self.disks
-        for device in (self.rng, self.balloon, self.console, self.vsock):
-            if device is not None:
-                yield device
-
-
-@dataclass(slots=True)
-class _Parts:
-    """One assembly of a machine: what a reset throws away."""
-
-    memory: GuestMemory
-    clock: HostClock
-    board: Board
-    engine: Engine
-    devices: Devices = field(default_factory=Devices)
-    ending: StopReason | None = None
-
-    def close(self) -> None:
-        self.board.close()  # devices finish what they do in RAM
-        self.engine.close()
-        self.memory.close()
 
 
 class Machine:
@@ -291,17 +190,12 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        with ExitStack() as host:
-            self._storage = Storage(self.config.disks)
-            host.callback(self._storage.close)
-            self._vsock = self._open_vsock()
-            if self._vsock is not None:
-                host.callback(self._vsock.close)
-            self._network = open_network(network, forwards, capture)
-            if self._network is not None:
-                host.callback(self._network.close)
+        self._host = HostSide(self.config, network, forwards, capture)
+        try:
             self._parts = self._assemble()
-            self._host = host.pop_all()
+        except BaseException:
+            self._host.close()
+            raise
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------
@@ -450,7 +344,7 @@ class Machine:
             "memory": self.config.memory,
             "cmdline": self.config.cmdline,
         }
-        network = {"network": self._network.stats()} if self._network is not None else {}
+        network = {"network": self._host.network.stats()} if self._host.network is not None else {}
         with self._change:  # a reset exchanges the parts under it
             return {"machine": about, **self._parts.engine.stats(), **network}
 
@@ -555,106 +449,23 @@ class Machine:
             self._change.notify_all()
             self._change.wait_for(lambda: self._state is State.RUNNING or self._stop_wanted)
 
-    def _connect(self, parts: _Parts) -> None:
+    def _connect(self, parts: Parts) -> None:
         """Let frames reach the guest."""
-        if self._network is not None and parts.devices.card is not None:
-            self._network.attach(parts.devices.card.receive)
+        if self._host.network is not None and parts.devices.card is not None:
+            self._host.network.attach(parts.devices.card.receive)
 
     def _disconnect(self) -> None:
         """Hold frames back: the guest's memory is not to change any more."""
-        if self._network is not None:
-            self._network.detach()
+        if self._host.network is not None:
+            self._host.network.detach()
 
-    # -- composition --------------------------------------------------------------------------
-
-    def _assemble(self) -> _Parts:
-        """Build RAM, board and engine and load the guest, as after power-on."""
-        from ringfence.boot.linux import load_linux
-        from ringfence.chipset import acpi
-        from ringfence.chipset.board import Board
-        from ringfence.chipset.clock import HostClock
-        from ringfence.devices.virtio.pci import VirtioPci
-        from ringfence.paravirt import clock as paravirt
-
-        config = self.config
-        loading = engines.preload(config.engine, config.engine_config)
-        memory = GuestMemory(config.memory)
-        try:
-            clock = HostClock()
-            tsc = engines.tsc_source(config.engine)
-            board = Board(
-                clock=clock,
-                tsc=tsc,
-                memory_size=config.memory,
-                cpus=config.engine_config.cpus,
-                console_sink=self.console.feed,
-                on_power_off=lambda: self._ending(StopReason.POWER_OFF),
-                on_reset=lambda: self._ending(StopReason.RESET),
-            )
-            devices = self._devices()
-            for device in devices.all():
-                board.plug(VirtioPci(device, memory, packed=config.packed))
-            devices.card = self._plug_card(memory, board)
-            tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
-            memory.write(acpi.ADDRESS, tables)
-            boot = load_linux(
-                memory,
-                kernel=config.kernel,
-                initrd=config.initrd,
-                cmdline=config.cmdline,
-                rsdp=acpi.ADDRESS,
-            )
-            offered = replace(config.engine_config, paravirtual=paravirt.FEATURES)
-            loading.join()
-            engine = engines.create(config.engine, memory, board, offered)
-            engine.attach_msrs(paravirt.MSRS, paravirt.ParavirtualClock(memory, clock, tsc))
-            engine.set_boot_state(boot)
-        except BaseException:
-            memory.close()
-            raise
-        return _Parts(memory, clock, board, engine, devices)
-
-    def _plug_card(self, memory: GuestMemory, board: Board) -> NetworkCard | None:
-        """Make and plug the network card, if the machine has a network."""
-        if self._network is None:
-            return None
-        if self.config.nic == "virtio":
-            from ringfence.devices.virtio.net import VirtioNet
-            from ringfence.devices.virtio.pci import VirtioPci
-
-            device = VirtioNet(self._network, self.config.mac)
-            board.plug(VirtioPci(device, memory, packed=self.config.packed))
-            return device
-        from ringfence.devices.e1000.card import E1000
-
-        card = E1000(memory, board.timers, self._network, self.config.mac)
-        board.plug(card)
-        return card
-
-    def _open_vsock(self) -> UnixHost | None:
-        from ringfence.devices.virtio.vsock_unix import UnixHost
-
-        return UnixHost(self.config.vsock) if self.config.vsock else None
-
-    def _devices(self) -> Devices:
-        """Make what is plugged into the board."""
-        from ringfence.devices.virtio.balloon import VirtioBalloon
-        from ringfence.devices.virtio.blk import VirtioBlk
-        from ringfence.devices.virtio.console import Port, VirtioConsole
-        from ringfence.devices.virtio.rng import VirtioRng
-        from ringfence.devices.virtio.vsock import VirtioVsock
-
-        config, storage = self.config, self._storage
-        named = [Port(name, sink) for name, sink in config.ports.items()]
-        return Devices(
-            disks=[
-                VirtioBlk(disk, storage.pool, serial=options.serial)
-                for options, disk in zip(config.disks, storage.disks, strict=True)
-            ],
-            rng=VirtioRng() if config.rng else None,
-            balloon=VirtioBalloon() if config.balloon else None,
-            console=VirtioConsole([Port("", self.console.feed), *named]) if named else None,
-            vsock=VirtioVsock(GUEST_CID, self._vsock) if self._vsock else None,
+    def _assemble(self) -> Parts:
+        return assemble(
+            self.config,
+            self._host,
+            console_sink=self.console.feed,
+            on_power_off=lambda: self._ending(StopReason.POWER_OFF),
+            on_reset=lambda: self._ending(StopReason.RESET),
         )
 
     def _ending(self, reason: StopReason) -> None:
@@ -672,7 +483,7 @@ class Machine:
             now = "closed" if self._closed else self._state.value
             raise UsageError(f"the machine is {now}: expected it to be {expected}")
 
-    def _still(self) -> _Parts:
+    def _still(self) -> Parts:
         self._require(State.READY, State.PAUSED, State.ENDED)
         return self._parts
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ringfence.assembly import NICS
 from ringfence.cli.session import Ending, Session
 from ringfence.engine import StopReason
 from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, UsageError
-from ringfence.machine import NICS, Machine
+from ringfence.machine import Machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,256 @@
+"""How the parts of one computer are put together.
+
+`assemble` builds RAM, board, devices and engine and loads the guest, as after power-on; a `Machine`
+calls it again for each reset, so that nothing of the old life can leak into the next. What devices
+have on the host's side (open disks, sockets, the network) outlives that: `HostSide`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ringfence import engine as engines
+from ringfence.engine import Engine, EngineConfig, StopReason
+from ringfence.memory.ram import GuestMemory
+from ringfence.network.config import open_network
+from ringfence.storage import Storage
+from ringfence.storage.options import DiskOptions
+
+if TYPE_CHECKING:
+    from ringfence.boot.source import ImageSource
+    from ringfence.chipset.board import Board
+    from ringfence.chipset.clock import HostClock
+    from ringfence.devices.virtio.balloon import VirtioBalloon
+    from ringfence.devices.virtio.blk import VirtioBlk
+    from ringfence.devices.virtio.console import VirtioConsole
+    from ringfence.devices.virtio.device import VirtioDevice
+    from ringfence.devices.virtio.rng import VirtioRng
+    from ringfence.devices.virtio.vsock import VirtioVsock
+    from ringfence.network.backend import NetworkBackend, NetworkCard
+
+GUEST_CID = 3
+"""The guest's address for sockets between it and the host."""
+NICS = ("virtio", "e1000")
+"""Network cards that a machine may have; the first is what it has unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """What a machine is made of; checked and resolved, so that assembling it can be repeated.
+
+    Attributes
+    ----------
+    kernel, initrd : bytes, str or Path
+        The images, or the files that hold them; ``initrd`` may be None.
+    cmdline : str
+        The whole kernel command line.
+    memory : int
+        Bytes of guest RAM.
+    on_reset : {"exit", "reboot"}
+        What a reset by the guest means.
+    disks : tuple of DiskOptions
+        The guest's disks, in order.
+    rng : bool
+        Whether there is an entropy device.
+    balloon : bool
+        Whether there is a memory balloon.
+    ports : mapping of str to callable
+        Named byte ports of a virtio console, and what takes the guest's bytes.
+    vsock : Path or None
+        The Unix socket that the guest's sockets are reached by.
+    packed : bool
+        Whether virtio devices offer packed rings.
+    nic : str
+        The kind of network card, if there is a network.
+    mac : bytes
+        Its Ethernet address.
+    """
+
+    kernel: ImageSource
+    initrd: ImageSource | None
+    cmdline: str
+    memory: int
+    engine: str
+    engine_config: EngineConfig = field(default_factory=EngineConfig)
+    on_reset: Literal["exit", "reboot"] = "exit"
+    disks: tuple[DiskOptions, ...] = ()
+    rng: bool = False
+    balloon: bool = False
+    ports: Mapping[str, Callable[[bytes], None]] = field(default_factory=dict)
+    vsock: Path | None = None
+    packed: bool = False
+    nic: str = NICS[0]
+    mac: bytes = b""
+
+
+@dataclass(slots=True)
+class Devices:
+    """What is plugged into a machine."""
+
+    disks: list[VirtioBlk] = field(default_factory=list)
+    rng: VirtioRng | None = None
+    balloon: VirtioBalloon | None = None
+    console: VirtioConsole | None = None
+    vsock: VirtioVsock | None = None
+    card: NetworkCard | None = None
+
+    def all(self) -> Iterator[VirtioDevice]:
+        """Give the virtio devices in order of slots; the network card comes behind them."""
+        yield from self.disks
+        for device in (self.rng, self.balloon, self.console, self.vsock):
+            if device is not None:
+                yield device
+
+
+class HostSide:
+    """What is on the host's side of a machine's devices, for as long as the machine exists.
+
+    Parameters
+    ----------
+    config : MachineConfig
+        Whose disks and socket are opened.
+    network : str, NetworkBackend or None
+        As `Machine` takes it, with its ``forwards`` and ``capture``.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        network: str | NetworkBackend | None,
+        forwards: Sequence[str],
+        capture: str | Path | None,
+    ) -> None:
+        from ringfence.devices.virtio.vsock_unix import UnixHost
+
+        with ExitStack() as opened:
+            self.storage = Storage(config.disks)
+            opened.callback(self.storage.close)
+            self.vsock = UnixHost(config.vsock) if config.vsock else None
+            if self.vsock is not None:
+                opened.callback(self.vsock.close)
+            self.network = open_network(network, forwards, capture)
+            if self.network is not None:
+                opened.callback(self.network.close)
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Give everything back to the host."""
+        self._opened.close()
+
+
+@dataclass(slots=True)
+class Parts:
+    """One assembly of a machine: what a reset throws away."""
+
+    memory: GuestMemory
+    clock: HostClock
+    board: Board
+    engine: Engine
+    devices: Devices = field(default_factory=Devices)
+    ending: StopReason | None = None
+
+    def close(self) -> None:
+        """Stop the devices, then free the engine and RAM."""
+        self.board.close()  # devices finish what they do in RAM
+        self.engine.close()
+        self.memory.close()
+
+
+def assemble(
+    config: MachineConfig,
+    host: HostSide,
+    *,
+    console_sink: Callable[[bytes], None],
+    on_power_off: Callable[[], None],
+    on_reset: Callable[[], None],
+) -> Parts:
+    """Build RAM, board and engine and load the guest, as after power-on."""
+    from ringfence.boot.linux import load_linux
+    from ringfence.chipset import acpi
+    from ringfence.chipset.board import Board
+    from ringfence.chipset.clock import HostClock
+    from ringfence.devices.virtio.pci import VirtioPci
+    from ringfence.paravirt import clock as paravirt
+
+    loading = engines.preload(config.engine, config.engine_config)
+    memory = GuestMemory(config.memory)
+    try:
+        clock = HostClock()
+        tsc = engines.tsc_source(config.engine)
+        board = Board(
+            clock=clock,
+            tsc=tsc,
+            memory_size=config.memory,
+            cpus=config.engine_config.cpus,
+            console_sink=console_sink,
+            on_power_off=on_power_off,
+            on_reset=on_reset,
+        )
+        devices = _devices(config, host, console_sink)
+        for device in devices.all():
+            board.plug(VirtioPci(device, memory, packed=config.packed))
+        devices.card = _plug_card(config, host, memory, board)
+        tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
+        memory.write(acpi.ADDRESS, tables)
+        boot = load_linux(
+            memory,
+            kernel=config.kernel,
+            initrd=config.initrd,
+            cmdline=config.cmdline,
+            rsdp=acpi.ADDRESS,
+        )
+        offered = replace(config.engine_config, paravirtual=paravirt.FEATURES)
+        loading.join()
+        engine = engines.create(config.engine, memory, board, offered)
+        engine.attach_msrs(paravirt.MSRS, paravirt.ParavirtualClock(memory, clock, tsc))
+        engine.set_boot_state(boot)
+    except BaseException:
+        memory.close()
+        raise
+    return Parts(memory, clock, board, engine, devices)
+
+
+def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], None]) -> Devices:
+    """Make what is plugged into the board."""
+    from ringfence.devices.virtio.balloon import VirtioBalloon
+    from ringfence.devices.virtio.blk import VirtioBlk
+    from ringfence.devices.virtio.console import Port, VirtioConsole
+    from ringfence.devices.virtio.rng import VirtioRng
+    from ringfence.devices.virtio.vsock import VirtioVsock
+
+    storage = host.storage
+    named = [Port(name, sink) for name, sink in config.ports.items()]
+    return Devices(
+        disks=[
+            VirtioBlk(disk, storage.pool, serial=options.serial)
+            for options, disk in zip(config.disks, storage.disks, strict=True)
+        ],
+        rng=VirtioRng() if config.rng else None,
+        balloon=VirtioBalloon() if config.balloon else None,
+        console=VirtioConsole([Port("", console), *named]) if named else None,
+        vsock=VirtioVsock(GUEST_CID, host.vsock) if host.vsock else None,
+    )
+
+
+def _plug_card(
+    config: MachineConfig, host: HostSide, memory: GuestMemory, board: Board
+) -> NetworkCard | None:
+    """Make and plug the network card, if the machine has a network."""
+    if host.network is None:
+        return None
+    if config.nic == "virtio":
+        from ringfence.devices.virtio.net import VirtioNet
+        from ringfence.devices.virtio.pci import VirtioPci
+
+        device = VirtioNet(host.network, config.mac)
+        board.plug(VirtioPci(device, memory, packed=config.packed))
+        return device
+    from ringfence.devices.e1000.card import E1000
+
+    card = E1000(memory, board.timers, host.network, config.mac)
+    board.plug(card)
+    return card
