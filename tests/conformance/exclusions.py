@@ -48,6 +48,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "IRETD in user": _IRET,
         "IRETQ in kernel": _IRET,
         "RDTSC in user": "CR4.TSD has no effect on user code",
+        "XGETBV in user": "user code reads the host's XCR0",
         "MONITOR in user": _MONITOR,
         "MWAIT in user": _MONITOR,
         "a write across two pages, the second missing, writes nothing": (

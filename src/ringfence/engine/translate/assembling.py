@@ -55,7 +55,9 @@ from ringfence.native.dialect import (
     T_INDIRECT_USER,
     T_CHECKED,
     T_CHECKED_USER,
-) = range(19)
+    T_STACK_PAGE,
+    T_STACK_PAGE_USER,
+) = range(21)
 """Numbers of templates (see ``templates``)."""
 
 CARRY = 0x10

@@ -219,22 +219,29 @@ def lookup(vcpu: Vcpu) -> int:
     return OK
 
 
-@native
-def find_variant(vcpu: Vcpu, which: int) -> int:
-    """Find the variant of the code at ``rip`` that MODE_CAREFUL or MODE_SLOW asks for.
+@native_inline
+def variant_key(vcpu: Vcpu, which: int) -> int:
+    """Key of the variant of the code at ``rip``; 0 where there is none yet.
 
     Guest code at ``rip`` is running, so the identity of its page is the one in the table.
     """
     index = (vcpu.rip >> 12) & (ITLB_ENTRIES - 1)
     number = vcpu.itlb_user[index] if vcpu.cpl == 3 else vcpu.itlb_kernel[index]
-    if number:
-        slow = 4 if which == MODE_SLOW else 0
-        variant = load32(vcpu.variants + number * 8 + slow)
-        if variant:
-            trace = trace_find(vcpu, trace_key(variant, vcpu.rip & OFFSET_MASK))
-            if trace:
-                row = trace_at(cast(Writer, vcpu.writer), trace)
-                return go_to(vcpu, cast(TraceRow, row))
+    if number == 0:
+        return 0
+    variant = load32(vcpu.variants + number * 8 + (4 if which == MODE_SLOW else 0))
+    return trace_key(variant, vcpu.rip & OFFSET_MASK) if variant else 0
+
+
+@native
+def find_variant(vcpu: Vcpu, which: int) -> int:
+    """Find the variant of the code at ``rip`` that MODE_CAREFUL or MODE_SLOW asks for."""
+    key = variant_key(vcpu, which)
+    if key:
+        trace = trace_find(vcpu, key)
+        if trace:
+            row = trace_at(cast(Writer, vcpu.writer), trace)
+            return go_to(vcpu, cast(TraceRow, row))
     return find_code(vcpu, vcpu.mode | which)
 
 
@@ -283,6 +290,23 @@ def link(vcpu: Vcpu, site: int, within: int) -> int:
         vcpu.links += 1
         store32(site + vcpu.code_alias, target - (site + 4))
     return OK
+
+
+@native
+def link_careful(vcpu: Vcpu, site: int) -> int:
+    """The jump to a careful trace was not linked yet: find it (``rip``), and patch the jump.
+
+    The careful trace belongs to the same linear and physical page, so there is nothing to check on
+    the way; one that dies leads to the look-up.
+    """
+    wanted = vcpu.rip
+    status = lookup_careful(vcpu)
+    if status == OK and vcpu.rip == wanted:
+        # What ends in the following page is good for this once only, and not in the table.
+        key = variant_key(vcpu, MODE_CAREFUL)
+        if key and trace_find(vcpu, key):
+            store32(site + vcpu.code_alias, vcpu.jump_target - (site + 4))
+    return status
 
 
 @native_inline

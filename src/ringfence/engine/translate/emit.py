@@ -195,6 +195,17 @@ def stack_check(size: int, user: bool) -> bytes:
     )  # fmt: skip
 
 
+def stack_page(user: bool) -> bytes:
+    """Behind a look-up's comparison for a write: make the page found the stack's."""
+    delta = bytes((HOST_DELTA + (USER_ENTRY if user else 0),))
+    return (
+        b"\x65\x4d\x8b\x4a" + _tag(True, user)  # mov r9, gs:[r10 + tag]
+        + gs_store(R9, gs("stack_tag", int(user)))
+        + b"\x65\x4d\x8b\x52" + delta  # mov r10, gs:[r10 + delta]
+        + gs_store(R10, gs("stack_delta", int(user)))
+    )  # fmt: skip
+
+
 def tlb_recover(write: bool, user: bool) -> bytes:
     """In a miss stub: turn R9 back into the linear address."""
     return b"\x65\x4d\x33\x4a" + _tag(write, user)

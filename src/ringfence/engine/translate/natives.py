@@ -71,6 +71,7 @@ _ROOTS = (
     dispatch.lookup,
     dispatch.lookup_slow,
     dispatch.lookup_careful,
+    dispatch.link_careful,
     dispatch.link,
     dispatch.attention,
     dispatch.slow_access,

@@ -17,6 +17,7 @@ from ringfence.cpu.state import EXIT, FAULT, OK, UD
 from ringfence.engine.translate.block import (
     EXIT_ASK,
     EXIT_FLUSH,
+    MODE_CAREFUL,
     MODE_CPL,
     MODE_ENTERED,
     MODE_SLOW,
@@ -297,6 +298,10 @@ def kill(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow, number: int) -> in
         store32(indirect + 4, w.indirect_miss)
         write_jump(vcpu, start + row.checked, start + row.reenter)
         write_jump(vcpu, start + row.local, start + row.reenter_local)
+    elif page.mode & MODE_CAREFUL:
+        # Reached by links, with RIP set: look up again.
+        store32(start + vcpu.code_alias, 0x2524FF65)
+        store32(start + vcpu.code_alias + 4, w.careful)
     key = trace_key(row.page, row.offset)
     if trace_find(vcpu, key) == number:
         trace_insert(vcpu, key, 0)

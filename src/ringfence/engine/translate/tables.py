@@ -460,6 +460,8 @@ class Writer(Struct):
     lines: Annotated[int, u64]
     indirect_miss: Annotated[int, u32]
     """Displacement of the thunk."""
+    careful: Annotated[int, u32]
+    """Displacement of the thunk."""
     # --- statistics
     instructions: Annotated[int, u64]
     blocks: Annotated[int, u64]

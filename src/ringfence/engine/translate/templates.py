@@ -31,6 +31,7 @@ def _all() -> dict[int, tuple[bytes, int, int]]:
             assembling.T_WRITE + user: _look_up(True, user),
             assembling.T_DELTA + user: (delta, len(delta) - 4, 0),
             assembling.T_STACK + user: (stack, len(stack) - 10, len(stack) - 4),
+            assembling.T_STACK_PAGE + user: (emit.stack_page(user), 0, 0),
             assembling.T_RECOVER + user: (emit.tlb_recover(False, user), 0, 0),
             assembling.T_RECOVER_WRITE + user: (emit.tlb_recover(True, user), 0, 0),
             assembling.T_INDIRECT + user: (emit.indirect_jump(user), 0, 0),

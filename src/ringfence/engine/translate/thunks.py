@@ -41,6 +41,7 @@ THUNKS = (
     "deliver",
     "careful",
     "stack_miss",
+    "link_careful",
 )
 """Names in the order of the block's ``thunks`` array."""
 
@@ -149,6 +150,8 @@ def assembly() -> str:
         # R10: host address of the displacement to patch. Flags are in the host's flags.
         "link_local": [*_PARK, *save_all, "mov edx, 1", "jmp rf_link"],
         "link_page": [*save_all, "xor edx, edx", "jmp rf_link"],
+        # The same for the jump to a careful trace; flags are parked.
+        "link_careful": [*save_all, *_call("link_careful", "mov rsi, r10"), "jmp rf_decide"],
         "link": [*_call("link", "mov rsi, r10"), "jmp rf_decide"],
         # RAX: OK to go on at jump_target, EXIT to leave.
         "decide": ["test eax, eax", "jnz rf_leave", *go],

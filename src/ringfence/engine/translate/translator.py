@@ -116,6 +116,7 @@ class Translator:
         w.mark_limit = MARKS_MAX
         w.relocations = self._allocate(RELOCATIONS_MAX * 8)
         w.indirect_miss = THUNK["indirect_miss"] & 0xFFFFFFFF
+        w.careful = THUNK["careful"] & 0xFFFFFFFF
         w.page_count = w.trace_count = 1
 
     # --- questions -------------------------------------------------------------------------------

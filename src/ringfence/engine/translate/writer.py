@@ -34,6 +34,7 @@ from ringfence.engine.translate.assembling import (
     T_RECOVER,
     T_RECOVER_WRITE,
     T_STACK,
+    T_STACK_PAGE,
     T_WRITE,
     add_link,
     aim,
@@ -106,7 +107,7 @@ _PARK_BYTES = len(PARK)
 _RIP, _ATTENTION = gs("rip"), gs("attention")
 _T_EFFECT, _T_EFFECT_VECTOR = THUNK["effect"], THUNK["effect_vector"]
 _T_EMULATE, _T_LOOKUP, _T_MISS = THUNK["emulate"], THUNK["lookup"], THUNK["miss"]
-_T_STACK_MISS, _T_CAREFUL = THUNK["stack_miss"], THUNK["careful"]
+_T_STACK_MISS, _T_LINK_CAREFUL = THUNK["stack_miss"], THUNK["link_careful"]
 _T_ATTENTION, _T_INDIRECT_MISS = THUNK["attention"], THUNK["indirect_miss"]
 _T_STRADDLE, _T_LINK_PAGE, _T_LINK_LOCAL = (
     THUNK["straddle"], THUNK["link_page"], THUNK["link_local"],
@@ -338,9 +339,18 @@ def open_early_group(w: Writer, i: Insn, g: Group, n: int) -> int:
 def early_stub(w: Writer, i: Insn, position: int) -> int:
     """Where a group's early look-up missed."""
     aim(w, position, w.out)
+    return leave_carefully(w, i.offset)
+
+
+@native
+def leave_carefully(w: Writer, offset: int) -> int:
+    """Go on from an instruction in its careful trace, by a jump that is linked the first time."""
     swap_out(w)
-    set_rip(w, i.offset)
-    gs_jump(w, _T_CAREFUL)
+    set_rip(w, offset)
+    put(w, 0xE9, 5)
+    put(w, 0x158D4C, 3)  # lea r10, [rip - 11]: the displacement of the jump before
+    put(w, 0 - 11, 4)
+    gs_jump(w, _T_LINK_CAREFUL)
     return 0
 
 
@@ -364,8 +374,24 @@ def open_look_up(w: Writer, i: Insn, g: Group) -> int:
 
 @native
 def group_stub(w: Writer, i: Insn, g: Group, position: int, back: int) -> int:
-    """A group's look-up missed: enter the page of its first access, try once more."""
+    """A group's look-up missed: enter the page of its first access, and try once more.
+
+    What crosses into another page can't be helped so; and the stack's page may just be another one.
+    """
     aim(w, position, w.out)
+    group_address(w, g)
+    put(w, 0xCA8945, 3)  # mov r10d, r9d
+    put(w, 0xE28141, 3)  # and r10d, 0xfff
+    put(w, 0xFFF, 4)
+    put(w, 0xFA8141, 3)  # cmp r10d, imm32
+    put(w, 0x1000 - (g.high - g.low), 4)
+    put(w, 0x870F, 6)  # ja
+    crossing = w.out - 4
+    missing = 0
+    if g.base == RSP:
+        missing = change_stack_page(w, g)
+        write_back_jump(w, back)
+        aim(w, missing, w.out)
     operand_address(w, i)
     swap_out(w)
     set_rip(w, i.offset)
@@ -376,9 +402,20 @@ def group_stub(w: Writer, i: Insn, g: Group, position: int, back: int) -> int:
     jump = group_check(w, g)
     write_back_jump(w, back)
     aim(w, jump, w.out)
-    swap_out(w)
-    gs_jump(w, _T_CAREFUL)
-    return 0
+    aim(w, crossing, w.out)
+    return leave_carefully(w, i.offset)
+
+
+@native
+def change_stack_page(w: Writer, g: Group) -> int:
+    """Make the page of R9 the stack's if the TLB has it as writable; the jump taken if not."""
+    number = T_WRITE + w.user
+    start = put_template(w, number)
+    t: Template = cast(Template, w.templates + number * Template.size)
+    store32(start + t.size_word, 0x1000 - (g.high - g.low))
+    w.out = start + t.target_word + 4
+    put_template(w, T_STACK_PAGE + w.user)
+    return start + t.target_word
 
 
 @native_inline
