@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import importlib.metadata
+import importlib.util
 import inspect
 import json
 import os
@@ -35,9 +35,17 @@ def source_key(modules: Sequence[ModuleType]) -> str:
     paths = [Path(inspect.getfile(module)) for module in (*own, *modules)]
     for path in (*paths, Path(__file__).with_name("compiler.py")):
         digest.update(path.read_bytes())
-    versions = importlib.metadata.version("llvmlite"), sys.version_info[:2]
-    digest.update(repr(versions).encode())
+    digest.update(repr((_llvm_identity(), sys.version_info[:2])).encode())
     return digest.hexdigest()
+
+
+def _llvm_identity() -> tuple[int, int]:
+    """Size and time of the compiler's package file, found without importing it."""
+    found = importlib.util.find_spec("llvmlite")
+    if found is None or found.origin is None:
+        return 0, 0
+    status = Path(found.origin).with_name("_version.py").stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def image_path(folder: Path, modules: Sequence[ModuleType]) -> Path:
