@@ -36,11 +36,6 @@ def gs_store_imm(displacement: int, value: int) -> bytes:
     return b"\x65\x48\xc7\x04\x25" + _i32(displacement) + _i32(value)
 
 
-def gs_store_byte(displacement: int, value: int) -> bytes:
-    """``mov byte gs:[disp], imm8``."""
-    return b"\x65\xc6\x04\x25" + _i32(displacement) + bytes((value,))
-
-
 def gs_compare_byte(displacement: int, value: int) -> bytes:
     """``cmp byte gs:[disp], imm8``."""
     return b"\x65\x80\x3c\x25" + _i32(displacement) + bytes((value,))
@@ -73,11 +68,6 @@ def mov_imm32(register: int, value: int) -> bytes:
     """``mov r32, imm32`` (zero-extends)."""
     rex = bytes((0x41,)) if register >> 3 else b""
     return rex + bytes((0xB8 | register & 7,)) + struct.pack("<I", value & 0xFFFFFFFF)
-
-
-def mov_simm32(register: int, value: int) -> bytes:
-    """``mov r64, simm32``."""
-    return bytes((0x48 | register >> 3, 0xC7, 0xC0 | register & 7)) + _i32(value)
 
 
 def mov_imm64(register: int, value: int) -> bytes:

@@ -49,11 +49,6 @@ def _operand_size(i: Instruction, raw: bytes) -> int:
     return 2 if 0x66 in prefixes else 4
 
 
-def _push(r: Recipes, size: int = 8) -> Piece:
-    """R9 + R10 = where a push goes."""
-    return Piece(emit.lea(R9, R11, disp=-size)) + r.access(size, True, read=False, stack=True)
-
-
 def _load_r9(size: int) -> bytes:
     """``mov r9, [r9 + r10]``, zero-extended from 2, 4 or 8 bytes."""
     return {8: emit.LOAD_R9, 4: b"\x47\x8b\x0c\x11", 2: b"\x47\x0f\xb7\x0c\x11"}[size]

@@ -120,7 +120,6 @@ class RawRecipe(Struct):
 
     context: Annotated[int, u64]
     raw: Annotated[Array, u8, RAW_BYTES]
-    length: Annotated[int, u8]
     kind: Annotated[int, u8]
     reads: Annotated[int, u8]
     writes: Annotated[int, u8]
@@ -359,7 +358,6 @@ MISSES_MAX, LINKS_MAX, ESCAPES_MAX = LIMIT * 4, LIMIT + 2, LIMIT * 8
 class Writer(Struct):
     """State of the native translator."""
 
-    vcpu: Annotated[int, u64]
     # --- tables that Python fills
     has_modrm: Annotated[Array, u8, 512]
     """By opcode, for the one-byte and the 0F map."""

@@ -92,7 +92,6 @@ class Translator:
     def _prepare(self) -> None:
         """Fill in what does not change."""
         w = self.writer
-        w.vcpu = self.block
         for map_number, opcodes in enumerate(no_modrm()):
             for opcode in range(256):
                 w.has_modrm[map_number << 8 | opcode] = opcode not in opcodes
@@ -154,7 +153,6 @@ class Translator:
         row = RawRecipe.at(at)
         row.context = context
         ctypes.memmove(ctypes.addressof(row.raw), raw.ljust(16, b"\0"), 16)
-        row.length = len(raw)
         self._recipes_used += RawRecipe.size
         self._fill_recipe(row, recipe)
         self._recipe_insert(self.address, at)
