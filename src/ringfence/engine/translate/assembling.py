@@ -317,3 +317,39 @@ def add_link(w: Writer, target: int, within: int, parks: int, conditional: int) 
     link.conditional = conditional
     w.link_count += 1
     return 0
+
+
+@native_inline
+def jump_back(w: Writer, target: int) -> int:
+    """``jmp`` to a place in the trace."""
+    put(w, 0xE9, 5)
+    store32(w.out - 4, target - w.out)
+    return 0
+
+
+@native
+def swap_in(w: Writer) -> int:
+    """Arrange registers as the trace wants them."""
+    swaps = w.swaps
+    while swaps:
+        homeless = swaps & 15
+        displaced = swaps >> 4 & 15
+        host = w.home[homeless]
+        gs_store(w, host, gs("displaced") + displaced * 8)
+        gs_load(w, host, gs("gpr") + homeless * 8)
+        swaps = swaps >> 8
+    return 0
+
+
+@native
+def swap_out(w: Writer) -> int:
+    """Put registers back where they are between traces."""
+    swaps = w.swaps
+    while swaps:
+        homeless = swaps & 15
+        displaced = swaps >> 4 & 15
+        host = w.home[homeless]
+        gs_store(w, host, gs("gpr") + homeless * 8)
+        gs_load(w, host, gs("displaced") + displaced * 8)
+        swaps = swaps >> 8
+    return 0

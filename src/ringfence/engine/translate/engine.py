@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ringfence.cpu import cpuid, reset, state
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
+from ringfence.cpu.registers import named_registers, set_named_register
 from ringfence.engine import EngineConfig, MsrDevice, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
@@ -189,25 +190,10 @@ class TranslateEngine:
 
     def set_boot_state(self, boot: Any) -> None:
         """Put the vCPU at the guest's first instruction, as the boot protocol wants it."""
-        view = self.view
-        reset.reset(view)
-        for name in ("rip", "cr0", "cr3", "cr4", "efer"):
-            setattr(view, name, getattr(boot, name))
-        view.gpr[state.RSP] = boot.rsp
-        view.gpr[state.RSI] = boot.rsi
-        view.gdtr_base, view.gdtr_limit = boot.gdt_base, boot.gdt_limit
-        flat = state.ATTR_P | state.ATTR_S | state.ATTR_G
-        for segment in range(6):
-            code = segment == state.CS
-            view.seg_selector[segment] = boot.cs if code else boot.ds
-            view.seg_base[segment] = 0
-            view.seg_limit[segment] = 0xFFFFFFFF
-            view.seg_attr[segment] = flat | (0xB | state.ATTR_L if code else 0x3 | state.ATTR_DB)
-        view.cpl = 0
-        view.flag_if = 0
+        reset.set_boot_state(self.view, boot)
         self.library.function("tlb_flush_all", 1)(self.block)
         self._mode_changed(self.block)
-        view.jump_target = self._find
+        self.view.jump_target = self._find
 
     def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
         """See ``Engine``."""
@@ -273,40 +259,15 @@ class TranslateEngine:
 
     def registers(self) -> dict[str, int]:
         """See ``Engine``."""
-        view = self.view
-        view.cr8 = self.board.read_cr8(0)
-        values = {name: view.gpr[n] for n, name in enumerate(state.GPR_NAMES)}
-        values["rip"] = view.rip
-        values["rflags"] = (
-            view.status & state.STATUS_FLAGS
-            | view.other_flags
-            | view.flag_if << 9
-            | view.flag_df << 10
-            | state.FLAGS_FIXED
-        )
-        for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0", "cpl"):
-            values[name] = getattr(view, name)
-        for n, name in enumerate(state.SEGMENT_NAMES):
-            values[name] = view.seg_selector[n]
-            values[f"{name}_base"] = view.seg_base[n]
-        return values
+        self.view.cr8 = self.board.read_cr8(0)
+        return named_registers(self.view)
 
     def set_registers(self, values: dict[str, int]) -> None:
         """See ``Engine``; general registers, ``rip`` and ``rflags``."""
-        view = self.view
         for name, value in values.items():
-            if name in state.GPR_NAMES:
-                view.gpr[state.GPR_NAMES.index(name)] = value & MASK64
-            elif name == "rip":
-                view.rip = value & MASK64
-                view.jump_target = self._find
-            elif name == "rflags":
-                view.status = value & state.STATUS_FLAGS
-                view.other_flags = value & state.OTHER_FLAGS
-                view.flag_if = value >> 9 & 1
-                view.flag_df = value >> 10 & 1
-            else:
-                raise KeyError(f"register {name} can't be set")
+            set_named_register(self.view, name, value)
+        if "rip" in values:
+            self.view.jump_target = self._find
 
     def read_virtual(self, address: int, length: int) -> bytes:
         """See ``Engine``; as a supervisor would read."""
