@@ -60,12 +60,12 @@ def host_memory() -> int:
 def default_cache_dir() -> Path:
     """Folder of the engine's compiled code.
 
-    ``$RINGFENCE_HOME/translations``, else ``$XDG_CACHE_HOME/ringfence/translations``, else the
+    ``$RINGFENCE_HOME/code``, else ``$XDG_CACHE_HOME/ringfence/code``, else the
     same below ``~/.cache`` (XDG Base Directory Specification).
     """
     home = os.environ.get("RINGFENCE_HOME")
     if home:
-        return Path(home) / "translations"
+        return Path(home) / "code"
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if base.startswith("/") else Path.home() / ".cache"
-    return root / "ringfence" / "translations"
+    return root / "ringfence" / "code"

@@ -88,9 +88,9 @@ def test_images(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.rft").write_bytes(bytes(1 << 20))
+    (tmp_path / "a.o").write_bytes(bytes(1 << 20))
     (tmp_path / "precious.txt").write_text("mine")
-    (tmp_path / "link.rft").symlink_to(tmp_path / "precious.txt")
+    (tmp_path / "link.o").symlink_to(tmp_path / "precious.txt")
     with pytest.raises(SystemExit):
         app.main(["cache", "info", "--json", "--cache-dir", str(tmp_path)])
     assert json.loads(capsys.readouterr().out) == {
@@ -102,7 +102,7 @@ def test_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         app.main(["cache", "clear", "--cache-dir", str(tmp_path)])
     assert ended.value.code == 0
     assert "1 files removed" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["link.rft", "precious.txt"]
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["link.o", "precious.txt"]
     with pytest.raises(SystemExit) as ended:
         app.main(["cache", "info", "--cache-dir", str(tmp_path / "nowhere")])
     assert ended.value.code == 0

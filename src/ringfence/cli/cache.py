@@ -14,7 +14,7 @@ from pathlib import Path
 from ringfence.errors import HostError, UsageError
 from ringfence.settings import default_cache_dir
 
-SUFFIXES = (".rft", ".rft-journal", ".o", ".tmp", ".lock")
+SUFFIXES = (".o",)
 """Endings of the files that the cache consists of; others are left alone."""
 
 
