@@ -1,4 +1,4 @@
-"""Guests that tests share: images, a translation cache that two processes filled, a machine.
+"""Guests that tests share: images, a cache folder that two processes filled, a machine.
 
 Images are pulled once per session, into ``$RINGFENCE_TEST_HOME`` if that is set (and found there
 the next time).
@@ -17,6 +17,7 @@ import pytest
 
 from guest import support
 from guest.support import APPEND, BOOT, PROGRAMS, Ended, Shell
+from kept import kept_code
 from ringfence import Machine
 from ringfence.images.debian import pull_debian
 from ringfence.images.root import build_initramfs
@@ -59,7 +60,7 @@ def with_init(cloud: Image, tmp_path_factory: pytest.TempPathFactory) -> support
 
 @dataclass(frozen=True)
 class Filled:
-    """A translation cache, and the two runs that filled it at the same time."""
+    """A cache folder, and the two runs that filled it at the same time."""
 
     folder: Path
     runs: tuple[Ended, Ended]
@@ -85,12 +86,13 @@ def filled(cloud: Image, tmp_path_factory: pytest.TempPathFactory) -> Filled:
     finally:
         for session in pair:
             session.close()
+    kept_code(folder)
     return Filled(folder, (first, second))
 
 
 @pytest.fixture(scope="session")
 def cache(filled: Filled) -> Path:
-    """A translation cache that knows the cloud kernel."""
+    """A cache folder with the engine's optimized code."""
     return filled.folder
 
 

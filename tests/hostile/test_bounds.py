@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from hostile.support import code
+from kept import kept_code
 from ringfence import Machine
 from ringfence.engine import StopReason
 from ringfence.images.builtin import elf_kernel
@@ -260,22 +261,12 @@ def greets(folder: Path) -> Machine:
         return made
 
 
-def optimized(folder: Path) -> Path:
-    """The object that a process of the engine's leaves in its cache folder before long."""
-    for _ in range(600):
-        found = list(folder.glob("native-*.o"))
-        if found:
-            return found[0]
-        time.sleep(0.1)
-    raise AssertionError("nothing was kept")
-
-
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder with the engine's code."""
     folder = tmp_path_factory.mktemp("filled")
     greets(folder)
-    optimized(folder)
+    kept_code(folder)
     return folder
 
 
@@ -314,7 +305,7 @@ def test_damaged_code(filled: Path, tmp_path: Path, kind: str) -> None:
     """It is ignored or made anew; the guest does not notice."""
     folder = tmp_path / "cache"
     shutil.copytree(filled, folder)
-    path = optimized(folder)
+    path = kept_code(folder)
     damaged(kind, path)
     assert read_image(path) is None
     greets(folder)
@@ -381,4 +372,4 @@ def test_two_processes(tmp_path: Path) -> None:
     for child in children:
         _, errors = child.communicate(timeout=90)
         assert child.returncode == 0, errors
-    assert read_image(optimized(tmp_path / "cache"))
+    assert read_image(kept_code(tmp_path / "cache"))
