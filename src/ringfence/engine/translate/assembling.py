@@ -328,28 +328,26 @@ def jump_back(w: Writer, target: int) -> int:
 
 
 @native
+def swap(w: Writer, inward: int) -> int:
+    """Exchange the registers of ``w.swaps`` on the way into a trace, or out of it."""
+    swaps = w.swaps
+    while swaps:
+        homeless = gs("gpr") + (swaps & 15) * 8
+        displaced = gs("displaced") + (swaps >> 4 & 15) * 8
+        host = w.home[swaps & 15]
+        gs_store(w, host, displaced if inward else homeless)
+        gs_load(w, host, homeless if inward else displaced)
+        swaps = swaps >> 8
+    return 0
+
+
+@native_inline
 def swap_in(w: Writer) -> int:
     """Arrange registers as the trace wants them."""
-    swaps = w.swaps
-    while swaps:
-        homeless = swaps & 15
-        displaced = swaps >> 4 & 15
-        host = w.home[homeless]
-        gs_store(w, host, gs("displaced") + displaced * 8)
-        gs_load(w, host, gs("gpr") + homeless * 8)
-        swaps = swaps >> 8
-    return 0
+    return swap(w, 1)
 
 
-@native
+@native_inline
 def swap_out(w: Writer) -> int:
     """Put registers back where they are between traces."""
-    swaps = w.swaps
-    while swaps:
-        homeless = swaps & 15
-        displaced = swaps >> 4 & 15
-        host = w.home[homeless]
-        gs_store(w, host, gs("gpr") + homeless * 8)
-        gs_load(w, host, gs("displaced") + displaced * 8)
-        swaps = swaps >> 8
-    return 0
+    return swap(w, 0)

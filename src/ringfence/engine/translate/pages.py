@@ -445,7 +445,6 @@ def translate_in(vcpu: Vcpu, w: Writer, page: PageRow, number: int, mode: int) -
     offset = vcpu.rip & OFFSET_MASK
     set_mode(w, mode, page.wide)
     set_arrangement(w, 0)
-    w.number = number
     w.second = 0
     status = decode_trace(w, offset)
     if status == MORE_BYTES:

@@ -394,7 +394,6 @@ class Writer(Struct):
     """Host address of the guest page."""
     straddle: Annotated[Array, u8, 32]
     """The end of the page and the beginning of the next, for an instruction across both."""
-    number: Annotated[int, u32]
     second: Annotated[int, u32]
     """Number of the following code page, for an instruction across the boundary."""
     count: Annotated[int, u32]
