@@ -18,8 +18,6 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -28,6 +26,7 @@ from ringfence import engine as engines
 from ringfence.chipset.board import Board
 from ringfence.chipset.clock import HostClock
 from ringfence.cpu import cpuid
+from ringfence.cpu.reset import EntryState
 from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.engine.kvm.probe import Kind, verdict
 from ringfence.images.builtin import assemble
@@ -192,9 +191,12 @@ def program(source: str) -> bytes:
     return assemble(text)
 
 
-def run(engine: str, source: str, timeout: float = TIMEOUT) -> Outcome:
-    """Run a program to its end; after ``timeout`` seconds it is asked to stop."""
-    memory = GuestMemory(RAM)
+def run(engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"") -> Outcome:
+    """Run a program to its end; after ``timeout`` seconds it is asked to stop.
+
+    ``rom`` lies below 4 GiB; the last 2 MiB there are mapped.
+    """
+    memory = GuestMemory(RAM, rom)
     code = program(source)
     assert len(code) <= LOG - CODE
     memory.write(CODE, code)
@@ -245,8 +247,8 @@ def run(engine: str, source: str, timeout: float = TIMEOUT) -> Outcome:
         memory.close()
 
 
-def _boot_state() -> Any:
-    return SimpleNamespace(
+def _boot_state() -> EntryState:
+    return EntryState(
         rip=MAIN, rsp=KSTACK, rsi=0, cr3=PML4, cr0=0x80010033, cr4=0x6A0, efer=0xD01,
         gdt_base=GDT, gdt_limit=0x7F, cs=KCODE, ds=KDATA,
     )  # fmt: skip
@@ -262,7 +264,7 @@ def _fill(memory: GuestMemory) -> None:
     words(PDPT, PD | P | W | U, 0, 0, HIGH_PD | P | W | U)
     words(PD, PT | P | W | U, WINDOW_PT | P | W | U, P | W | U | PS)
     words(PT, *(n * PAGE | P | W | U for n in range(512)))
-    for region in (0xFEC00000, 0xFEE00000):
+    for region in (0xFEC00000, 0xFEE00000, 0xFFE00000):
         words(HIGH_PD + (region >> 21 & 511) * 8, region | P | W | PS)
     user_code, user_data = FLAT_CODE | 3 << 45, FLAT_DATA | 3 << 45
     tss = 103 | (TSS & 0xFFFFFF) << 16 | 0x89 << 40

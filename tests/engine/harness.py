@@ -13,7 +13,6 @@ import struct
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from iced_x86 import Decoder, Mnemonic, RflagsBits
@@ -43,6 +42,7 @@ from engine.native import (
 from ringfence.chipset.board import GatheredPorts
 from ringfence.cpu import state
 from ringfence.cpu.faults import GeneralProtection
+from ringfence.cpu.reset import EntryState
 from ringfence.engine import EngineConfig
 from ringfence.engine.translate import natives
 from ringfence.engine.translate.engine import TranslateEngine
@@ -240,7 +240,7 @@ class Guest:
     def _template(self, cpl: int) -> bytes:
         """The bytes of ``Cpu`` at the start of a snippet, but for what a case sets."""
         view = self.view
-        boot = SimpleNamespace(
+        boot = EntryState(
             rip=CODE, cr0=0x80050033, cr3=TABLES, cr4=0x506A0, efer=0xD01,
             rsp=0, rsi=0, gdt_base=HIGH + GDT, gdt_limit=39, cs=CODE0, ds=DATA0,
         )  # fmt: skip

@@ -47,6 +47,7 @@ from ringfence.boot.params import (
     E820Entry,
 )
 from ringfence.boot.source import ImageSource, read_image
+from ringfence.cpu.reset import EntryState
 from ringfence.errors import ImageError, UsageError
 from ringfence.memory.ram import HIGH_RAM_BASE, PAGE, GuestMemory
 
@@ -95,24 +96,10 @@ class Placement:
         return self.base + self.size
 
 
-@dataclass(frozen=True)
-class BootState:
-    """The registers to enter the guest with; those not named here are zero, RFLAGS is 2.
+@dataclass(frozen=True, kw_only=True)
+class BootState(EntryState):
+    """How to enter the guest, and what lies where; the latter is for people to see."""
 
-    ``ds`` goes for ES and SS too. ``placements`` and ``kernel_version`` are for people to see.
-    """
-
-    rip: int
-    rsp: int
-    rsi: int
-    cr3: int
-    cr0: int
-    cr4: int
-    efer: int
-    gdt_base: int
-    gdt_limit: int
-    cs: int
-    ds: int
     placements: tuple[Placement, ...] = ()
     kernel_version: str = ""
 

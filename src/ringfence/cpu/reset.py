@@ -1,4 +1,4 @@
-"""The state of a virtual CPU after power-up or RESET, and at the entry of a 64-bit kernel.
+"""The state of a virtual CPU after power-up or RESET, and where a loader enters a kernel.
 
 Source: Intel SDM vol. 3, table 9-1 (processor state following power-up, reset, INIT). The FPU
 control word is the one that FNINIT gives, because an XSAVE area whose header says "initial" means
@@ -8,6 +8,7 @@ that one.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 from ringfence.cpu.cpuid import SIGNATURE
@@ -21,8 +22,11 @@ from ringfence.cpu.state import (
     CR0_ET,
     CR0_NW,
     CS,
+    EFER_LMA,
     LDTR,
     NO_EXCEPTION,
+    RAX,
+    RBX,
     RDX,
     RSI,
     RSP,
@@ -81,22 +85,50 @@ def reset(cpu: Any) -> None:
     struct.pack_into("<II", cpu.xsave, 24, MXCSR_RESET, MXCSR_MASK)
 
 
-def set_boot_state(cpu: Any, boot: Any) -> None:
-    """Reset a ``Cpu`` view and enter a kernel by the 64-bit boot protocol.
+@dataclass(frozen=True, kw_only=True)
+class EntryState:
+    """The registers to enter a guest with: 64-bit mode if EFER.LMA is set, else protected mode.
 
-    ``boot`` has ``rip``, ``rsp``, ``rsi``, ``cr0``, ``cr3``, ``cr4``, ``efer``, ``gdt_base``,
-    ``gdt_limit`` and the selectors ``cs`` and ``ds`` of flat segments.
+    What is not named here is as after RESET, but general registers are zero. CS is a flat code
+    segment called ``cs``, the others are flat data segments called ``ds``.
     """
+
+    rip: int
+    cr0: int
+    cr3: int = 0
+    cr4: int = 0
+    efer: int = 0
+    gdt_base: int = 0
+    gdt_limit: int = 0
+    cs: int
+    ds: int
+    rax: int = 0
+    rbx: int = 0
+    rsi: int = 0
+    rsp: int = 0
+
+
+def set_boot_state(cpu: Any, boot: EntryState | None) -> None:
+    """Reset a ``Cpu`` view and enter a kernel, or without ``boot`` leave it at the reset vector."""
     reset(cpu)
+    if boot is None:
+        return
     for name in ("rip", "cr0", "cr3", "cr4", "efer"):
         setattr(cpu, name, getattr(boot, name))
-    cpu.gpr[RSP] = boot.rsp
-    cpu.gpr[RSI] = boot.rsi
+    cpu.gpr[RDX] = 0
+    for register, value in (
+        (RAX, boot.rax),
+        (RBX, boot.rbx),
+        (RSI, boot.rsi),
+        (RSP, boot.rsp),
+    ):
+        cpu.gpr[register] = value
     cpu.gdtr_base, cpu.gdtr_limit = boot.gdt_base, boot.gdt_limit
     flat = ATTR_P | ATTR_S | ATTR_G
+    width = ATTR_L if boot.efer & EFER_LMA else ATTR_DB
     for segment in range(6):
         code = segment == CS
         cpu.seg_selector[segment] = boot.cs if code else boot.ds
         cpu.seg_base[segment] = 0
         cpu.seg_limit[segment] = 0xFFFFFFFF
-        cpu.seg_attr[segment] = flat | (CODE | ATTR_L if code else DATA | ATTR_DB)
+        cpu.seg_attr[segment] = flat | (CODE | width if code else DATA | ATTR_DB)

@@ -20,6 +20,7 @@ from ringfence.engine.capabilities import KVM, TRANSLATE, Capabilities
 from ringfence.errors import HostError, UsageError
 
 if TYPE_CHECKING:
+    from ringfence.cpu.reset import EntryState
     from ringfence.engine.exits import TraceRecord
     from ringfence.memory.ram import GuestMemory
 
@@ -66,8 +67,8 @@ class MsrDevice(Protocol):
 class Engine(Protocol):
     """One vCPU's way of running. Only the methods marked so may be called from any thread."""
 
-    def set_boot_state(self, boot: Any) -> None:
-        """Put the vCPU into the state in which the guest's first instruction expects it."""
+    def set_boot_state(self, boot: EntryState | None) -> None:
+        """Put the vCPU where a loader enters a kernel; None: where it is after RESET."""
 
     def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
         """Let a device answer for model-specific registers that are not the CPU's own."""

@@ -8,8 +8,9 @@ own index: no address that selects the entry can match it, canonical or not.
 
 Two TLBs exist, for supervisor and for user accesses; emitted code knows at translation time which
 one it uses. Their entries alternate in one array, so that both are within reach of the 8-bit
-displacements of emitted code. Pages that hold translated code are never entered as writable, pages
-outside RAM are never entered at all: both take the slow path on every access.
+displacements of emitted code. Pages that hold translated code are never entered as writable, nor
+pages of a ROM; pages outside RAM and ROM are never entered at all: both take the slow path on every
+access, which finds a device where a ROM is written to.
 
 Sources: Intel SDM vol. 3, 4.5 (4-level paging), 4.10 (caching translation information).
 """
@@ -21,9 +22,10 @@ from typing import Annotated
 from ringfence.cpu.state import (
     FAULT,
     OK,
+    PF_WRITE,
 )
 from ringfence.memory.walk import walk
-from ringfence.memory.walk_state import PAGE_WRITE, Walker, ram_pointer
+from ringfence.memory.walk_state import PAGE_WRITE, Walker, ram_pointer, rom_pointer
 from ringfence.native.dialect import (
     address_of,
     load8,
@@ -261,7 +263,8 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
     """Walk the page tables and enter the page; OK, FAULT or NOT_RAM.
 
     ``access`` holds PF_WRITE and PF_USER as in a page-fault error code. ``mmu.last_pa`` is left at
-    the guest-physical address, ``mmu.value`` at the host page (0 where it is not RAM).
+    the guest-physical address, ``mmu.value`` at the host page (0 where it is not RAM, nor ROM that
+    is read).
     """
     mmu.tlb_misses += 1
     if walk(mmu, address, access) != OK:
@@ -269,13 +272,16 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
     physical = mmu.walk_pa
     mmu.last_pa = physical
     host = ram_pointer(mmu, physical & PAGE_MASK)
+    writable = mmu.walk_perms & PAGE_WRITE
+    if host == 0 and not access & PF_WRITE:
+        host = rom_pointer(mmu, physical & PAGE_MASK)
+        writable = 0
     mmu.value = host
     if host == 0:
         return NOT_RAM
     index = (address >> 12) & (TLB_ENTRIES - 1)
     never = (index ^ 1) << 12
     page = address & PAGE_MASK
-    writable = mmu.walk_perms & PAGE_WRITE
     if load64(mmu.code_lines + ((host - mmu.ram_host) >> 12) * 8):
         writable = 0
     kind = mmu.walk_shift | (KIND_GLOBAL if mmu.walk_global else 0)

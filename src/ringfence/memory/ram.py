@@ -1,8 +1,9 @@
-"""Guest RAM: one memfd, mapped once, in at most two guest-physical regions.
+"""Guest RAM: one memfd, mapped once, in at most two guest-physical regions; and firmware's ROM.
 
 The physical map follows the PC: RAM from 0 up to 3 GiB, a hole for devices below 4 GiB, the rest
-of RAM from 4 GiB on. The host mapping is contiguous and fenced on both sides by inaccessible
-guard pages, so that no off-by-one of ours can reach other host memory.
+of RAM from 4 GiB on. A ROM ends at 4 GiB, where a CPU starts. The host mapping is contiguous, the
+ROM behind RAM and read-only, and fenced on both sides by inaccessible guard pages, so that no
+off-by-one of ours can reach other host memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ LOW_RAM_LIMIT = 3 << 30
 HIGH_RAM_BASE = 4 << 30
 MINIMUM_SIZE = 1 << 20
 MAXIMUM_SIZE = 1 << 40
+MAXIMUM_ROM = 8 << 20
+"""Below 4 GiB less this are devices, and what KVM puts into guest-physical space."""
 GUARD = 1 << 21
 """Inaccessible bytes on either side of the mapping."""
 
@@ -35,6 +38,7 @@ _libc.mmap.argtypes = [
     ctypes.c_long,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MADV_REMOVE = 9
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
@@ -43,7 +47,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 @dataclass(frozen=True)
 class Region:
-    """A run of RAM: guest-physical ``base``, ``size`` in bytes, ``offset`` into the mapping."""
+    """A run of memory: guest-physical ``base``, ``size`` in bytes, ``offset`` into the mapping."""
 
     base: int
     size: int
@@ -53,17 +57,29 @@ class Region:
 class GuestMemory:
     """Guest RAM of ``size`` bytes (a multiple of 4 KiB).
 
+    Parameters
+    ----------
+    size : int
+        Bytes of RAM.
+    rom : bytes
+        What the guest reads and executes, and can't write, below 4 GiB; a multiple of 4 KiB. RAM
+        it is not: devices don't reach it, and `offset` doesn't find it.
+
     Attributes
     ----------
     host_base : int
         Host address of the mapping's first byte.
     regions : tuple[Region, ...]
         Where the bytes are in guest-physical space, in ascending order.
+    rom : Region or None
+        Where the ROM is, if there is one; behind all RAM in the mapping.
+    mapped : int
+        Bytes of the mapping, RAM and ROM.
     fd : int
         The memfd behind the mapping.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, rom: bytes = b"") -> None:
         if size < MINIMUM_SIZE or size > MAXIMUM_SIZE or size % PAGE:
             raise UsageError(
                 f"memory of {size} bytes is out of range: expected a multiple of 4 KiB"
@@ -75,12 +91,19 @@ class GuestMemory:
         if size > low:
             regions.append(Region(HIGH_RAM_BASE, size - low, low))
         self.regions = tuple(regions)
+        if len(rom) % PAGE or len(rom) > MAXIMUM_ROM:
+            raise UsageError(
+                f"a ROM of {len(rom)} bytes: expected a multiple of 4 KiB, at most"
+                f" {MAXIMUM_ROM >> 20} MiB"
+            )
+        self.rom = Region(HIGH_RAM_BASE - len(rom), len(rom), size) if rom else None
+        self.mapped = size + len(rom)
         self.fd = os.memfd_create("ringfence-ram", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self.fd, size)
+            os.ftruncate(self.fd, self.mapped)
             fence = _libc.mmap(
                 None,
-                size + 2 * GUARD,
+                self.mapped + 2 * GUARD,
                 0,
                 mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
                 -1,
@@ -91,7 +114,7 @@ class GuestMemory:
             self._fence = fence
             base = _libc.mmap(
                 fence + GUARD,
-                size,
+                self.mapped,
                 mmap.PROT_READ | mmap.PROT_WRITE,
                 mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE,
                 self.fd,
@@ -99,6 +122,9 @@ class GuestMemory:
             )
             if base == _MAP_FAILED:
                 raise OSError(ctypes.get_errno(), "mmap")
+            ctypes.memmove(base + size, rom, len(rom))
+            if rom and _libc.mprotect(base + size, len(rom), mmap.PROT_READ):
+                raise OSError(ctypes.get_errno(), "mprotect")
         except OSError as error:
             os.close(self.fd)
             raise HostError(
@@ -173,6 +199,6 @@ class GuestMemory:
         """Unmap and free the RAM; the object is dead afterwards."""
         if self.fd >= 0:
             self.view.release()
-            _libc.munmap(self._fence, self.size + 2 * GUARD)
+            _libc.munmap(self._fence, self.mapped + 2 * GUARD)
             os.close(self.fd)
             self.fd = -1

@@ -15,7 +15,8 @@ PAGE_USER = 4
 class Walker(Cpu):
     """A virtual CPU that can walk guest page tables.
 
-    The RAM map follows ``memory.ram``: low RAM from 0, high RAM from 4 GiB, contiguous in the host.
+    The RAM map follows ``memory.ram``: low RAM from 0, high RAM from 4 GiB, then the ROM,
+    contiguous in the host.
     """
 
     ram_host: Annotated[int, u64]
@@ -23,6 +24,9 @@ class Walker(Cpu):
     """Bytes of RAM below the device hole."""
     ram_high: Annotated[int, u64]
     """Bytes of RAM from 4 GiB on."""
+    rom_base: Annotated[int, u64]
+    rom_size: Annotated[int, u64]
+    """Bytes of ROM; behind RAM in the host."""
     reserved_bits: Annotated[int, u64]
     """Physical-address bits beyond MAXPHYADDR: reserved in every paging-structure entry."""
     walk_pa: Annotated[int, u64]
@@ -49,3 +53,19 @@ def ram_pointer(walker: Walker, physical: int) -> int:
     if high < walker.ram_high:
         return walker.ram_host + walker.ram_low + high
     return 0
+
+
+@native_inline
+def rom_pointer(walker: Walker, physical: int) -> int:
+    """Host address of a guest-physical byte of the ROM; 0 outside it."""
+    offset = physical - walker.rom_base
+    if offset < walker.rom_size:
+        return walker.ram_host + walker.ram_low + walker.ram_high + offset
+    return 0
+
+
+@native_inline
+def code_pointer(walker: Walker, physical: int) -> int:
+    """Host address of a byte that instructions may be fetched from; 0 outside RAM and ROM."""
+    host = ram_pointer(walker, physical)
+    return host if host else rom_pointer(walker, physical)

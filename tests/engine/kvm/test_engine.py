@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from ringfence.chipset.board import Board
 from ringfence.chipset.clock import HostClock
 from ringfence.cpu import msr
 from ringfence.cpu.faults import GeneralProtection
+from ringfence.cpu.reset import EntryState
 from ringfence.engine import EngineConfig, StopReason
 from ringfence.engine.exits import TraceRecord
 from ringfence.engine.kvm.abi import Exit, Request
@@ -48,7 +48,7 @@ class Rig:
             on_power_off=lambda: self.engine.request_stop(),
         )
         self.engine = KvmEngine(self.memory, self.board, EngineConfig(), self.kernel)
-        boot = SimpleNamespace(
+        boot = EntryState(
             rip=0x1000, rsp=0, rsi=0, cr0=0x80000011, cr3=0, cr4=0x20, efer=0x500,
             gdt_base=0, gdt_limit=0, cs=8, ds=16,
         )  # fmt: skip

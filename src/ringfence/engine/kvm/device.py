@@ -28,7 +28,7 @@ NEEDED = (
     Cap.VCPU_ATTRIBUTES,
 )  # fmt: skip
 """Capabilities without which the engine can't work; the newest came with Linux 5.16."""
-TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFBD000, 0xFFFBC000
+TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFF001000, 0xFF000000
 """Four pages that VT-x needs inside the hole below 4 GiB, where no device of ours is."""
 CPUID_ROOM = 256
 
@@ -193,6 +193,11 @@ class Vm(_File):
         """Put ``size`` bytes at host address ``host`` into guest-physical space."""
         flags = abi.MEM_LOG_DIRTY_PAGES if log else 0
         region = abi.KvmUserspaceMemoryRegion(slot, flags, address, size, host)
+        self.ask(Request.SET_USER_MEMORY_REGION, region)
+
+    def set_rom(self, slot: int, address: int, size: int, host: int) -> None:
+        """The same for memory that is read and executed; writes come out as device accesses."""
+        region = abi.KvmUserspaceMemoryRegion(slot, abi.MEM_READONLY, address, size, host)
         self.ask(Request.SET_USER_MEMORY_REGION, region)
 
     def dirty_log(self, slot: int, size: int) -> bytes:

@@ -49,6 +49,7 @@ from ringfence.errors import HostError
 from ringfence.memory.ram import PAGE
 
 if TYPE_CHECKING:
+    from ringfence.cpu.reset import EntryState
     from ringfence.memory.ram import GuestMemory, Region
 
 MASK64 = (1 << 64) - 1
@@ -94,6 +95,7 @@ class KvmEngine:
             self._vm = self._system.create_vm()
             self._vm.prepare(model.msr_filter())
             self._set_slots(log=False)
+            self._set_rom()
             self._vcpu = self._vm.create_vcpu(0)
             rows = cpuid.build_cpuid(
                 cpuid.host_cpuid, cpu_index=0, cpus=config.cpus, paravirtual=config.paravirtual
@@ -157,9 +159,17 @@ class KvmEngine:
             host = self.memory.host_base + region.offset
             self._vm.set_memory(slot, region.base, region.size, host, log=log)
 
+    def _set_rom(self) -> None:
+        """The slot of the ROM comes behind those of RAM."""
+        rom = self.memory.rom
+        if rom is not None:
+            assert self._vm is not None
+            host = self.memory.host_base + rom.offset
+            self._vm.set_rom(len(self.memory.regions), rom.base, rom.size, host)
+
     # --- the protocol ------------------------------------------------------------------------
 
-    def set_boot_state(self, boot: Any) -> None:
+    def set_boot_state(self, boot: EntryState | None) -> None:
         """See ``Engine``."""
         reset.set_boot_state(self.view, boot)
         transfer.load(self.vcpu, self.view)

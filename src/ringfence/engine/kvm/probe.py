@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from types import SimpleNamespace
 
 from ringfence.cpu import cpuid, reset, state
 from ringfence.engine.kvm import model, transfer
@@ -133,7 +132,7 @@ def _measure_guest(
     memory.write(CODE, LOOP + HLT)
     room = ctypes.create_string_buffer(state.Cpu.size + 64)
     view = state.Cpu.at(ctypes.addressof(room) + 63 & ~63)
-    boot = SimpleNamespace(
+    boot = reset.EntryState(
         rip=CODE, rsp=CODE, rsi=0, cr3=PML4, cr0=0x80000011, cr4=0x20, efer=0x500,
         gdt_base=0, gdt_limit=0, cs=0x10, ds=0x18,
     )  # fmt: skip

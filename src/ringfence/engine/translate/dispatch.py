@@ -69,7 +69,7 @@ from ringfence.memory.mmu import (
     tlb_flush_all,
 )
 from ringfence.memory.walk import walk
-from ringfence.memory.walk_state import ram_pointer
+from ringfence.memory.walk_state import code_pointer
 from ringfence.native.dialect import (
     address_of,
     atomic_and64,
@@ -184,7 +184,7 @@ def find_code(vcpu: Vcpu, mode: int) -> int:
     if walk(vcpu, address, user | 16) != OK:
         return FAULT
     physical = vcpu.walk_pa
-    if ram_pointer(vcpu, physical) == 0:
+    if code_pointer(vcpu, physical) == 0:
         vcpu.exit_reason = EXIT_FETCH_OUTSIDE
         vcpu.exit_data[0] = physical
         return EXIT

@@ -36,6 +36,7 @@ from ringfence.errors import GuestCrash, HostError
 from ringfence.memory import strings
 
 if TYPE_CHECKING:
+    from ringfence.cpu.reset import EntryState
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
@@ -101,8 +102,10 @@ class TranslateEngine:
         view.ram_host = memory.host_base
         view.ram_low = memory.regions[0].size
         view.ram_high = memory.regions[1].size if len(memory.regions) > 1 else 0
-        view.code_lines = self._allocate((memory.size >> 12) * 8)
-        lines = (ctypes.c_uint64 * (memory.size >> 12)).from_address(view.code_lines)
+        if memory.rom is not None:
+            view.rom_base, view.rom_size = memory.rom.base, memory.rom.size
+        view.code_lines = self._allocate((memory.mapped >> 12) * 8)
+        lines = (ctypes.c_uint64 * (memory.mapped >> 12)).from_address(view.code_lines)
         self._code_lines = memoryview(lines).cast("B").cast("Q")
         self._dma: deque[int] = deque()
         """RAM pages that devices wrote to while they held translated code."""
@@ -188,8 +191,8 @@ class TranslateEngine:
 
     # --- the protocol ------------------------------------------------------------------------
 
-    def set_boot_state(self, boot: Any) -> None:
-        """Put the vCPU at the guest's first instruction, as the boot protocol wants it."""
+    def set_boot_state(self, boot: EntryState | None) -> None:
+        """See ``Engine``."""
         reset.set_boot_state(self.view, boot)
         self.library.function("tlb_flush_all", 1)(self.block)
         self._mode_changed(self.block)

@@ -45,7 +45,7 @@ from ringfence.engine.translate.tables import (
 )
 from ringfence.memory.mmu import ITLB_ENTRIES, OFFSET_MASK, PAGE_MASK, tlb_protect_page
 from ringfence.memory.walk import walk
-from ringfence.memory.walk_state import ram_pointer
+from ringfence.memory.walk_state import code_pointer
 from ringfence.native.dialect import (
     load32,
     load64,
@@ -185,7 +185,7 @@ def code_page(vcpu: Vcpu, w: Writer, linear: int, physical: int, mode: int) -> i
         return number
     number = w.page_count
     w.page_count = number + 1
-    index = (ram_pointer(vcpu, physical) - vcpu.ram_host) >> 12
+    index = (code_pointer(vcpu, physical) - vcpu.ram_host) >> 12
     page: PageRow = cast(PageRow, page_at(w, number))
     page.linear = linear
     page.index = index
@@ -469,7 +469,7 @@ def fetch_across(vcpu: Vcpu, w: Writer, page: PageRow, offset: int, mode: int) -
     if walk(vcpu, address, user | 16) != OK:
         return FAULT
     following = vcpu.walk_pa & PAGE_MASK
-    host = ram_pointer(vcpu, following)
+    host = code_pointer(vcpu, following)
     if host == 0:
         # What is not RAM reads as all ones, as where the engine fetches from there.
         vcpu.exc_vector = UD

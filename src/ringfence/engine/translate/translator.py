@@ -108,7 +108,7 @@ class Translator:
         w.cache_start, w.cache_size = self.cache.alias, self.cache.size
         w.pages = self._allocate(NUMBER_MAX * PageRow.size)
         w.page_limit = NUMBER_MAX
-        w.page_of_index = self._allocate((self.memory.size >> 12) * 4)
+        w.page_of_index = self._allocate((self.memory.mapped >> 12) * 4)
         w.traces = self._allocate(TRACES_MAX * TraceRow.size)
         w.trace_limit = TRACES_MAX
         w.marks = self._allocate(MARKS_MAX * 4)
