@@ -12,17 +12,19 @@ from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from ringfence.assembly import Devices, Parts
-from ringfence.engine import StopReason
+from ringfence.engine import Engine, StopReason
 from ringfence.engine.exits import ExitCounters, PortOut, Reason, TraceRecord
 from ringfence.machine import Machine
 from ringfence.memory.ram import GuestMemory
 
 Life: TypeAlias = Generator[None, None, StopReason]
-Script: TypeAlias = "Callable[[ScriptedEngine], Life]"
+Script: TypeAlias = "Callable[[ScriptedCpu], Life]"
 
 
-class ScriptedEngine:
-    """An engine whose guest is a generator; it sees requests at every ``yield``."""
+class ScriptedCpu:
+    """A vCPU whose guest is a generator; it sees requests at every ``yield``."""
+
+    index = 0
 
     def __init__(self, script: Script, sink: Callable[[bytes], None]) -> None:
         self.life = script(self)
@@ -75,6 +77,12 @@ class ScriptedEngine:
     def request_pause(self) -> None:
         self.pause = True
 
+    def forget_pause(self) -> None:
+        self.pause = False
+
+    def turn_back_time(self, ticks: int) -> None:
+        """The scripted guest has no clock."""
+
     def registers(self) -> dict[str, int]:
         return dict(self.values)
 
@@ -101,13 +109,13 @@ class ScriptedEngine:
         self.closed = True
 
 
-def hello(guest: ScriptedEngine) -> Life:
+def hello(guest: ScriptedCpu) -> Life:
     guest.write(b"hello\r\n\x00\xff end")
     yield
     return StopReason.POWER_OFF
 
 
-def echo(guest: ScriptedEngine) -> Life:
+def echo(guest: ScriptedCpu) -> Life:
     guest.write(b"ready\n")
     data = b""
     while b"q" not in data:
@@ -116,39 +124,39 @@ def echo(guest: ScriptedEngine) -> Life:
     return StopReason.POWER_OFF
 
 
-def hang(guest: ScriptedEngine) -> Life:
+def hang(guest: ScriptedCpu) -> Life:
     guest.write(b"ready\n")
     while True:
         time.sleep(0.002)
         yield
 
 
-def flood(guest: ScriptedEngine) -> Life:
+def flood(guest: ScriptedCpu) -> Life:
     while True:
         guest.write(b"x" * 1000)
         yield
 
 
-def large(guest: ScriptedEngine) -> Life:
+def large(guest: ScriptedCpu) -> Life:
     for number in range(2000):
         guest.write(b"%08d" % number * 100)
         yield
     return StopReason.POWER_OFF
 
 
-def crash(guest: ScriptedEngine) -> Life:
+def crash(guest: ScriptedCpu) -> Life:
     guest.write(b"oh")
     yield
     return StopReason.CRASH
 
 
-def reset(guest: ScriptedEngine) -> Life:
+def reset(guest: ScriptedCpu) -> Life:
     guest.write(b"again ")
     yield
     return StopReason.RESET
 
 
-def boom(guest: ScriptedEngine) -> Life:
+def boom(guest: ScriptedCpu) -> Life:
     yield
     raise RuntimeError("a bug\nof ours")
 
@@ -162,7 +170,7 @@ class ScriptedMachine(Machine):
     script: Script = staticmethod(hello)
 
     def _assemble(self) -> Parts:
-        engine = ScriptedEngine(type(self).script, self.console.feed)
+        engine = ScriptedCpu(type(self).script, self.console.feed)
 
         def receive(data: bytes) -> None:
             engine.input += data
@@ -170,12 +178,17 @@ class ScriptedMachine(Machine):
         idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
         uart = SimpleNamespace(pending_input=lambda: len(engine.input))
         board = SimpleNamespace(
-            uart=uart, timers=idle, receive=receive, flush=lambda: None, close=lambda: None
+            tsc=SimpleNamespace(read=lambda: 0),
+            uart=uart,
+            timers=idle,
+            receive=receive,
+            flush=lambda: None,
+            close=lambda: None,
         )
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
         devices = Devices(card=SimpleNamespace(receive=lambda frame: True))
-        return Parts(memory, clock, board, engine, devices)  # type: ignore[arg-type]
+        return Parts(memory, clock, board, Engine([engine], board), devices)  # type: ignore[arg-type]
 
 
 def scripted(script: Script, **options: Any) -> ScriptedMachine:

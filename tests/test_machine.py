@@ -227,7 +227,7 @@ def test_reset_ends_or_reboots() -> None:
         assert machine.wait(10) is StopReason.RESET
     lives = []
 
-    def thrice(guest: doubles.ScriptedEngine) -> doubles.Life:
+    def thrice(guest: doubles.ScriptedCpu) -> doubles.Life:
         lives.append(1)
         guest.write(b"life ")
         yield
@@ -261,7 +261,7 @@ def test_output_beyond_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert machine.console.wait_for("00001999", 1).endswith("00001999")
 
 
-class PortEngine(doubles.ScriptedEngine):
+class PortEngine(doubles.ScriptedCpu):
     """A scripted engine on the real board, of which it uses the ports."""
 
     def __init__(self, memory: GuestMemory, board: Board, config: EngineConfig) -> None:
@@ -300,7 +300,7 @@ def test_the_whole_house_around_an_engine(
     """Real RAM, board, tables and boot protocol; the guest works the ports itself."""
     tsc = SimpleNamespace(hz=10**9, read=time.monotonic_ns)
     monkeypatch.setattr(engines, "tsc_source", lambda name: tsc)
-    engines.register("ports", PortEngine)
+    engines.register("ports", lambda *given: [PortEngine(*given)])
     with Machine(image="builtin", engine="ports", memory="16M") as machine:
         assert machine.read_physical(0xE0000, 8) == b"RSD PTR "
         assert machine.registers()["rip"] >= 0x100000

@@ -206,7 +206,8 @@ def assemble(
         offered = replace(config.engine_config, paravirtual=paravirt.FEATURES)
         loading.join()
         engine = engines.create(config.engine, memory, board, offered)
-        engine.attach_msrs(paravirt.MSRS, paravirt.ParavirtualClock(memory, clock, tsc))
+        for vcpu in engine.vcpus:
+            vcpu.attach_msrs(paravirt.MSRS, paravirt.ParavirtualClock(memory, clock, tsc))
         engine.set_boot_state(boot)
     except BaseException:
         memory.close()

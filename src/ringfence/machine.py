@@ -1,10 +1,10 @@
 """How the parts make one computer, and what its owner can do with it.
 
 A `Machine` is RAM, a board, an engine and a loaded kernel, put together by `assembly`; it holds
-no device logic. One host thread runs the vCPU. The owner's calls (pause, resume, stop, wait) come
-from any other thread and meet the vCPU's thread at one condition variable, `_change`; the engine
-is only ever *asked* to return, and every change of state is made by the thread that sees it
-happen.
+no device logic. A host thread runs each vCPU: `engine.group` starts them from the boot CPU's, and
+they come back there. The owner's calls (pause, resume, stop, wait) come from any other thread and
+meet the boot CPU's thread at one condition variable, `_change`; the engine is only ever *asked* to
+return, and every change of state is made by the thread that sees it happen.
 
 A reset is a new assembly: the thread drops RAM, board and engine and builds them again, so that
 nothing of the old life can leak into the next.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ringfence import engine as engines
 from ringfence.assembly import NICS, HostSide, MachineConfig, Parts, assemble
 from ringfence.console import Console
-from ringfence.engine import EngineConfig, StopReason
+from ringfence.engine import EngineConfig, StopReason, VirtualCpu
 from ringfence.errors import GuestTimeout, HostError, UsageError
 from ringfence.network.config import parse_mac
 from ringfence.settings import default_cache_dir, parse_memory
@@ -63,7 +63,7 @@ class Machine:
     memory : int or str
         Guest RAM, in bytes or as text such as ``"512M"``.
     cpus : int
-        Number of vCPUs (1 for now).
+        Number of vCPUs; `ringfence doctor` says how many an engine offers.
     engine : str
         ``auto``, ``translate``, ``kvm`` or ``trap``.
     on_reset : {"exit", "reboot"}
@@ -313,17 +313,22 @@ class Machine:
         """Change guest RAM as a device would; IndexError outside it. The guest must stand still."""
         self._still().memory.dma_write(address, data)
 
-    def read_virtual(self, address: int, length: int) -> bytes:
-        """Bytes as the paused vCPU would read them; IndexError where nothing is mapped."""
-        return self._still().engine.read_virtual(address, length)
+    @property
+    def vcpus(self) -> tuple[VirtualCpu, ...]:
+        """The vCPUs by number, each with its registers. The guest must stand still."""
+        return self._still().engine.vcpus
 
-    def registers(self) -> dict[str, int]:
-        """Registers of the vCPU, by the manual's lower-case names. The guest must stand still."""
-        return self._still().engine.registers()
+    def read_virtual(self, address: int, length: int, cpu: int = 0) -> bytes:
+        """Bytes as a paused vCPU would read them; IndexError where nothing is mapped."""
+        return self._still().engine.read_virtual(address, length, cpu)
 
-    def set_registers(self, values: dict[str, int]) -> None:
-        """Change some registers of the vCPU. The guest must stand still."""
-        self._still().engine.set_registers(values)
+    def registers(self, cpu: int = 0) -> dict[str, int]:
+        """Registers of a vCPU, by the manual's lower-case names. The guest must stand still."""
+        return self._still().engine.registers(cpu)
+
+    def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
+        """Change some registers of a vCPU. The guest must stand still."""
+        self._still().engine.set_registers(values, cpu)
 
     def stats(self) -> dict[str, Any]:
         """Counters as nested plain data, at any time; those of the last assembly after a reset.

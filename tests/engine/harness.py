@@ -115,11 +115,11 @@ class Board:
             self.last = port
             self.engine.request_pause()
 
-    def mmio_read(self, address: int, size: int) -> int:
+    def mmio_read(self, address: int, size: int, cpu: int = 0) -> int:
         """Device memory is a dictionary of bytes."""
         return int.from_bytes(bytes(self.mmio.get(address + n, 0) for n in range(size)), "little")
 
-    def mmio_write(self, address: int, size: int, value: int) -> None:
+    def mmio_write(self, address: int, size: int, value: int, cpu: int = 0) -> None:
         """Writes are recorded."""
         self.mmio_writes.append((address, size, value))
         for n in range(size):

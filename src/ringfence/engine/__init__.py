@@ -1,120 +1,53 @@
-"""How the VMM gives the CPU to the guest and gets it back: what every engine offers.
+"""How the VMM gives the CPUs to the guest and gets them back: the door to all engines.
 
-An engine runs a vCPU in the thread that calls `Engine.run` until the machine ends or its owner
-wants the CPU back. Which technique it uses (binary translation, hardware virtualization,
-trap-and-emulate) is its own matter; `create` finds one by name and imports nothing before it is
-asked to, because the engines pull in a compiler.
+An engine runs a machine's vCPUs until the machine ends or its owner wants the CPUs back. Which
+technique it uses (binary translation, hardware virtualization, trap-and-emulate) is its own matter;
+it follows `protocol.VirtualCpu`. `create` finds one by name and imports nothing before it is asked
+to, because the engines pull in a compiler.
 """
 
 from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ringfence.engine.capabilities import KVM, TRANSLATE, Capabilities
+from ringfence.engine.group import Engine
+from ringfence.engine.protocol import EngineConfig, MsrDevice, StopReason, VirtualCpu
 from ringfence.errors import HostError, UsageError
 
 if TYPE_CHECKING:
-    from ringfence.cpu.reset import EntryState
-    from ringfence.engine.exits import TraceRecord
     from ringfence.memory.ram import GuestMemory
 
-
-class StopReason(Enum):
-    """Why `Engine.run` returned."""
-
-    POWER_OFF = "power-off"
-    RESET = "reset"
-    CRASH = "crash"
-    STOPPED = "stopped"
-    PAUSED = "paused"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What the owner of a machine may choose about its engine.
-
-    Attributes
-    ----------
-    cpus : int
-        Number of vCPUs.
-    paravirtual : int
-        Paravirtual services offered, as EAX of CPUID leaf 0x40000001 has them.
-    cache_dir : Path or None
-        Folder of the engine's own compiled code; None keeps it in memory only.
-    """
-
-    cpus: int = 1
-    paravirtual: int = 0
-    cache_dir: Path | None = None
+__all__ = [
+    "AUTO",
+    "Capabilities",
+    "Engine",
+    "EngineConfig",
+    "MsrDevice",
+    "StopReason",
+    "VirtualCpu",
+    "capabilities",
+    "create",
+    "names",
+    "preload",
+    "register",
+    "resolve",
+    "select",
+    "tsc_source",
+]
 
 
-class MsrDevice(Protocol):
-    """What owns model-specific registers; both may raise ``cpu.faults.GeneralProtection``."""
-
-    def msr_read(self, index: int) -> int:
-        """Value of a register."""
-
-    def msr_write(self, index: int, value: int) -> None:
-        """Write a register."""
-
-
-class Engine(Protocol):
-    """One vCPU's way of running. Only the methods marked so may be called from any thread."""
-
-    def set_boot_state(self, boot: EntryState | None) -> None:
-        """Put the vCPU where a loader enters a kernel; None: where it is after RESET."""
-
-    def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
-        """Let a device answer for model-specific registers that are not the CPU's own."""
-
-    def run(self) -> StopReason:
-        """Run the vCPU in the calling thread until something in `StopReason` happens."""
-
-    def request_stop(self) -> None:
-        """Make `run` return STOPPED soon (any thread; remembered if `run` is not active)."""
-
-    def request_pause(self) -> None:
-        """Make `run` return PAUSED soon (any thread); a later `run` goes on from there."""
-
-    def registers(self) -> dict[str, int]:
-        """Registers of a vCPU that is not running, by the manual's lower-case names."""
-
-    def set_registers(self, values: dict[str, int]) -> None:
-        """Change some registers of a vCPU that is not running."""
-
-    def read_virtual(self, address: int, length: int) -> bytes:
-        """Bytes at a guest-virtual address as the paused vCPU sees them; IndexError if unmapped."""
-
-    def stats(self) -> dict[str, Any]:
-        """Counters as nested plain data (any thread).
-
-        ``exits`` (reason to count and ns), ``interrupts`` (vector to count), ``translation``,
-        ``tlb`` and ``time`` (guest, vmm, translation, idle; nanoseconds).
-        """
-
-    def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
-        """Call ``callback`` with each exit, or with None stop doing so."""
-
-    def crash_dump(self) -> str:
-        """Registers and surroundings at a crash: text of several lines."""
-
-    def close(self) -> None:
-        """Free what the engine holds; `run` must be over."""
-
-
-Factory = Callable[["GuestMemory", Any, EngineConfig], Engine]
+Factory = Callable[["GuestMemory", Any, EngineConfig], Sequence[VirtualCpu]]
+"""Makes all vCPUs of a machine, in order."""
 
 AUTO = "auto"
 _PLANNED = ("trap",)
 _factories: dict[str, str | Factory] = {
-    "translate": "ringfence.engine.translate.engine:TranslateEngine",
-    "kvm": "ringfence.engine.kvm.engine:KvmEngine",
+    "translate": "ringfence.engine.translate.engine:create_vcpus",
+    "kvm": "ringfence.engine.kvm.engine:create_vcpus",
 }
 _capabilities = {"translate": TRANSLATE, "kvm": KVM}
 
@@ -205,8 +138,7 @@ def create(name: str, memory: GuestMemory, board: Any, config: EngineConfig) -> 
     if isinstance(factory, str):
         module, _, attribute = factory.partition(":")
         factory = getattr(importlib.import_module(module), attribute)
-    made: Engine = factory(memory, board, config)
-    return made
+    return Engine(factory(memory, board, config), board)
 
 
 def tsc_source(name: str) -> Any:

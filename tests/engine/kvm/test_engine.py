@@ -21,7 +21,7 @@ from ringfence.chipset.clock import HostClock
 from ringfence.cpu import msr
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.reset import EntryState
-from ringfence.engine import EngineConfig, StopReason
+from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.engine.exits import TraceRecord
 from ringfence.engine.kvm.abi import Exit, Request
 from ringfence.engine.kvm.engine import AGAIN_MAX, KICK, KvmEngine
@@ -47,7 +47,8 @@ class Rig:
             console_sink=self.console.extend,
             on_power_off=lambda: self.engine.request_stop(),
         )
-        self.engine = KvmEngine(self.memory, self.board, EngineConfig(), self.kernel)
+        self.vcpu = KvmEngine(self.memory, self.board, EngineConfig(), self.kernel)
+        self.engine = Engine([self.vcpu], self.board)
         boot = EntryState(
             rip=0x1000, rsp=0, rsi=0, cr0=0x80000011, cr3=0, cr4=0x20, efer=0x500,
             gdt_base=0, gdt_limit=0, cs=8, ds=16,
@@ -243,7 +244,7 @@ def test_register_writes(rig: Any, index: int, value: int, error: int) -> None:
         leave(Exit.X86_WRMSR, msr__index=index, msr__data=value, msr__error=9),
         lambda run: (errors.append(run.msr.error), POWER_OFF(run)),
     )
-    it.engine.attach_msrs([0x4B564D00], Registers())
+    it.vcpu.attach_msrs([0x4B564D00], Registers())
     it.engine.run()
     assert errors == [error]
 
@@ -265,7 +266,7 @@ def test_register_reads(rig: Any, index: int, wanted: int | None) -> None:
         leave(Exit.X86_RDMSR, msr__index=index, msr__error=9),
         lambda run: (seen.append(None if run.msr.error else run.msr.data), POWER_OFF(run)),
     )
-    it.engine.attach_msrs([0x4B564D00], Registers())
+    it.vcpu.attach_msrs([0x4B564D00], Registers())
     it.engine.run()
     assert seen == [wanted]
 
@@ -291,7 +292,7 @@ def test_time_stands_still_over_a_pause_where_kvm_can(rig: Any, movable: bool) -
         assert start < passed  # it began at 0
         assert after - before < passed
     else:
-        assert it.kernel.tsc_offset == it.engine.view.tsc_offset == 0
+        assert it.kernel.tsc_offset == it.vcpu.view.tsc_offset == 0
         assert after - before >= passed
 
 
@@ -299,7 +300,7 @@ def test_a_written_counter_is_followed(rig: Any) -> None:
     it = rig(leave(Exit.X86_WRMSR, msr__index=msr.TSC, msr__data=1 << 50), POWER_OFF)
     it.engine.run()
     assert 0 <= it.board.tsc.read() - (1 << 50) < 100 * it.board.tsc.hz
-    assert it.kernel.tsc_offset == it.engine.view.tsc_offset
+    assert it.kernel.tsc_offset == it.vcpu.view.tsc_offset
 
 
 # --- interrupts ---------------------------------------------------------------------------------
@@ -455,7 +456,9 @@ def test_a_vcpu_thread_that_dies_ends_the_machine(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("a bug of ours")
 
     kernel = FakeKernel([die])
-    monkeypatch.setitem(engines._factories, "kvm", lambda *given: KvmEngine(*given, kernel=kernel))
+    monkeypatch.setitem(
+        engines._factories, "kvm", lambda *given: [KvmEngine(*given, kernel=kernel)]
+    )
     monkeypatch.setattr(engines, "resolve", lambda name: "kvm")
     with Machine(image="builtin", engine="kvm", memory="2M") as machine:
         machine.start()

@@ -118,7 +118,7 @@ def test_the_log_of_written_pages() -> None:
         "mov al, 1\nmov dx, 0x3f8\nout dx, al\n1: in al, 0x64\njmp 1b\n"
     )
     with tiny(source) as machine:
-        engine = machine._parts.engine
+        engine = machine.vcpus[0]
         assert isinstance(engine, KvmEngine)
         engine.log_dirty_pages(True)
         machine.start()

@@ -60,8 +60,15 @@ TSC_SLACK = 1 << 24
 """Ticks by which two readings of one counter may differ, from different CPUs."""
 
 
+def create_vcpus(
+    memory: GuestMemory, board: Any, config: EngineConfig, kernel: Kernel | None = None
+) -> list[KvmEngine]:
+    """All vCPUs of a machine."""
+    return [KvmEngine(memory, board, config, kernel)]
+
+
 class KvmEngine:
-    """One vCPU under KVM; see ``engine.Engine`` for the protocol.
+    """One vCPU under KVM; see ``engine.VirtualCpu`` for the protocol.
 
     Parameters
     ----------
@@ -83,6 +90,7 @@ class KvmEngine:
     def __init__(
         self, memory: GuestMemory, board: Any, config: EngineConfig, kernel: Kernel | None = None
     ) -> None:
+        self.index = 0
         self.memory = memory
         self.board = board
         self._page = mmap.mmap(-1, -(-state.Cpu.size // PAGE) * PAGE)
@@ -123,7 +131,6 @@ class KvmEngine:
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
         self._guest_ns = self._vmm_ns = self._idle_ns = 0
         self._crash = ""
-        self._paused_tsc: int | None = None
         self._handlers: dict[int, Callable[[Any], StopReason | None]] = {
             Exit.IO: self._on_io,
             Exit.MMIO: self._on_mmio,
@@ -170,29 +177,22 @@ class KvmEngine:
     # --- the protocol ------------------------------------------------------------------------
 
     def set_boot_state(self, boot: EntryState | None) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         reset.set_boot_state(self.view, boot)
         transfer.load(self.vcpu, self.view)
 
     def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._msrs.attach(indexes, device)
 
     def run(self) -> StopReason:
-        """See ``Engine``; HostError if KVM fails in a way that no guest can cause."""
+        """See ``VirtualCpu``; HostError if KVM fails in a way that no guest can cause."""
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
         with self._thread_lock:
             self._thread = threading.get_ident()
         try:
             self.vcpu.set_signal_mask(sum(1 << number - 1 for number in blocked - {KICK}))
-            if self._paused_tsc is not None:
-                elapsed = self.board.tsc.read() - self._paused_tsc
-                self._set_tsc_offset(self.vcpu, self.view.tsc_offset - elapsed)
-                self._paused_tsc = None
-            outcome = self._loop()
-            if outcome is StopReason.PAUSED:
-                self._paused_tsc = self.board.tsc.read()
-            return outcome
+            return self._loop()
         finally:
             self._inside = False
             with self._thread_lock:
@@ -201,22 +201,30 @@ class KvmEngine:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def request_stop(self) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._stop = True
         self._kick()
 
     def request_pause(self) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._pause = True
         self._kick()
 
+    def forget_pause(self) -> None:
+        """See ``VirtualCpu``."""
+        self._pause = False
+
+    def turn_back_time(self, ticks: int) -> None:
+        """See ``VirtualCpu``."""
+        self._set_tsc_offset(self.vcpu, self.view.tsc_offset - ticks)
+
     def registers(self) -> dict[str, int]:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._fetch()
         return named_registers(self.view)
 
     def set_registers(self, values: dict[str, int]) -> None:
-        """See ``Engine``; general registers, ``rip`` and ``rflags``."""
+        """See ``VirtualCpu``; general registers, ``rip`` and ``rflags``."""
         transfer.store_regs(self.vcpu, self.view)
         for name, value in values.items():
             set_named_register(self.view, name, value)
@@ -225,7 +233,7 @@ class KvmEngine:
         self._not_ready()
 
     def read_virtual(self, address: int, length: int) -> bytes:
-        """See ``Engine``; as a supervisor would read. Bytes outside RAM are all ones."""
+        """See ``VirtualCpu``; as a supervisor would read. Bytes outside RAM are all ones."""
         found = bytearray()
         while len(found) < length:
             at = (address + len(found)) & MASK64
@@ -240,16 +248,16 @@ class KvmEngine:
         return bytes(found)
 
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._trace = callback
 
     def crash_dump(self) -> str:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._fetch()
         return (self._crash + "\n" if self._crash else "") + dump(self.view)
 
     def stats(self) -> dict[str, Any]:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         vectors = {f"{n:#04x}": count for n, count in enumerate(self.view.interrupts) if count}
         return {
             "exits": self.counters.by_reason(),
@@ -263,7 +271,7 @@ class KvmEngine:
         }
 
     def close(self) -> None:
-        """See ``Engine``. Safe to repeat."""
+        """See ``VirtualCpu``. Safe to repeat."""
         for file in (self._vcpu, self._vm, self._system):
             if file is not None:
                 file.close()

@@ -58,8 +58,13 @@ def prepare(config: EngineConfig) -> None:
     natives.load(config.cache_dir)
 
 
+def create_vcpus(memory: GuestMemory, board: Any, config: EngineConfig) -> list[TranslateEngine]:
+    """All vCPUs of a machine."""
+    return [TranslateEngine(memory, board, config, index) for index in range(config.cpus)]
+
+
 class TranslateEngine:
-    """One vCPU under binary translation; see ``engine.Engine`` for the protocol.
+    """One vCPU under binary translation; see ``engine.VirtualCpu`` for the protocol.
 
     Parameters
     ----------
@@ -69,9 +74,14 @@ class TranslateEngine:
         The chipset: ports, MMIO, interrupt controllers.
     config : EngineConfig
         ``cache_dir`` is where the engine's own compiled code is kept.
+    index : int
+        The vCPU's number.
     """
 
-    def __init__(self, memory: GuestMemory, board: Any, config: EngineConfig) -> None:
+    def __init__(
+        self, memory: GuestMemory, board: Any, config: EngineConfig, index: int = 0
+    ) -> None:
+        self.index = index
         self.memory = memory
         self.board = board
         self.config = config
@@ -118,7 +128,7 @@ class TranslateEngine:
         view.variants = self._allocate((NUMBER_MAX + 1) * 8)
         self._init_host_state()
         rows = cpuid.build_cpuid(
-            cpuid.host_cpuid, cpu_index=0, cpus=config.cpus, paravirtual=config.paravirtual
+            cpuid.host_cpuid, cpu_index=index, cpus=config.cpus, paravirtual=config.paravirtual
         )
         packed = cpuid.pack(rows)
         view.cpuid_table = self._allocate(len(packed))
@@ -133,17 +143,19 @@ class TranslateEngine:
         view.code_end = self.translator.cache.base + self.translator.cache.size
         view.code_alias = (self.translator.cache.alias - self.translator.cache.base) & MASK64
         library.function("tlb_reset", 1)(self.block)
-        board.tsc.view = view
-        view.tsc_offset = -board.tsc.read() & MASK64
+        if index == 0:
+            board.tsc.view = view
+            view.tsc_offset = -board.tsc.read() & MASK64
+        else:
+            view.tsc_offset = board.tsc.view.tsc_offset
         self._wake = threading.Event()
-        board.set_wake(0, self._woken)
+        board.set_wake(index, self._woken)
         self._stop = self._pause = False
         self._msrs: dict[int, MsrDevice] = {}
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
         self._guest_ns = self._vmm_ns = self._idle_ns = self._asking_ns = 0
         self._crash = ""
-        self._paused_tsc: int | None = None
         self._handlers: dict[int, Callable[[], StopReason | None]] = {
             block.EXIT_ASK: self._on_translator,
             block.EXIT_FLUSH: self._on_translator,
@@ -199,17 +211,13 @@ class TranslateEngine:
         self.view.jump_target = self._find
 
     def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._msrs.update((index, device) for index in indexes)
 
     def run(self) -> StopReason:
         """Run until the machine ends, or the owner wants the CPU."""
         self._set_gs(self.block + GS_BIAS)
         signals.install(self.library.address("rf_signal_handler"))
-        if self._paused_tsc is not None:
-            elapsed = self.board.tsc.read() - self._paused_tsc
-            self.view.tsc_offset = (self.view.tsc_offset - elapsed) & MASK64
-            self._paused_tsc = None
         view = self.view
         enter, handlers, block, clock = (
             self._enter,
@@ -232,22 +240,29 @@ class TranslateEngine:
                     self._hand_over()
                 outcome = handlers[code]()
                 if outcome is not None:
-                    if outcome is StopReason.PAUSED:
-                        self._paused_tsc = self.board.tsc.read()
                     return outcome
         finally:
             gc.set_threshold(*thresholds)
             self._set_gs(0)
 
     def request_stop(self) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._stop = True
         self._call_attention()
 
     def request_pause(self) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._pause = True
         self._call_attention()
+
+    def forget_pause(self) -> None:
+        """See ``VirtualCpu``."""
+        self._pause = False
+        self.view.stop_request = self._stop
+
+    def turn_back_time(self, ticks: int) -> None:
+        """See ``VirtualCpu``."""
+        self.view.tsc_offset = (self.view.tsc_offset - ticks) & MASK64
 
     def _call_attention(self) -> None:
         self.view.stop_request = 1
@@ -261,19 +276,19 @@ class TranslateEngine:
         self._wake.set()
 
     def registers(self) -> dict[str, int]:
-        """See ``Engine``."""
-        self.view.cr8 = self.board.read_cr8(0)
+        """See ``VirtualCpu``."""
+        self.view.cr8 = self.board.read_cr8(self.index)
         return named_registers(self.view)
 
     def set_registers(self, values: dict[str, int]) -> None:
-        """See ``Engine``; general registers, ``rip`` and ``rflags``."""
+        """See ``VirtualCpu``; general registers, ``rip`` and ``rflags``."""
         for name, value in values.items():
             set_named_register(self.view, name, value)
         if "rip" in values:
             self.view.jump_target = self._find
 
     def read_virtual(self, address: int, length: int) -> bytes:
-        """See ``Engine``; as a supervisor would read."""
+        """See ``VirtualCpu``; as a supervisor would read."""
         view = self.view
         saved = (view.exc_vector, view.exc_error, view.exc_address)
         found = bytearray()
@@ -286,16 +301,16 @@ class TranslateEngine:
         return bytes(found)
 
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._trace = callback
 
     def crash_dump(self) -> str:
-        """See ``Engine``."""
-        self.view.cr8 = self.board.read_cr8(0)
+        """See ``VirtualCpu``."""
+        self.view.cr8 = self.board.read_cr8(self.index)
         return (self._crash + "\n" if self._crash else "") + dump(self.view)
 
     def stats(self) -> dict[str, Any]:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         view = self.view
         translator = self.translator
         vectors = {f"{n:#04x}": count for n, count in enumerate(list(view.interrupts)) if count}
@@ -335,7 +350,7 @@ class TranslateEngine:
         }
 
     def close(self) -> None:
-        """See ``Engine``."""
+        """See ``VirtualCpu``."""
         self._natives.release(self._adopt)
         self.translator.close()
         self.view = None
@@ -402,9 +417,9 @@ class TranslateEngine:
             self._invalidate(self.block, self._dma.popleft(), MASK64)
         with self.board.lock:
             view.attention = 0
-            if self.board.interrupt_pending(0) and view.flag_if:
-                vector = self.board.acknowledge(0)
-            if self.board.interrupt_pending(0):
+            if self.board.interrupt_pending(self.index) and view.flag_if:
+                vector = self.board.acknowledge(self.index)
+            if self.board.interrupt_pending(self.index):
                 view.irq_request = view.attention = 1
             else:
                 view.irq_request = 0
@@ -435,7 +450,7 @@ class TranslateEngine:
             if view.stop_request:
                 break
             with self.board.lock:
-                if view.flag_if and self.board.interrupt_pending(0):
+                if view.flag_if and self.board.interrupt_pending(self.index):
                     break
             self._wake.wait()
         elapsed = time.perf_counter_ns() - began
@@ -571,7 +586,7 @@ class TranslateEngine:
         data = b""
         while len(data) < size:
             take = min(8, size - len(data))
-            value = self.board.mmio_read(address + len(data), take)
+            value = self.board.mmio_read(address + len(data), take, self.index)
             data += (value & (1 << 8 * take) - 1).to_bytes(take, "little")
         return data
 
@@ -582,7 +597,9 @@ class TranslateEngine:
         data = ctypes.string_at(view.slow_pointer, size)
         for at in range(0, size, 8):
             part = data[at : at + 8]
-            self.board.mmio_write(address + at, len(part), int.from_bytes(part, "little"))
+            self.board.mmio_write(
+                address + at, len(part), int.from_bytes(part, "little"), self.index
+            )
         view.jump_target = self._resume
         self._count(
             Reason.MMIO_WRITE,
@@ -609,13 +626,13 @@ class TranslateEngine:
         address, size, write, value = (view.exit_data[n] for n in range(4))
         value &= (1 << 8 * size) - 1
         if write:
-            self.board.mmio_write(address, size, value)
+            self.board.mmio_write(address, size, value, self.index)
             view.string_ready |= 2
             self._count(
                 Reason.MMIO_WRITE, began, lambda: vocabulary.MmioWrite(address, size, value)
             )
         else:
-            view.string_value = self.board.mmio_read(address, size)
+            view.string_value = self.board.mmio_read(address, size, self.index)
             view.string_ready |= 1
             self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
 
@@ -625,7 +642,7 @@ class TranslateEngine:
         index = view.exit_data[0]
         try:
             device = self._msrs.get(index)
-            value = device.msr_read(index) if device else self.board.msr_read(0, index)
+            value = device.msr_read(index) if device else self.board.msr_read(self.index, index)
         except GeneralProtection:
             self._raise(state.GP)
             return None
@@ -644,7 +661,7 @@ class TranslateEngine:
             if device:
                 device.msr_write(index, value)
             else:
-                self.board.msr_write(0, index, value)
+                self.board.msr_write(self.index, index, value)
         except GeneralProtection:
             self._raise(state.GP)
             return None
@@ -653,7 +670,7 @@ class TranslateEngine:
         return self._stopped()
 
     def _on_cr8_read(self) -> StopReason | None:
-        self.view.gpr[self.view.exit_data[0]] = self.board.read_cr8(0)
+        self.view.gpr[self.view.exit_data[0]] = self.board.read_cr8(self.index)
         self._continue()
         return None
 
@@ -662,7 +679,7 @@ class TranslateEngine:
         if value >> 4:
             self._raise(state.GP)
             return None
-        self.board.write_cr8(0, value)
+        self.board.write_cr8(self.index, value)
         self._continue()
         return None
 

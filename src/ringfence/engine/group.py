@@ -1,0 +1,159 @@
+"""All vCPUs of a machine as one: they start, pause and end together.
+
+Each vCPU has a host thread while the machine runs: the boot CPU the one that calls `Engine.run`,
+the others threads that live as long as that call. The first vCPU that ends for a reason of its own
+(a crash, the owner's stop) takes the others along, and what it ended for is what `run` returns.
+A pause is over for all at once: the time-stamp counters are read when the last vCPU has come back,
+and all are set back by the same number of ticks before the first one runs again, so that they
+agree as they did before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ringfence.engine.protocol import StopReason, VirtualCpu
+
+if TYPE_CHECKING:
+    from ringfence.cpu.reset import EntryState
+    from ringfence.engine.exits import TraceRecord
+
+
+class Engine:
+    """The vCPUs of one machine.
+
+    Parameters
+    ----------
+    vcpus : sequence of VirtualCpu
+        In order of their numbers.
+    board : Board
+        Whose time-stamp counter the vCPUs share.
+
+    Attributes
+    ----------
+    vcpus : tuple of VirtualCpu
+        For whoever wants something of a single one.
+    """
+
+    def __init__(self, vcpus: Sequence[VirtualCpu], board: Any) -> None:
+        self.vcpus = tuple(vcpus)
+        self._board = board
+        self._lock = threading.Lock()
+        self._pause = False
+        self._ended: tuple[VirtualCpu, StopReason] | None = None
+        self._failure: BaseException | None = None
+        self._paused_at: int | None = None
+
+    def set_boot_state(self, boot: EntryState | None) -> None:
+        """See `VirtualCpu.set_boot_state`: of the boot CPU; the others wait to be started."""
+        self.vcpus[0].set_boot_state(boot)
+
+    def run(self) -> StopReason:
+        """Run all vCPUs, the boot CPU in the calling thread, until something in `StopReason`."""
+        if self._paused_at is not None:
+            elapsed = self._board.tsc.read() - self._paused_at
+            for vcpu in self.vcpus:
+                vcpu.turn_back_time(elapsed)
+            self._paused_at = None
+        threads = [
+            threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+            for vcpu in self.vcpus[1:]
+        ]
+        for thread in threads:
+            thread.start()
+        self._run(self.vcpus[0])
+        for thread in threads:
+            thread.join()
+        with self._lock:
+            self._pause = False
+            for vcpu in self.vcpus:
+                vcpu.forget_pause()
+        if self._failure is not None:
+            raise self._failure
+        if self._ended is not None:
+            return self._ended[1]
+        self._paused_at = self._board.tsc.read()
+        return StopReason.PAUSED
+
+    def _run(self, vcpu: VirtualCpu) -> None:
+        """Run one vCPU, and see to it that the others come back, too."""
+        try:
+            reason = vcpu.run()
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            reason = StopReason.CRASH
+        if reason is StopReason.PAUSED:
+            self.request_pause()
+            return
+        with self._lock:
+            self._ended = self._ended or (vcpu, reason)
+        self.request_stop()
+
+    def request_stop(self) -> None:
+        """Make `run` return STOPPED soon (any thread; remembered if `run` is not active)."""
+        for vcpu in self.vcpus:
+            vcpu.request_stop()
+
+    def request_pause(self) -> None:
+        """Make `run` return PAUSED soon (any thread); a later `run` goes on from there."""
+        with self._lock:
+            if self._pause:
+                return
+            self._pause = True
+            for vcpu in self.vcpus:
+                vcpu.request_pause()
+
+    def registers(self, cpu: int = 0) -> dict[str, int]:
+        """See `VirtualCpu.registers`."""
+        return self.vcpus[cpu].registers()
+
+    def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
+        """See `VirtualCpu.set_registers`."""
+        self.vcpus[cpu].set_registers(values)
+
+    def read_virtual(self, address: int, length: int, cpu: int = 0) -> bytes:
+        """See `VirtualCpu.read_virtual`."""
+        return self.vcpus[cpu].read_virtual(address, length)
+
+    def stats(self) -> dict[str, Any]:
+        """The vCPUs' counters added up (any thread); see `VirtualCpu.stats`.
+
+        With several vCPUs, ``vcpus`` has what each spent its time with.
+        """
+        each = [vcpu.stats() for vcpu in self.vcpus]
+        total = each[0]
+        for one in each[1:]:
+            total = _sum(total, one)
+        if len(each) > 1:
+            total["vcpus"] = {str(n): dict(one["time"]) for n, one in enumerate(each)}
+        return total
+
+    def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
+        """See `VirtualCpu.set_trace`; with several vCPUs the calls come from several threads."""
+        for vcpu in self.vcpus:
+            vcpu.set_trace(callback)
+
+    def crash_dump(self) -> str:
+        """See `VirtualCpu.crash_dump`: of the vCPU that ended the machine."""
+        vcpu = self._ended[0] if self._ended is not None else self.vcpus[0]
+        where = f"vCPU {vcpu.index} of {len(self.vcpus)}\n" if len(self.vcpus) > 1 else ""
+        return where + vcpu.crash_dump()
+
+    def close(self) -> None:
+        """See `VirtualCpu.close`."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+
+
+def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two nested dictionaries of numbers, added."""
+    total = dict(one)
+    for name, value in other.items():
+        if isinstance(value, dict):
+            total[name] = _sum(one.get(name, {}), value)
+        else:
+            total[name] = one.get(name, 0) + value
+    return total

@@ -1,0 +1,115 @@
+"""What an engine's vCPU offers to whoever runs it, and what the owner may choose about it.
+
+`VirtualCpu` is the seam between the machine and the technique behind it. A vCPU runs in the thread
+that calls `VirtualCpu.run`, until the machine ends or its owner wants the CPU back; all vCPUs of a
+machine together are an `Engine` (see `group`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from ringfence.cpu.reset import EntryState
+    from ringfence.engine.exits import TraceRecord
+
+
+class StopReason(Enum):
+    """Why `Engine.run` returned."""
+
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    CRASH = "crash"
+    STOPPED = "stopped"
+    PAUSED = "paused"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the owner of a machine may choose about its engine.
+
+    Attributes
+    ----------
+    cpus : int
+        Number of vCPUs.
+    paravirtual : int
+        Paravirtual services offered, as EAX of CPUID leaf 0x40000001 has them.
+    cache_dir : Path or None
+        Folder of the engine's own compiled code; None keeps it in memory only.
+    """
+
+    cpus: int = 1
+    paravirtual: int = 0
+    cache_dir: Path | None = None
+
+
+class MsrDevice(Protocol):
+    """What owns model-specific registers; both may raise ``cpu.faults.GeneralProtection``."""
+
+    def msr_read(self, index: int) -> int:
+        """Value of a register."""
+
+    def msr_write(self, index: int, value: int) -> None:
+        """Write a register."""
+
+
+class VirtualCpu(Protocol):
+    """One vCPU's way of running. Only the methods marked so may be called from any thread.
+
+    Attributes
+    ----------
+    index : int
+        Its number, which is its APIC ID; 0 is the boot CPU.
+    """
+
+    index: int
+
+    def set_boot_state(self, boot: EntryState | None) -> None:
+        """Put the vCPU where a loader enters a kernel; None: where it is after RESET."""
+
+    def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
+        """Let a device answer for model-specific registers that are not the CPU's own."""
+
+    def run(self) -> StopReason:
+        """Run the vCPU in the calling thread until something in `StopReason` happens."""
+
+    def request_stop(self) -> None:
+        """Make `run` return STOPPED soon (any thread; remembered if `run` is not active)."""
+
+    def request_pause(self) -> None:
+        """Make `run` return PAUSED soon (any thread); a later `run` goes on from there."""
+
+    def forget_pause(self) -> None:
+        """Drop a request to pause that `run` has not seen; the vCPU is not running."""
+
+    def turn_back_time(self, ticks: int) -> None:
+        """Set the time-stamp counter back by so many ticks; the vCPU is not running."""
+
+    def registers(self) -> dict[str, int]:
+        """Registers of a vCPU that is not running, by the manual's lower-case names."""
+
+    def set_registers(self, values: dict[str, int]) -> None:
+        """Change some registers of a vCPU that is not running."""
+
+    def read_virtual(self, address: int, length: int) -> bytes:
+        """Bytes at a guest-virtual address as the paused vCPU sees them; IndexError if unmapped."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters as nested plain data (any thread).
+
+        ``exits`` (reason to count and ns), ``interrupts`` (vector to count), ``translation``,
+        ``tlb`` and ``time`` (guest, vmm, translation, idle; nanoseconds).
+        """
+
+    def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
+        """Call ``callback`` with each exit, or with None stop doing so."""
+
+    def crash_dump(self) -> str:
+        """Registers and surroundings at a crash: text of several lines."""
+
+    def close(self) -> None:
+        """Free what the engine holds; `run` must be over."""
