@@ -6,7 +6,6 @@ that it can't emulate needs no entry here."""
 
 from __future__ import annotations
 
-_STEP = "TF counts as it is behind the instruction, not as it was before: POPF clears it untrapped"
 _SELECTORS = "user code sees the host's selectors"
 _FLAGS = "user code sees the host's IF, and may change it"
 _INT = "user code's INT is #UD"
@@ -14,13 +13,10 @@ _SYSTEM_CALL = "SYSCALL and SYSRET load the host's selectors"
 _IRET = "IRET checks selectors late, if at all, and doesn't load IOPL"
 _FSGSBASE = "CR4.FSGSBASE has no effect"
 _WINDOW = "a stretch of a few instructions with IF set is interpreted without a look at interrupts"
+_DATA = "DR0-DR3 watch neither data nor ports, and nothing that user code does"
 _MONITOR = "user code reaches the host's MONITOR and MWAIT"
 
 KNOWN: dict[str, dict[str, str]] = {
-    "translate": {
-        "single-step in the kernel": _STEP,
-        "MOV SS's shadow": _STEP,
-    },
     "software KVM": {
         "#GP interrupt through a missing gate in user": _INT,
         "INT in user": _INT,
@@ -63,6 +59,27 @@ KNOWN: dict[str, dict[str, str]] = {
         "priorities": _WINDOW,
         "CR8 holds an interrupt back": _WINDOW,
         "MOV SS's shadow": "MOV SS doesn't hold back a single-step trap",
-        "a breakpoint on data": "DR0-DR3 don't watch data",
+        **dict.fromkeys(
+            (
+                "a breakpoint on data",
+                "a breakpoint in user code",
+                "a write",
+                "a read",
+                "both breakpoints of one access",
+                "an access that overlaps from below",
+                "low bits of an address are ignored",
+                "read, modify, write is one trap",
+                "pushes",
+                "a vector store",
+                "a watched word in a block move stops it there",
+                "a write of user code",
+                "user code's stack",
+                "a port",
+                "a string from a port",
+                "steps and data in one trap",
+            ),
+            _DATA,
+        ),
+        "a step of each element": "a repeated string instruction is one step",
     },
 }

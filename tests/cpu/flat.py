@@ -37,6 +37,8 @@ class FlatCpu(Cpu):
     """User accesses at or above this address fault."""
     mode_changes: Annotated[int, u64]
     interrupt_checks: Annotated[int, u64]
+    debug_changes: Annotated[int, u64]
+    debug_noted: Annotated[int, u64]
     flushes_all: Annotated[int, u64]
     flushes_nonglobal: Annotated[int, u64]
     flushes_page: Annotated[int, u64]
@@ -134,4 +136,24 @@ def mode_changed(cpu: FlatCpu) -> int:
 def interrupts_enabled(cpu: FlatCpu) -> int:
     """Count."""
     cpu.interrupt_checks += 1
+    return OK
+
+
+@native
+def debug_changed(cpu: FlatCpu) -> int:
+    """Count."""
+    cpu.debug_changes += 1
+    return OK
+
+
+@native
+def step_masked(cpu: FlatCpu) -> int:
+    """Nothing steps here."""
+    return OK
+
+
+@native
+def debug_note(cpu: FlatCpu, bits: int) -> int:
+    """Remember the bits."""
+    cpu.debug_noted |= bits
     return OK

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.cpu import control, library, portio, system
+from ringfence.cpu import control, debug, library, portio, system
 from ringfence.cpu.dump import dump
 from ringfence.cpu.reset import reset
 from ringfence.cpu.state import (
@@ -47,6 +47,7 @@ from ringfence.cpu.state import (
     RCX,
     RDX,
     RSP,
+    SHADOW_STI,
     SS_FAULT,
     TR,
     UD,
@@ -61,7 +62,7 @@ MEMORY = 0x20000
 
 @pytest.fixture
 def machine(flat_machine: Callable[..., Any]) -> Any:
-    made = flat_machine(control, portio, system)
+    made = flat_machine(control, debug, portio, system)
     made.cpu.seg_attr[1] = 0x29B
     return made
 
@@ -386,7 +387,7 @@ def test_port_permission(machine: Any) -> None:
 def test_cli_and_sti(machine: Any) -> None:
     cpu = machine.cpu
     done(machine, "fx_sti")
-    assert (cpu.flag_if, cpu.interrupt_shadow, cpu.interrupt_checks) == (1, 1, 1)
+    assert (cpu.flag_if, cpu.interrupt_shadow, cpu.interrupt_checks) == (1, SHADOW_STI, 1)
     cpu.interrupt_shadow = 0
     done(machine, "fx_sti")
     assert (cpu.interrupt_shadow, cpu.interrupt_checks) == (0, 1)

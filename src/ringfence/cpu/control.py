@@ -1,9 +1,9 @@
-"""Control and debug registers, the machine status word, extended control and segment bases.
+"""Control registers, the machine status word, extended control and segment bases.
 
 Each ``fx_*`` carries out one instruction (see ``cpu.system`` for the conventions); operands come
 in ``cpu.op`` and ``cpu.ea``. Only 64-bit mode is modelled, so paging is always on.
 
-Sources: Intel SDM vol. 3, 2.5 (control registers), 4.10.4 (invalidation), 18.2 (debug registers);
+Sources: Intel SDM vol. 3, 2.5 (control registers), 4.10.4 (invalidation);
 AMD APM vol. 2, 3.1 and 5.5; SDM vol. 2 for each instruction's checks.
 """
 
@@ -47,7 +47,6 @@ from ringfence.cpu.state import (
     CR4_UMIP,
     CR4_VME,
     CS,
-    DB,
     EFER_LMA,
     EXIT,
     EXIT_CR8_READ,
@@ -78,8 +77,6 @@ CR4_PAGING = CR4_PSE | CR4_PAE | CR4_PGE | CR4_PCIDE | CR4_SMEP
 CR3_NOFLUSH = 1 << 63
 CR3_RESERVED = (CR3_NOFLUSH - 1) & ~((1 << PHYSICAL_BITS) - 1)
 PCID_MASK = 0xFFF
-DR6_FIXED, DR6_BITS, DR6_BD = 0xFFFF0FF0, 0x0000E00F, 1 << 13
-DR7_FIXED, DR7_BITS, DR7_GD = 0x00000400, 0xFFFF23FF, 1 << 13
 
 
 @native_inline
@@ -231,57 +228,6 @@ def fx_mov_from_cr(cpu: Cpu) -> int:
     elif number == 4:
         value = cpu.cr4
     cpu.gpr[cpu.op[0]] = value
-    return advance(cpu)
-
-
-# --- debug registers --------------------------------------------------------------------------
-
-
-@native
-def check_debug_access(cpu: Cpu, number: int) -> int:
-    """Checks that both directions of MOV DRn share (SDM vol. 3, 18.2.2 and 18.2.4).
-
-    With DR7.GD set the access is a #DB: DR6.BD records it and GD clears, as on delivery.
-    """
-    if number > 7 or (number & 6 == 4 and cpu.cr4 & CR4_DE):
-        return raise_fault(cpu, UD, 0)
-    if cpu.cpl:
-        return refused(cpu)
-    if cpu.dr[7] & DR7_GD:
-        cpu.dr[6] = cpu.dr[6] | DR6_BD
-        cpu.dr[7] = cpu.dr[7] & ~DR7_GD
-        return raise_fault(cpu, DB, 0)
-    return OK
-
-
-@native
-def fx_mov_to_dr(cpu: Cpu) -> int:
-    """MOV DRn, r64: ``op[0]`` general register, ``op[1]`` debug register."""
-    number = cpu.op[1]
-    value = cpu.gpr[cpu.op[0]]
-    if check_debug_access(cpu, number):
-        return FAULT
-    if number < 4:
-        cpu.dr[number] = value
-        return advance(cpu)
-    if value >> 32:
-        return refused(cpu)
-    if number & 1:
-        cpu.dr[7] = (value & DR7_BITS) | DR7_FIXED
-    else:
-        cpu.dr[6] = (value & DR6_BITS) | DR6_FIXED
-    return advance(cpu)
-
-
-@native
-def fx_mov_from_dr(cpu: Cpu) -> int:
-    """MOV r64, DRn: ``op[0]`` general register, ``op[1]`` debug register."""
-    number = cpu.op[1]
-    if check_debug_access(cpu, number):
-        return FAULT
-    if number == 4 or number == 5:
-        number += 2
-    cpu.gpr[cpu.op[0]] = cpu.dr[number]
     return advance(cpu)
 
 

@@ -8,7 +8,7 @@ is a loop, and the class of the event can only rise, so it ends. Sources: Intel 
 from __future__ import annotations
 
 from ringfence.cpu.flags import get_rflags, is_canonical, raise_fault
-from ringfence.cpu.ports import linear_read, linear_write, mode_changed
+from ringfence.cpu.ports import linear_read, linear_write, mode_changed, step_masked
 from ringfence.cpu.segments import (
     DESC_CODE,
     DESC_CONFORMING,
@@ -248,6 +248,7 @@ def fx_int(cpu: Cpu) -> int:
     if enter_gate(cpu, cpu.op[0] & 0xFF, 0, SOFTWARE, cpu.next_rip):
         return FAULT
     cpu.software_interrupts += 1
+    step_masked(cpu)
     return OK
 
 
@@ -274,10 +275,3 @@ def fx_gp(cpu: Cpu) -> int:
 def fx_nm(cpu: Cpu) -> int:
     """#NM: the FPU is not available (CR0.TS or CR0.EM)."""
     return raise_fault(cpu, NM, 0)
-
-
-@native
-def fx_step(cpu: Cpu) -> int:
-    """Single-step trap after an instruction: #DB with DR6.BS (SDM vol. 3, 17.3.1.4)."""
-    cpu.dr[6] |= 0x4000
-    return raise_fault(cpu, DB, 0)

@@ -6,7 +6,8 @@ Sources: Intel SDM vol. 1, 19.5 (protected-mode I/O); vol. 3, 8.7 (the 64-bit TS
 from __future__ import annotations
 
 from ringfence.cpu.control import leave, refused
-from ringfence.cpu.ports import linear_read
+from ringfence.cpu.debug import DR7_ENABLE, port_hits
+from ringfence.cpu.ports import debug_note, linear_read
 from ringfence.cpu.state import (
     EXIT_PORT_IN,
     EXIT_PORT_OUT,
@@ -27,6 +28,16 @@ BITMAP_OFFSET = 0x66
 """Where a 64-bit TSS says at which of its bytes the I/O permission bitmap starts."""
 
 
+@native_inline
+def note_port(cpu: Cpu, port: int, size: int) -> int:
+    """An access to ports is allowed: note the breakpoints that it hits."""
+    if cpu.dr[7] & DR7_ENABLE:
+        bits = port_hits(cpu, port, size)
+        if bits:
+            debug_note(cpu, bits)
+    return OK
+
+
 @native
 def check_port(cpu: Cpu, port: int, size: int) -> int:
     """OK if the current privilege level may use these ports, else FAULT.
@@ -34,7 +45,7 @@ def check_port(cpu: Cpu, port: int, size: int) -> int:
     Two bytes of the bitmap are always read, both must lie within the TSS's limit.
     """
     if cpu.cpl <= (cpu.other_flags & FLAG_IOPL) >> 12:
-        return OK
+        return note_port(cpu, port, size)
     limit = cpu.seg_limit[TR]
     if limit < BITMAP_OFFSET + 1:
         return refused(cpu)
@@ -47,7 +58,7 @@ def check_port(cpu: Cpu, port: int, size: int) -> int:
         return FAULT
     if (cpu.value >> (port & 7)) & ((1 << size) - 1):
         return refused(cpu)
-    return OK
+    return note_port(cpu, port, size)
 
 
 @native_inline

@@ -55,3 +55,21 @@ def mode_changed(cpu: Cpu) -> int:
 def interrupts_enabled(cpu: Cpu) -> int:
     """IF was just set (STI, POPF, IRET, SYSRET …): let the engine look for pending interrupts."""
     return 0
+
+
+@external
+def debug_changed(cpu: Cpu) -> int:
+    """What DR0-DR3 and DR7 watch changed: let the engine follow."""
+    return 0
+
+
+@external
+def step_masked(cpu: Cpu) -> int:
+    """The present instruction enters a handler with TF clear: no single-step trap follows it."""
+    return 0
+
+
+@external
+def debug_note(cpu: Cpu, bits: int) -> int:
+    """Breakpoints fired that trap: ``bits`` of DR6 are due behind the present instruction."""
+    return 0

@@ -20,6 +20,7 @@ from ringfence.cpu.state import (
     NP,
     OK,
     RSP,
+    SHADOW_MOV_SS,
     SS,
     SS_FAULT,
     TR,
@@ -200,7 +201,7 @@ def fx_mov_to_sreg(cpu: Cpu) -> int:
     if load_segment(cpu, sreg, cpu.op[1]):
         return FAULT
     if sreg == SS:
-        cpu.interrupt_shadow = 1
+        cpu.interrupt_shadow = SHADOW_MOV_SS
     cpu.rip = cpu.next_rip
     return OK
 

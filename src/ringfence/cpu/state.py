@@ -77,6 +77,9 @@ PF_PRESENT, PF_WRITE, PF_USER, PF_RESERVED, PF_FETCH = 1, 2, 4, 8, 16
 
 NO_EXCEPTION = 0xFF
 
+SHADOW_MOV_SS, SHADOW_STI = 1, 2
+"""What casts an interrupt shadow; that of MOV SS is on debug exceptions, too (vol. 3, 6.8.3)."""
+
 # --- exit reasons that effects report (engine.exits gives them their typed form) ------------------
 (
     EXIT_NONE,
@@ -114,7 +117,7 @@ class Cpu(Struct):
     flag_df: Annotated[int, u8]
     cpl: Annotated[int, u8]
     interrupt_shadow: Annotated[int, u8]
-    """Set by STI and MOV SS until the next instruction is done."""
+    """SHADOW_STI or SHADOW_MOV_SS until the next instruction is done, else 0."""
     nmi_blocked: Annotated[int, u8]
     halted: Annotated[int, u8]
 

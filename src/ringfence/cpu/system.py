@@ -47,6 +47,7 @@ from ringfence.cpu.state import (
     RCX,
     RDX,
     RSP,
+    SHADOW_STI,
     STATUS_FLAGS,
     TR,
     Cpu,
@@ -248,7 +249,7 @@ def fx_sti(cpu: Cpu) -> int:
         return refused(cpu)
     if not cpu.flag_if:
         cpu.flag_if = 1
-        cpu.interrupt_shadow = 1
+        cpu.interrupt_shadow = SHADOW_STI
         interrupts_enabled(cpu)
     return advance(cpu)
 

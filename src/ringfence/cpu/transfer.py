@@ -16,7 +16,7 @@ from ringfence.cpu.flags import (
     stack_read,
     stack_write,
 )
-from ringfence.cpu.ports import linear_read, mode_changed
+from ringfence.cpu.ports import linear_read, mode_changed, step_masked
 from ringfence.cpu.segments import (
     DESC_CODE,
     DESC_CONFORMING,
@@ -258,6 +258,8 @@ def fx_syscall(cpu: Cpu) -> int:
     flat_segments(cpu, selector, selector + 8, 0)
     cpu.rip = cpu.lstar
     set_rflags(cpu, flags & ~cpu.sfmask)
+    if cpu.sfmask & FLAG_TF:
+        step_masked(cpu)
     mode_changed(cpu)
     return OK
 

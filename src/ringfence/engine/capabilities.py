@@ -43,5 +43,5 @@ class Capabilities:
     dirty_log: bool = False
 
 
-TRANSLATE = Capabilities()
+TRANSLATE = Capabilities(breakpoints=True)
 KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)

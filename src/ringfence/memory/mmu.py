@@ -9,8 +9,8 @@ own index: no address that selects the entry can match it, canonical or not.
 Two TLBs exist, for supervisor and for user accesses; emitted code knows at translation time which
 one it uses. Their entries alternate in one array, so that both are within reach of the 8-bit
 displacements of emitted code. Pages that hold translated code are never entered as writable, nor
-pages of a ROM; pages outside RAM and ROM are never entered at all: both take the slow path on every
-access, which finds a device where a ROM is written to.
+pages of a ROM; pages outside RAM and ROM, and pages with watched data, are never entered at all:
+both take the slow path on every access, which finds a device where a ROM is written to.
 
 Sources: Intel SDM vol. 3, 4.5 (4-level paging), 4.10 (caching translation information).
 """
@@ -19,11 +19,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ringfence.cpu.state import (
-    FAULT,
-    OK,
-    PF_WRITE,
-)
+from ringfence.cpu.debug import DR6_B, DR6_BS, data_hits
+from ringfence.cpu.state import FAULT, OK, PF_WRITE
 from ringfence.memory.walk import walk
 from ringfence.memory.walk_state import PAGE_WRITE, Walker, ram_pointer, rom_pointer
 from ringfence.native.dialect import (
@@ -56,7 +53,15 @@ PAGE_MASK = ~0xFFF & ((1 << 64) - 1)
 ITLB_ENTRIES = 1024
 NOT_RAM = 3
 """Status of an access whose page lies outside RAM."""
+WATCHED = 4
+"""Status of filling the TLB for a page with watched data: it is in ``Mmu.value``, not entered."""
 DIRTY_CODE_MAX = 64
+OWNER_WATCHES = 8
+"""Watchpoints that the machine's owner can have at a time."""
+PENDING_GUEST = DR6_B | DR6_BS
+PENDING_OWNER_SHIFT = 16
+PENDING_OWNER = ((1 << OWNER_WATCHES) - 1) << PENDING_OWNER_SHIFT
+PENDING_LOOK = 1 << 31
 
 
 class Mmu(Walker):
@@ -90,7 +95,19 @@ class Mmu(Walker):
     dirty_code: Annotated[Array, u64, 64]
     """RAM page indexes whose translated code was written over and is still to be dropped."""
     dirty_code_lines: Annotated[Array, u64, 64]
-    dirty_code_count: Annotated[int, u64]
+    dirty_code_count: Annotated[int, u32]
+    debug_pending: Annotated[int, u32]
+    """What has to be seen to before the next instruction, beside dirty code: traps that are due
+    (PENDING_GUEST: bits of DR6; PENDING_OWNER: one per watchpoint of the owner's), PENDING_LOOK
+    where each instruction is to be looked up. Emitted code compares this and the count in one."""
+    watches: Annotated[int, u8]
+    """Whether any data is watched, by the guest or by the owner."""
+    owner_watches: Annotated[int, u8]
+    """How many of the following are in use: first and last address, accesses watched (1 read,
+    2 write)."""
+    owner_first: Annotated[Array, u64, 8]
+    owner_last: Annotated[Array, u64, 8]
+    owner_access: Annotated[Array, u8, 8]
     tlb_misses: Annotated[int, u64]
     tlb_flushes: Annotated[int, u64]
     tlb_page_flushes: Annotated[int, u64]
@@ -101,6 +118,10 @@ class Mmu(Walker):
     string_ready: Annotated[int, u8]
     """Bit 0: ``string_value`` is there; bit 1: the VMM has written the element. Non-zero only while
     the VMM carries out the present element."""
+
+
+assert Mmu.offset_of("dirty_code_count") % 8 == 0
+assert Mmu.offset_of("debug_pending") == Mmu.offset_of("dirty_code_count") + 4
 
 
 @native_inline
@@ -259,8 +280,32 @@ def note_large(mmu: Mmu, address: int) -> int:
 
 
 @native
+def watched_page(mmu: Mmu, page: int) -> int:
+    """Whether any byte of a linear page is watched."""
+    if data_hits(mmu, page, 4096, 1):
+        return 1
+    for n in range(mmu.owner_watches):
+        if mmu.owner_first[n] & PAGE_MASK <= page and page <= mmu.owner_last[n]:
+            return 1
+    return 0
+
+
+@native
+def note_access(mmu: Mmu, address: int, size: int, write: int) -> int:
+    """Guest code has read or written data while something is watched: note what it hit."""
+    pending = data_hits(mmu, address, size, write)
+    last = address + size - 1
+    for n in range(mmu.owner_watches):
+        apart = mmu.owner_last[n] < address or last < mmu.owner_first[n]
+        if not apart and mmu.owner_access[n] & (2 if write else 1):
+            pending = pending | 1 << (PENDING_OWNER_SHIFT + n)
+    mmu.debug_pending = mmu.debug_pending | pending
+    return 0
+
+
+@native
 def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
-    """Walk the page tables and enter the page; OK, FAULT or NOT_RAM.
+    """Walk the page tables and enter the page; OK, FAULT, NOT_RAM or WATCHED.
 
     ``access`` holds PF_WRITE and PF_USER as in a page-fault error code. ``mmu.last_pa`` is left at
     the guest-physical address, ``mmu.value`` at the host page (0 where it is not RAM, nor ROM that
@@ -279,6 +324,8 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
     mmu.value = host
     if host == 0:
         return NOT_RAM
+    if mmu.watches and watched_page(mmu, address & PAGE_MASK):
+        return WATCHED
     index = (address >> 12) & (TLB_ENTRIES - 1)
     never = (index ^ 1) << 12
     page = address & PAGE_MASK
@@ -320,9 +367,7 @@ def host_page(mmu: Mmu, address: int, access: int) -> int:
         return mmu.tlb[entry + 2]
     status = tlb_fill(mmu, address, access)
     mmu.status_word = status
-    if status != OK:
-        return 0
-    return mmu.value
+    return mmu.value if status in (OK, WATCHED) else 0
 
 
 @native
@@ -410,6 +455,8 @@ def linear_read(mmu: Mmu, address: int, size: int, user: int) -> int:
             value = value | (((1 << (8 * (size - first))) - 1) << (8 * first))
         else:
             value = value | (load_sized(host, size - first) << (8 * first))
+    if mmu.watches:
+        note_access(mmu, address, size, 0)
     mmu.value = value
     return OK
 
@@ -436,4 +483,6 @@ def linear_write(mmu: Mmu, address: int, size: int, value: int, user: int) -> in
     if second:
         note_code_write(mmu, second, size - first)
         store_sized(second, size - first, value >> (8 * first))
+    if mmu.watches:
+        note_access(mmu, address, size, 1)
     return OK

@@ -17,6 +17,7 @@ from __future__ import annotations
 from ringfence.cpu.state import (
     EXIT,
     FAULT,
+    FLAG_RF,
     OK,
     RAX,
     RCX,
@@ -26,13 +27,17 @@ from ringfence.cpu.state import (
 )
 from ringfence.memory.mmu import (
     OFFSET_MASK,
+    PAGE_MASK,
+    PENDING_LOOK,
     Mmu,
     host_page,
     linear_read,
     linear_write,
     load_sized,
+    note_access,
     note_code_write,
     store_sized,
+    watched_page,
 )
 from ringfence.native.dialect import (
     native,
@@ -101,6 +106,8 @@ def read_element(mmu: Mmu, address: int, size: int, user: int) -> int:
     if (address & OFFSET_MASK) + size <= 4096:
         host = host_page(mmu, address, 4 if user else 0)
         if host:
+            if mmu.watches:
+                note_access(mmu, address, size, 0)
             mmu.value = load_sized(host + (address & OFFSET_MASK), size)
             return OK
         if mmu.status_word == FAULT:
@@ -120,6 +127,8 @@ def write_element(mmu: Mmu, address: int, size: int, value: int, user: int) -> i
         if host:
             note_code_write(mmu, host + (address & OFFSET_MASK), size)
             store_sized(host + (address & OFFSET_MASK), size, value)
+            if mmu.watches:
+                note_access(mmu, address, size, 1)
             return OK
         if mmu.status_word == FAULT:
             return FAULT
@@ -136,6 +145,15 @@ def room(address: int) -> int:
     return 4096 - (address & OFFSET_MASK)
 
 
+@native_inline
+def unwatched_page(mmu: Mmu, address: int, access: int) -> int:
+    """As ``host_page``; 0 also for a page whose accesses have to be looked at one by one."""
+    page = host_page(mmu, address, access)
+    if mmu.watches and page and watched_page(mmu, address & PAGE_MASK):
+        page = 0
+    return page
+
+
 @native
 def block_move(mmu: Mmu, source: int, target: int, bytes_: int, size: int, user: int) -> int:
     """Forward copy inside one source and one target page; bytes done, 0 to go element-wise."""
@@ -145,10 +163,10 @@ def block_move(mmu: Mmu, source: int, target: int, bytes_: int, size: int, user:
     if room(target) < take:
         take = room(target)
     access = 4 if user else 0
-    from_page = host_page(mmu, source, access)
+    from_page = unwatched_page(mmu, source, access)
     if from_page == 0:
         return 0
-    to_page = host_page(mmu, target, access | 2)
+    to_page = unwatched_page(mmu, target, access | 2)
     if to_page == 0:
         return 0
     to = to_page + (target & OFFSET_MASK)
@@ -170,7 +188,7 @@ def block_store(mmu: Mmu, target: int, bytes_: int, size: int, user: int) -> int
     take = take & ~(size - 1)
     if take == 0:
         return 0
-    page = host_page(mmu, target, 6 if user else 2)
+    page = unwatched_page(mmu, target, 6 if user else 2)
     if page == 0:
         return 0
     to = page + (target & OFFSET_MASK)
@@ -198,7 +216,8 @@ def fx_string(mmu: Mmu) -> int:
     user = 1 if mmu.cpl == 3 else 0
     base = mmu.seg_base[segment - 1] if segment else 0
     step = 0 - size if mmu.flag_df else size
-    bound = BOUND
+    # Where traps may be due, they are between two elements (SDM vol. 3, 18.3.1.2 and .4).
+    bound = 1 if mmu.debug_pending else BOUND
     mask = 0xFFFFFFFF if narrow else 0xFFFFFFFFFFFFFFFF
     while 1:
         left = 1
@@ -207,7 +226,10 @@ def fx_string(mmu: Mmu) -> int:
             if left == 0:
                 mmu.rip = mmu.next_rip
                 return OK
-            if bound == 0 or mmu.dirty_code_count:
+            if bound == 0 or mmu.dirty_code_count or mmu.debug_pending & ~PENDING_LOOK:
+                if mmu.debug_pending:
+                    # It goes on, and its breakpoint counted before its first element.
+                    mmu.other_flags = mmu.other_flags | FLAG_RF
                 return OK
         source = (mmu.gpr[RSI] & mask) + base
         target = mmu.gpr[RDI] & mask

@@ -7,7 +7,7 @@ calls these effects, and takes it back from there afterwards. SDM vol. 1, 13.7 a
 from __future__ import annotations
 
 from ringfence.cpu.state import CR4_OSXSAVE, FAULT, GP, OK, RAX, RDX, UD
-from ringfence.memory.mmu import OFFSET_MASK, Mmu, host_page, note_code_write
+from ringfence.memory.mmu import OFFSET_MASK, Mmu, host_page, note_access, note_code_write
 from ringfence.native.dialect import (
     address_of,
     load32,
@@ -46,6 +46,8 @@ def copy_guest(mmu: Mmu, address: int, host: int, size: int, write: int) -> int:
                 rep_movsb(at, host, take)
             else:
                 rep_movsb(host, at, take)
+            if mmu.watches:
+                note_access(mmu, address, take, write)
         elif mmu.status_word == FAULT:
             return FAULT
         address += take

@@ -22,7 +22,6 @@ from ringfence.engine.kvm.device import VcpuFile
 
 APIC_BASE_ENABLED_BSP = 0xFEE00900
 """What KVM is told of the local APIC, which is on the board: it is on, and this is the boot CPU."""
-SHADOW_STI, SHADOW_MOV_SS = 2, 1
 XSTATE_BV = 512
 """Offset of the bitmap of components in an XSAVE area (SDM vol. 1, 13.4.2)."""
 XSTATE_KEPT = 7
@@ -63,7 +62,7 @@ def load(vcpu: VcpuFile, cpu: Any) -> None:
     vcpu.ask(Request.SET_DEBUGREGS, debug)
     vcpu.set_msrs([(index, getattr(cpu, name)) for index, name in MSR_FIELDS.items()])
     events = abi.KvmVcpuEvents()
-    events.interrupt.shadow = SHADOW_STI if cpu.interrupt_shadow else 0
+    events.interrupt.shadow = cpu.interrupt_shadow
     events.nmi.masked = cpu.nmi_blocked
     events.flags = abi.VCPUEVENT_VALID_SHADOW
     vcpu.ask(Request.SET_VCPU_EVENTS, events)
@@ -85,7 +84,7 @@ def store(vcpu: VcpuFile, cpu: Any) -> None:
     for name, value in zip(MSR_FIELDS.values(), vcpu.get_msrs(MSR_FIELDS), strict=True):
         setattr(cpu, name, value)
     events = vcpu.get(Request.GET_VCPU_EVENTS, abi.KvmVcpuEvents)
-    cpu.interrupt_shadow = bool(events.interrupt.shadow)
+    cpu.interrupt_shadow = events.interrupt.shadow & (state.SHADOW_STI | state.SHADOW_MOV_SS)
     cpu.nmi_blocked = events.nmi.masked
     pending = events.exception
     shown = pending.injected or pending.pending

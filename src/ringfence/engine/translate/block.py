@@ -22,7 +22,8 @@ MODE_LONG = 0x4
 MODE_NO_FPU = 0x8
 MODE_SSE = 0x10
 MODE_AVX = 0x20
-MODE_TF = 0x40
+MODE_STEP = 0x40
+"""Traces of one instruction, with a look-up behind each: for TF, and where the owner steps."""
 MODE_TSD = 0x80
 MODE_CAREFUL = 0x200
 """Not a CPU mode either: marks traces in which every access looks itself up."""
@@ -45,6 +46,10 @@ EXIT_MMIO_READ = 68
 EXIT_MMIO_WRITE = 69
 EXIT_FETCH_OUTSIDE = 70
 EXIT_EMULATE = 71
+EXIT_DEBUG = 72
+"""The owner's debugger wants to know; ``exit_data`` = STOP_BREAKPOINT, STOP_STEP or Mmu's
+PENDING_OWNER bits of watchpoints."""
+STOP_BREAKPOINT, STOP_STEP = 1, 2
 
 
 class Vcpu(Mmu):
@@ -65,6 +70,23 @@ class Vcpu(Mmu):
     gather_read: Annotated[int, u16]
     gathered_count: Annotated[int, u32]
     gathered: Annotated[Array, u8, 256]
+    owner_step: Annotated[int, u8]
+    """The owner wants to stop behind the next instruction; external interrupts wait."""
+    stepped: Annotated[int, u8]
+    """An instruction has run in MODE_STEP since `debugging.begin`."""
+    owner_skip: Annotated[int, u64]
+    """Address of the breakpoint that the owner has seen, to go on over it; see `debugging`."""
+    begun_flags: Annotated[int, u32]
+    """TF and RF as they were when the present instruction began in MODE_STEP."""
+    passing: Annotated[int, u8]
+    """The present instruction has a breakpoint that does not count: MODE_STEP for once."""
+    breaks: Annotated[int, u64]
+    """Host address of the linear addresses at which any breakpoint is, 64 bits each; behind
+    them is room for as many."""
+    break_count: Annotated[int, u32]
+    owner_breaks: Annotated[int, u64]
+    """The same, of the owner's."""
+    owner_break_count: Annotated[int, u32]
     stop_request: Annotated[int, u8]
     """The owner wants ``run`` to return. Set by any thread."""
     parked: Annotated[int, u16]

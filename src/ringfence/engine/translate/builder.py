@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import cast
 
-from ringfence.engine.translate.block import MODE_CPL, MODE_ENTERED, MODE_SLOW, MODE_TF
-from ringfence.engine.translate.decoding import ASK, DECODED, MORE_BYTES, STATUS, decode
+from ringfence.engine.translate.block import MODE_CPL, MODE_ENTERED, MODE_SLOW, MODE_STEP
+from ringfence.engine.translate.decoding import ASK, DECODED, MORE_BYTES, STATUS, decode, to_effect
 from ringfence.engine.translate.groups import insn_at
 from ringfence.engine.translate.tables import (
     CANONICAL,
-    EFFECT,
-    F_INVALID,
     JCC,
     JMP,
     LIMIT,
@@ -27,7 +25,7 @@ from ringfence.engine.translate.tables import (
     Writer,
 )
 from ringfence.engine.translate.writer import ends_trace, write_trace
-from ringfence.native.dialect import address_of, load8, native, native_inline
+from ringfence.native.dialect import address_of, load8, load64, native, native_inline
 
 WORTHWHILE = 4
 """Accesses that swapping two registers must save, as it costs two loads and stores each way."""
@@ -57,7 +55,7 @@ def set_mode(w: Writer, mode: int, wide: int) -> int:
     w.user = 1 if mode & MODE_CPL == 3 else 0
     w.slow = 1 if mode & MODE_SLOW else 0
     w.entered = 1 if mode & MODE_ENTERED else 0
-    w.step = 1 if mode & MODE_TF else 0
+    w.step = 1 if mode & MODE_STEP else 0
     w.wide = wide
     return 0
 
@@ -94,12 +92,38 @@ def kind_of(i: Insn) -> int:
 
 
 @native
+def count_breaks(w: Writer, linear: int) -> int:
+    """How many breakpoints are in a linear page."""
+    found = 0
+    for n in range(w.break_count):
+        if (load64(w.break_table + n * 8) ^ linear) >> 12 == 0:
+            found += 1
+    return found
+
+
+@native
+def is_broken(w: Writer, offset: int) -> int:
+    """Whether there is a breakpoint at an offset of the page being translated."""
+    for n in range(w.break_count):
+        if load64(w.break_table + n * 8) == w.linear + offset:
+            return 1
+    return 0
+
+
+@native
 def decode_trace(w: Writer, offset: int) -> int:
     """Decode the trace that starts at ``offset`` of the page: DECODED, MORE_BYTES or ASK."""
     count = 0
     left = 1 if w.slow or w.step else LIMIT
     status = DECODED
+    w.broken = 0
     while offset < PAGE and left:
+        if w.breaks and is_broken(w, offset):
+            if count:
+                break
+            if not w.entered:
+                w.broken = 1
+                left = 1
         left -= 1
         i = insn_at(w, count)
         status = decode(w, cast(Insn, i), w.data + offset, PAGE - offset)
@@ -284,11 +308,7 @@ def end_of(i: Insn) -> int:
 def settle_sti(w: Writer, i: Insn) -> int:
     """STI as the last instruction of a trace: its shadow is the effect's to cast."""
     if i.kind == STI:
-        i.kind = EFFECT
-        i.form_kind = F_INVALID
-        i.effect = w.effect_sti
-        i.reads = STATUS
-        i.clobbers = 1
+        to_effect(i, w.effect_sti)
     return 0
 
 
@@ -296,6 +316,8 @@ def settle_sti(w: Writer, i: Insn) -> int:
 def build(w: Writer, row: TraceRow, offset: int) -> int:
     """Write the decoded trace and fill in its row."""
     settle_sti(w, cast(Insn, insn_at(w, w.count - 1)))
+    if w.broken:
+        to_effect(cast(Insn, insn_at(w, 0)), w.effect_breakpoint)
     end = end_of(cast(Insn, insn_at(w, w.count - 1)))
     row.offset = offset
     row.end = end

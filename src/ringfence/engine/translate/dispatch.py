@@ -18,7 +18,7 @@ from ringfence.cpu.state import (
     CS,
     EXIT,
     FAULT,
-    FLAG_TF,
+    FLAG_RF,
     GP,
     OK,
     SS_FAULT,
@@ -38,13 +38,14 @@ from ringfence.engine.translate.block import (
     MODE_NO_FPU,
     MODE_SLOW,
     MODE_SSE,
-    MODE_TF,
+    MODE_STEP,
     MODE_TSD,
     SLOW_READ,
     SLOW_STACK,
     SLOW_WRITE,
     Vcpu,
 )
+from ringfence.engine.translate.debugging import boundary, interrupted, undo_begin, wants_step
 from ringfence.engine.translate.pages import (
     drop_dirty_code,
     entry_of,
@@ -61,8 +62,10 @@ from ringfence.memory.mmu import (
     ITLB_ENTRIES,
     OFFSET_MASK,
     PAGE_MASK,
+    PENDING_LOOK,
     TLB_ENTRIES,
     host_page,
+    note_access,
     note_code_write,
     note_large,
     tlb_fill,
@@ -109,8 +112,8 @@ def current_mode(vcpu: Vcpu) -> int:
         mode = mode | MODE_SSE
     if vcpu.cr4 & CR4_OSXSAVE and vcpu.xcr0 & 6 == 6:
         mode = mode | MODE_AVX
-    if vcpu.other_flags & FLAG_TF:
-        mode = mode | MODE_TF
+    if wants_step(vcpu):
+        mode = mode | MODE_STEP
     if vcpu.cr4 & CR4_TSD and vcpu.cpl:
         mode = mode | MODE_TSD
     return mode
@@ -118,12 +121,18 @@ def current_mode(vcpu: Vcpu) -> int:
 
 @native
 def mode_changed(cpu: Vcpu) -> int:
-    """See ``cpu.ports.mode_changed``: choose the jump table, drop what other modes left in it."""
+    """See ``cpu.ports.mode_changed``: choose the jump table, drop what other modes left in it.
+
+    MODE_STEP doesn't use the tables, so they are kept over it.
+    """
     mode = current_mode(cpu)
     cpu.mode = mode
+    step = mode & MODE_STEP
+    if step or (cpu.other_flags & FLAG_RF and cpu.break_count):
+        cpu.debug_pending = cpu.debug_pending | PENDING_LOOK
     if cpu.cpl == 3:
         cpu.jump_current = address_of(cpu.jump_user[0])
-        if cpu.mode_user != mode:
+        if cpu.mode_user != mode and not step:
             cpu.mode_user = mode
             miss = cpu.thunks[T_INDIRECT_MISS]
             for i in range(JUMP_ENTRIES):
@@ -132,7 +141,7 @@ def mode_changed(cpu: Vcpu) -> int:
                 cpu.itlb_user[i] = 0
     else:
         cpu.jump_current = address_of(cpu.jump_kernel[0])
-        if cpu.mode_kernel != mode:
+        if cpu.mode_kernel != mode and not step:
             cpu.mode_kernel = mode
             miss = cpu.thunks[T_INDIRECT_MISS]
             for i in range(JUMP_ENTRIES):
@@ -171,7 +180,7 @@ def find_known(vcpu: Vcpu, mode: int, physical: int) -> int:
     if trace == 0:
         return EXIT
     row = trace_at(cast(Writer, vcpu.writer), trace)
-    if not mode & MODE_ENTERED:
+    if not mode & (MODE_ENTERED | MODE_STEP):
         store64(vcpu.jump_current + (address & 0xFFFF) * 8, entry_of(cast(TraceRow, row)))
     return go_to(vcpu, cast(TraceRow, row))
 
@@ -207,9 +216,14 @@ def lookup(vcpu: Vcpu) -> int:
     while 1:
         if vcpu.dirty_code_count:
             drop_dirty_code(vcpu)
-        status = find_code(vcpu, vcpu.mode)
+        status = OK
+        if vcpu.debug_pending:
+            status = boundary(vcpu)
+        if status == OK:
+            status = find_code(vcpu, vcpu.mode)
         if status != FAULT:
             return status
+        interrupted(vcpu)
         if deliver_exception(vcpu) != OK:
             return EXIT
         # A handler whose code faults, too, may keep this going for ever.
@@ -314,7 +328,7 @@ def wanted(vcpu: Vcpu) -> int:
     """Whether the VMM has something to do for which guest code must be left."""
     if vcpu.stop_request or vcpu.service_request:
         return 1
-    return 1 if vcpu.irq_request and vcpu.flag_if else 0
+    return 1 if vcpu.irq_request and vcpu.flag_if and not vcpu.owner_step else 0
 
 
 @native
@@ -325,6 +339,7 @@ def attention(vcpu: Vcpu) -> int:
         vcpu.interrupt_shadow = 0
         return OK
     if wanted(vcpu):
+        undo_begin(vcpu)
         vcpu.exit_reason = EXIT_ATTENTION
         return EXIT
     # Other threads set their request before ``attention``. So clear with a locked operation and
@@ -341,6 +356,16 @@ def stack_fault(vcpu: Vcpu, kind: int) -> int:
     if kind & SLOW_STACK and vcpu.exc_vector == GP:
         vcpu.exc_vector = SS_FAULT
     return FAULT
+
+
+@native
+def note_slow_operand(vcpu: Vcpu, address: int, kind: int) -> int:
+    """Note an operand that is watched, as read, written or both; a fault voids the note."""
+    if kind & SLOW_READ:
+        note_access(vcpu, address, kind & 0xFFF, 0)
+    if kind & SLOW_WRITE:
+        note_access(vcpu, address, kind & 0xFFF, 1)
+    return 0
 
 
 @native
@@ -362,6 +387,8 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     first = size
     if offset + size > 4096:
         first = 4096 - offset
+    if vcpu.watches:
+        note_slow_operand(vcpu, address, kind)
     page = host_page(vcpu, address, access)
     if page == 0 and vcpu.status_word == FAULT:
         return stack_fault(vcpu, kind)
@@ -457,6 +484,7 @@ def tlb_miss(vcpu: Vcpu, address: int, kind: int) -> int:
 @native
 def deliver_and_lookup(vcpu: Vcpu) -> int:
     """Deliver the pending exception and find the handler's code."""
+    interrupted(vcpu)
     if deliver_exception(vcpu) != OK:
         return EXIT
     return lookup(vcpu)

@@ -214,13 +214,13 @@ def indirect_jump(user: bool) -> bytes:
 
 
 def checked_jump(user: bool, lookup: int) -> bytes:
-    """The same behind a store by hand, which may have changed code; clobbers the flags.
+    """The same behind an access by hand, which may have changed code; clobbers the flags.
 
-    ``lookup`` is the place in the block of the thunk that sees to changed code first.
+    ``lookup`` is the place in the block of the thunk that sees to that, and to breakpoints, first.
     """
     leave = gs_store(R9, gs("rip")) + gs_jump(lookup)
     return (
-        b"\x65\x48\x83\x3c\x25" + _i32(gs("dirty_code_count")) + b"\0"  # cmp count, 0
+        b"\x65\x48\x83\x3c\x25" + _i32(gs("dirty_code_count")) + b"\0"  # with debug_pending
         + b"\x74" + bytes((len(leave),)) + leave  # je
         + indirect_jump(user)
     )  # fmt: skip

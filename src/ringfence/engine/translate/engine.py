@@ -26,7 +26,7 @@ from ringfence.cpu.registers import named_registers, set_named_register
 from ringfence.engine import EngineConfig, MsrDevice, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
-from ringfence.engine.translate import block, natives, pages, signals
+from ringfence.engine.translate import block, debugging, natives, pages, signals
 from ringfence.engine.translate.block import GS_BIAS, Vcpu
 from ringfence.engine.translate.emulate import emulate
 from ringfence.engine.translate.thunks import THUNKS
@@ -125,6 +125,9 @@ class TranslateEngine:
         view.trace_slots = TRACE_SLOTS
         view.page_table = self._allocate(PAGE_ROWS * pages.ROW_BYTES)
         view.page_rows = PAGE_ROWS
+        view.breaks = self._allocate((debugging.BREAKS_MAX + 4) * 8 * 2)
+        view.owner_breaks = self._allocate(debugging.BREAKS_MAX * 8)
+        view.owner_skip = debugging.NO_SKIP
         view.variants = self._allocate((NUMBER_MAX + 1) * 8)
         self._init_host_state()
         rows = cpuid.build_cpuid(
@@ -541,7 +544,7 @@ class TranslateEngine:
         index = state.RSI if outward else state.RDI
         step = -size if view.flag_df else size
         left = view.gpr[state.RCX] & mask if repeat else 1
-        for _ in range(min(left, 4096)):
+        for _ in range(min(left, 1 if view.debug_pending else 4096)):
             address = view.gpr[index] & mask
             if outward:
                 if self._linear_read(self.block, (address + base) & MASK64, size, user):
@@ -570,6 +573,8 @@ class TranslateEngine:
             self._continue()
         else:
             view.jump_target = self._find
+            if view.debug_pending:
+                view.other_flags |= state.FLAG_RF  # as `strings.fx_string` does
         return self._stopped()
 
     def _on_mmio_read(self) -> StopReason | None:

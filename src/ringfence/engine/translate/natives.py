@@ -18,6 +18,7 @@ from ringfence.engine.translate import (
     block,
     builder,
     copying,
+    debugging,
     decoding,
     dispatch,
     gather,
@@ -39,6 +40,7 @@ from ringfence.native.library import (
 
 EFFECTS: dict[str, Any] = {
     **cpu_library.EFFECTS,
+    "fx_breakpoint": debugging.fx_breakpoint,
     "fx_string": strings.fx_string,
     "fx_xsave": xstate.fx_xsave,
     "fx_xrstor": xstate.fx_xrstor,
@@ -57,6 +59,7 @@ _MODULES = (
     block,
     builder,
     copying,
+    debugging,
     decoding,
     dispatch,
     gather,
@@ -90,6 +93,9 @@ _ROOTS = (
     pages.invalidate,
     dispatch.mode_changed,
     dispatch.interrupts_enabled,
+    debugging.debug_changed,
+    debugging.debug_note,
+    debugging.step_masked,
     mmu.tlb_flush_all,
     mmu.tlb_flush_nonglobal,
     mmu.tlb_flush_page,

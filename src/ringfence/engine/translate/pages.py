@@ -21,12 +21,14 @@ from ringfence.engine.translate.block import (
     MODE_CPL,
     MODE_ENTERED,
     MODE_SLOW,
+    MODE_STEP,
     Vcpu,
     gs,
 )
 from ringfence.engine.translate.builder import (
     arrangement,
     build,
+    count_breaks,
     decode_straddling,
     decode_trace,
     set_arrangement,
@@ -442,6 +444,12 @@ def translate(vcpu: Vcpu, physical: int, mode: int) -> int:
 def translate_in(vcpu: Vcpu, w: Writer, page: PageRow, number: int, mode: int) -> int:
     """The same within a code page."""
     w.data = vcpu.ram_host + (page.index << 12)
+    w.linear = page.linear
+    w.break_table = vcpu.breaks
+    w.break_count = vcpu.break_count
+    w.breaks = 0
+    if vcpu.break_count and not mode & MODE_STEP:
+        w.breaks = count_breaks(w, page.linear)
     offset = vcpu.rip & OFFSET_MASK
     set_mode(w, mode, page.wide)
     set_arrangement(w, 0)

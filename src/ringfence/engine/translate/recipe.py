@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ringfence.engine.translate import emit
 from ringfence.engine.translate.block import (
     MODE_CPL,
+    MODE_STEP,
     SLOW_READ,
     SLOW_STACK,
     SLOW_WRITE,
@@ -148,6 +149,7 @@ class Recipes:
         self.cpl = mode & MODE_CPL
         self.user = self.cpl == 3
         self.slow = slow
+        self.step = bool(mode & MODE_STEP)
         home = list(CANONICAL)
         while swaps:
             homeless, displaced = swaps & 15, swaps >> 4 & 15

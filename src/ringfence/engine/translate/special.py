@@ -373,7 +373,8 @@ def _string(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     size = {"B": 1, "W": 2, "D": 4, "Q": 8}[name[-1]]
     flags = _string_flags(i)
     recipe = r.effect("fx_string", op0=size, op1=_STRING[name[:-1]], op2=_repeat(i), op3=flags)
-    if name[:4] in ("MOVS", "STOS") and _repeat(i) and not flags and not r.slow:
+    whole = not (flags or r.slow or r.step)
+    if name[:4] in ("MOVS", "STOS") and _repeat(i) and whole:
         return _block(r, recipe, name[:4] == "MOVS", size)
     return recipe
 

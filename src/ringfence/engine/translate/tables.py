@@ -368,7 +368,7 @@ class Writer(Struct):
     effect_ud: Annotated[int, u32]
     effect_sti: Annotated[int, u32]
     effect_cli: Annotated[int, u32]
-    effect_step: Annotated[int, u32]
+    effect_breakpoint: Annotated[int, u32]
     effect_vector_low: Annotated[int, u32]
     effect_vector_high: Annotated[int, u32]
     """The two effects on the vector state."""
@@ -396,6 +396,15 @@ class Writer(Struct):
     """The end of the page and the beginning of the next, for an instruction across both."""
     second: Annotated[int, u32]
     """Number of the following code page, for an instruction across the boundary."""
+    linear: Annotated[int, u64]
+    """Its linear address."""
+    break_table: Annotated[int, u64]
+    break_count: Annotated[int, u32]
+    """`Vcpu.breaks` while a trace is made."""
+    breaks: Annotated[int, u32]
+    """How many of them are in the page; none count for MODE_STEP."""
+    broken: Annotated[int, u8]
+    """Whether the trace stands for a breakpoint at its first instruction."""
     count: Annotated[int, u32]
     items: Annotated[Array, u8, Insn.size * LIMIT, 8]
     peeked: Annotated[Array, u8, Insn.size, 8]

@@ -224,7 +224,7 @@ def assembly() -> str:
         # Go to RIP by the jump table, without a look-up where it is known.
         "follow": [
             *_FROM_STATUS,
-            f"cmp {_field('dirty_code_count')}, 0",
+            f"cmp {_field('dirty_code_count')}, 0",  # and debug_pending behind it
             "jne rf_find",
             f"mov r9, {_field('rip')}",
             "movzx eax, r9w",

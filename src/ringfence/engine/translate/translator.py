@@ -102,7 +102,7 @@ class Translator:
         w.effect_ud = EFFECT_NUMBERS["fx_ud"]
         w.effect_sti = EFFECT_NUMBERS["fx_sti"]
         w.effect_cli = EFFECT_NUMBERS["fx_cli"]
-        w.effect_step = EFFECT_NUMBERS["fx_step"]
+        w.effect_breakpoint = EFFECT_NUMBERS["fx_breakpoint"]
         w.effect_vector_low = EFFECT_NUMBERS["fx_xsave"]
         w.effect_vector_high = EFFECT_NUMBERS["fx_xrstor"]
         w.cache_start, w.cache_size = self.cache.alias, self.cache.size

@@ -37,7 +37,6 @@ from ringfence.engine.translate.assembling import (
     gs_call,
     gs_jump,
     gs_load,
-    gs_store,
     gs_store_immediate,
     jump_back,
     load_address,
@@ -257,6 +256,8 @@ def write_head(w: Writer, row: TraceRow, start: int) -> int:
     put(w, 0x850F, 6)
     w.attention = w.out - 4
     w.body = w.out
+    if w.step:
+        gs_byte(w, GS_MOVE_BYTE, gs("stepped"), 1)
     return 0
 
 
@@ -333,10 +334,8 @@ def leave_indirect(w: Writer) -> int:
         put_template(w, T_PARK_R10)
         w.state = PARKED
     swap_out(w)
-    if w.step:
-        gs_store(w, R9, _RIP)
-        move_r10(w, w.effect_step)
-        gs_jump(w, _T_EFFECT)
+    if w.step and not w.slow:
+        gs_jump(w, _T_INDIRECT_MISS)
     elif w.slow:
         put_template(w, T_CHECKED + w.user)
     else:
@@ -442,8 +441,7 @@ def link_stub(w: Writer, link: Link) -> int:
         set_rip(w, link.target)
         if link.within:
             put_template(w, T_PARK)
-        move_r10(w, w.effect_step)
-        gs_jump(w, _T_EFFECT)
+        gs_jump(w, _T_LOOKUP)
         return 0
     set_rip(w, link.target)
     put(w, 0x158D4C, 3)  # lea r10, [rip + site]
