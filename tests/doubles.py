@@ -80,9 +80,6 @@ class ScriptedCpu:
     def forget_pause(self) -> None:
         self.pause = False
 
-    def turn_back_time(self, ticks: int) -> None:
-        """The scripted guest has no clock."""
-
     def registers(self) -> dict[str, int]:
         return dict(self.values)
 
@@ -188,7 +185,7 @@ class ScriptedMachine(Machine):
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
         devices = Devices(card=SimpleNamespace(receive=lambda frame: True))
-        return Parts(memory, clock, board, Engine([engine], board), devices)  # type: ignore[arg-type]
+        return Parts(memory, clock, board, Engine([engine]), devices)  # type: ignore[arg-type]
 
 
 def scripted(script: Script, **options: Any) -> ScriptedMachine:

@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -294,12 +293,8 @@ def _port_program(engine: PortEngine) -> doubles.Life:
 @pytest.mark.parametrize(
     ("typed", "outcome"), [("hi\n", StopReason.POWER_OFF), ("reset\n", StopReason.RESET)]
 )
-def test_the_whole_house_around_an_engine(
-    monkeypatch: pytest.MonkeyPatch, typed: str, outcome: StopReason
-) -> None:
+def test_the_whole_house_around_an_engine(typed: str, outcome: StopReason) -> None:
     """Real RAM, board, tables and boot protocol; the guest works the ports itself."""
-    tsc = SimpleNamespace(hz=10**9, read=time.monotonic_ns)
-    monkeypatch.setattr(engines, "tsc_source", lambda name: tsc)
     engines.register("ports", lambda *given: [PortEngine(*given)])
     with Machine(image="builtin", engine="ports", memory="16M") as machine:
         assert machine.read_physical(0xE0000, 8) == b"RSD PTR "

@@ -23,7 +23,7 @@ from ringfence.storage.options import DiskOptions
 if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
     from ringfence.chipset.board import Board
-    from ringfence.chipset.clock import HostClock
+    from ringfence.chipset.timekeeping import Timekeeper
     from ringfence.devices.virtio.balloon import VirtioBalloon
     from ringfence.devices.virtio.blk import VirtioBlk
     from ringfence.devices.virtio.console import VirtioConsole
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ringfence.devices.virtio.rng import VirtioRng
     from ringfence.devices.virtio.vsock import VirtioVsock
     from ringfence.network.backend import NetworkBackend, NetworkCard
+    from ringfence.paravirt.services import Paravirtual
 
 GUEST_CID = 3
 """The guest's address for sockets between it and the host."""
@@ -68,6 +69,10 @@ class MachineConfig:
         The kind of network card, if there is a network.
     mac : bytes
         Its Ethernet address.
+    tsc_hz : int or None
+        Rate of the guest's time-stamp counter; None: the host's.
+    pause_clock : str
+        What the guest's time does over a pause: ``stop`` or ``run``.
     """
 
     kernel: ImageSource
@@ -85,6 +90,8 @@ class MachineConfig:
     packed: bool = False
     nic: str = NICS[0]
     mac: bytes = b""
+    tsc_hz: int | None = None
+    pause_clock: str = "stop"
 
 
 @dataclass(slots=True)
@@ -147,11 +154,12 @@ class Parts:
     """One assembly of a machine: what a reset throws away."""
 
     memory: GuestMemory
-    clock: HostClock
+    time: Timekeeper
     board: Board
     engine: Engine
     devices: Devices = field(default_factory=Devices)
     ending: StopReason | None = None
+    paravirtual: Paravirtual | None = None
 
     def close(self) -> None:
         """Stop the devices, then free the engine and RAM."""
@@ -173,17 +181,18 @@ def assemble(
     from ringfence.chipset import acpi
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
+    from ringfence.chipset.timekeeping import PauseClock, Timekeeper
+    from ringfence.cpu.tsc import Tsc
     from ringfence.devices.virtio.pci import VirtioPci
-    from ringfence.paravirt import clock as paravirt
+    from ringfence.paravirt import services
 
     loading = engines.preload(config.engine, config.engine_config)
     memory = GuestMemory(config.memory)
     try:
-        clock = HostClock()
-        tsc = engines.tsc_source(config.engine)
+        time = Timekeeper(HostClock(), Tsc(config.tsc_hz), PauseClock(config.pause_clock))
         board = Board(
-            clock=clock,
-            tsc=tsc,
+            clock=time.clock,
+            tsc=time.tsc,
             memory_size=config.memory,
             cpus=config.engine_config.cpus,
             console_sink=console_sink,
@@ -203,16 +212,17 @@ def assemble(
             cmdline=config.cmdline,
             rsdp=acpi.ADDRESS,
         )
-        offered = replace(config.engine_config, paravirtual=paravirt.FEATURES)
+        offered = replace(config.engine_config, paravirtual=services.FEATURES)
         loading.join()
         engine = engines.create(config.engine, memory, board, offered)
-        for vcpu in engine.vcpus:
-            vcpu.attach_msrs(paravirt.MSRS, paravirt.ParavirtualClock(memory, clock, tsc))
+        paravirtual = services.Paravirtual(memory, time, config.engine_config.cpus)
+        for vcpu, offers in zip(engine.vcpus, paravirtual.vcpus, strict=True):
+            vcpu.attach_msrs(services.MSRS, offers)
         engine.set_boot_state(boot)
     except BaseException:
         memory.close()
         raise
-    return Parts(memory, clock, board, engine, devices)
+    return Parts(memory, time, board, engine, devices, paravirtual=paravirtual)
 
 
 def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], None]) -> Devices:

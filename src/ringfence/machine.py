@@ -100,6 +100,12 @@ class Machine:
         Ports of the host's that lead to the guest's, with a ``user`` network: ``8080:80``.
     capture : str or Path, optional
         File for all frames, in pcap format.
+    tsc_hz : int, optional
+        Rate of the guest's time-stamp counter, the same on every host that it will run on; by
+        default the host's.
+    pause_clock : {"stop", "run"}
+        Whether the guest's time stands still over a pause, or jumps to where it would have been.
+        The guest may change it (see ``paravirt.hypercalls``).
 
     Raises
     ------
@@ -140,9 +146,13 @@ class Machine:
         mac: str | None = None,
         forwards: Sequence[str] = (),
         capture: str | Path | None = None,
+        tsc_hz: int | None = None,
+        pause_clock: Literal["stop", "run"] = "stop",
     ) -> None:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
+        if pause_clock not in ("stop", "run"):
+            raise UsageError(f"pause_clock {pause_clock!r} is unknown: expected 'stop' or 'run'")
         if nic not in NICS:
             raise UsageError(f"network card {nic!r} is unknown: expected one of {', '.join(NICS)}")
         size = parse_memory(memory)
@@ -170,6 +180,8 @@ class Machine:
             packed,
             nic,
             parse_mac(mac),
+            tsc_hz,
+            pause_clock,
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -220,7 +232,7 @@ class Machine:
         self._thread.start()
 
     def pause(self) -> None:
-        """Stop the vCPU and the guest's time; returns when both stand still."""
+        """Stop the vCPU and the guest's clocks; returns when both stand still."""
         with self._change:
             self._require(State.RUNNING, State.PAUSED)
             self._pause_wanted = True
@@ -230,7 +242,7 @@ class Machine:
             raise UsageError("the machine ended before it could be paused")
 
     def resume(self) -> None:
-        """Let a paused guest go on, its time where it was."""
+        """Let a paused guest go on; its time is where it was, or jumps (``pause_clock``)."""
         with self._change:
             self._require(State.PAUSED)
             self._pause_wanted = False
@@ -425,6 +437,7 @@ class Machine:
 
     def _run_once(self) -> StopReason:
         parts = self._parts
+        parts.time.resume()  # what was restored begins in a pause
         parts.board.timers.start()
         self._connect(parts)
         try:
@@ -434,11 +447,11 @@ class Machine:
                     return parts.ending
                 if reason is not StopReason.PAUSED:
                     return reason
-                parts.clock.pause()
+                parts.time.pause()
                 self._disconnect()
                 self._stand_still()
                 self._connect(parts)
-                parts.clock.resume()
+                parts.time.resume()
                 if self._stop_wanted:
                     return StopReason.STOPPED
         finally:

@@ -24,6 +24,9 @@ class MockTsc:
     def read(self) -> int:
         return self._clock.now() * 2
 
+    def vcpu(self, number: int) -> MockTsc:
+        return self
+
 
 class Rig:
     """A board and what came out of it."""

@@ -27,6 +27,7 @@ from ringfence.chipset.board import Board
 from ringfence.chipset.clock import HostClock
 from ringfence.cpu import cpuid
 from ringfence.cpu.reset import EntryState
+from ringfence.cpu.tsc import Tsc
 from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.engine.kvm.probe import Kind, verdict
 from ringfence.images.builtin import assemble
@@ -211,7 +212,7 @@ def run(engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"") ->
 
     board = Board(
         clock=HostClock(),
-        tsc=engines.tsc_source(engine),
+        tsc=Tsc(),
         memory_size=RAM,
         console_sink=console.extend,
         on_power_off=lambda: end(StopReason.POWER_OFF),

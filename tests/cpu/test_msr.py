@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.cpu import msr
+from ringfence.cpu import msr, tsc
 from ringfence.cpu.state import (
     EXIT,
     EXIT_MSR_READ,
@@ -20,7 +20,10 @@ from ringfence.cpu.state import (
     RAX,
     RCX,
     RDX,
+    TSC_RATIO_BITS,
+    TSC_RATIO_ONE,
 )
+from ringfence.cpu.tsc import read_host_tsc
 
 BAD = 0x8000_0000_0000
 HIGH = 0xFFFF_8000_1234_5678
@@ -138,15 +141,27 @@ def test_plain_registers(machine: Any) -> None:
 
 
 def test_tsc_and_its_adjustment(machine: Any) -> None:
+    """Reads are the CPU's, writes the VMM's, as clocks depend on them."""
     cpu = machine.cpu
-    assert write(machine, msr.TSC, 1 << 62) == OK
-    now = read(machine, msr.TSC)
-    assert 1 << 62 <= now < (1 << 62) + (1 << 40)
-    assert cpu.tsc_adjust == cpu.tsc_offset
-    adjust = read(machine, msr.TSC_ADJUST)
-    keeps(machine, msr.TSC_ADJUST, (adjust - (1 << 61)) % (1 << 64))
-    now = read(machine, msr.TSC)
-    assert 1 << 61 <= now < (1 << 61) + (1 << 40)
+    cpu.tsc_ratio, cpu.tsc_adjust = TSC_RATIO_ONE, 77
+    cpu.tsc_offset = (1 << 62) - read_host_tsc() & (1 << 64) - 1
+    assert 1 << 62 <= read(machine, tsc.MSR_TSC) < (1 << 62) + (1 << 40)
+    assert read(machine, tsc.MSR_TSC_ADJUST) == 77
+    for index in tsc.MSRS:
+        assert write(machine, index, 5 << 32 | 6) == EXIT
+        assert cpu.exit_reason == EXIT_MSR_WRITE
+        assert list(cpu.exit_data[:2]) == [index, 5 << 32 | 6]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 1.7, 60000.5])
+def test_a_scaled_tsc(machine: Any, ratio: float) -> None:
+    cpu = machine.cpu
+    cpu.tsc_ratio, cpu.tsc_offset = int(ratio * TSC_RATIO_ONE), 0
+    before = read_host_tsc()
+    seen = read(machine, tsc.MSR_TSC)
+    after = read_host_tsc()
+    low, high = (ticks * cpu.tsc_ratio >> TSC_RATIO_BITS for ticks in (before, after))
+    assert low <= seen <= high
 
 
 def test_pat(machine: Any) -> None:

@@ -43,10 +43,10 @@ from ringfence.chipset.board import GatheredPorts
 from ringfence.cpu import state
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.reset import EntryState
+from ringfence.cpu.tsc import Tsc
 from ringfence.engine import EngineConfig
 from ringfence.engine.translate import natives
 from ringfence.engine.translate.engine import TranslateEngine
-from ringfence.engine.translate.tsc import host_tsc
 from ringfence.memory.ram import GuestMemory
 
 RAM = 16 << 20
@@ -87,7 +87,7 @@ class Board:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.tsc = host_tsc()
+        self.tsc = Tsc()
         self.gathered = GatheredPorts(0x3F8, 0x3FD)
         self.engine: TranslateEngine
         self.last = -1

@@ -27,7 +27,7 @@ from ringfence.chipset.lapic import (
     X2APIC_LAST,
     Lapic,
 )
-from ringfence.chipset.lapic_timer import TscSource
+from ringfence.chipset.lapic_timer import TscLine
 from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.pci.host import PciHost
 from ringfence.chipset.pic import PicPair
@@ -70,8 +70,8 @@ class Board:
     ----------
     clock : Clock
         Machine time.
-    tsc : TscSource
-        The guest's TSC, for the local APICs' TSC-deadline timers.
+    tsc : TscLine
+        The guest's TSCs, for the local APICs' TSC-deadline timers and for engines.
     memory_size : int
         Guest RAM in bytes, told in the CMOS.
     cpus : int
@@ -99,7 +99,7 @@ class Board:
         self,
         *,
         clock: Clock,
-        tsc: TscSource,
+        tsc: TscLine,
         memory_size: int,
         cpus: int = 1,
         console_sink: Callable[[bytes], None],
@@ -122,7 +122,7 @@ class Board:
         self.gathered = GatheredPorts(UART_BASE, UART_BASE + LSR)
         self.on_input: Callable[[], None] = _nothing
         """Called, with the lock held, when host input ends a state in which ports were gathered."""
-        self.lapics = [Lapic(cpu, self.apics, self.timers, tsc) for cpu in range(cpus)]
+        self.lapics = [Lapic(cpu, self.apics, self.timers, tsc.vcpu(cpu)) for cpu in range(cpus)]
         self.apics.lapics = self.lapics
         self.ioapic = IoApic(self.apics)
         self.apics.on_eoi = self.ioapic.end_of_interrupt

@@ -21,12 +21,21 @@ MINIMUM_PERIOD_NS = 100_000
 
 
 class TscSource(Protocol):
-    """The guest's time-stamp counter."""
+    """One CPU's time-stamp counter."""
 
-    hz: int
+    @property
+    def hz(self) -> int:
+        """Ticks per second."""
 
     def read(self) -> int:
         """Return the TSC as RDTSC would now."""
+
+
+class TscLine(Protocol):
+    """The time-stamp counters of a machine."""
+
+    def vcpu(self, number: int) -> TscSource:
+        """Return the counter of one CPU."""
 
 
 class TimerMode(IntEnum):

@@ -75,6 +75,13 @@ class OnReset(StrEnum):
     REBOOT = "reboot"
 
 
+class PauseClock(StrEnum):
+    """What the guest's time does over a pause."""
+
+    STOP = "stop"
+    RUN = "run"
+
+
 class Flavour(StrEnum):
     """Which of Debian's kernels."""
 
@@ -162,6 +169,18 @@ def run(
         Path | None,
         typer.Option(help="Unix socket to make, by which the guest's vsock ports are reached."),
     ] = None,
+    tsc_hz: Annotated[
+        int | None,
+        typer.Option(
+            "--tsc-hz",
+            metavar="HZ",
+            help="Rate of the guest's TSC (default: the host's).",
+        ),
+    ] = None,
+    pause_clock: Annotated[
+        PauseClock,
+        typer.Option(help="Over a pause, the guest's time stands still, or runs on (it jumps)."),
+    ] = PauseClock.STOP,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the engine's compiled code on disk.")
     ] = True,
@@ -192,6 +211,8 @@ def run(
             disks=tuple(disk or ()),
             rng=rng,
             vsock=vsock,
+            tsc_hz=tsc_hz,
+            pause_clock="run" if pause_clock is PauseClock.RUN else "stop",
         )
     )
 

@@ -41,6 +41,8 @@ class RunOptions:
     disks: tuple[str, ...] = ()
     rng: bool = False
     vsock: Path | None = None
+    tsc_hz: int | None = None
+    pause_clock: Literal["stop", "run"] = "stop"
 
 
 def run_guest(options: RunOptions) -> int:
@@ -69,6 +71,8 @@ def run_guest(options: RunOptions) -> int:
         disks=options.disks,
         rng=options.rng,
         vsock=options.vsock,
+        tsc_hz=options.tsc_hz,
+        pause_clock=options.pause_clock,
     )
     session = Session(machine, timeout=options.timeout, trace=options.trace)
     try:

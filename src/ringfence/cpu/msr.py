@@ -33,12 +33,15 @@ from ringfence.cpu.state import (
     RDX,
     Cpu,
 )
-from ringfence.native.dialect import native, native_inline, rdtsc
+from ringfence.cpu.tsc import MSR_TSC as TSC
+from ringfence.cpu.tsc import MSR_TSC_ADJUST as TSC_ADJUST
+from ringfence.cpu.tsc import guest_tsc
+from ringfence.native.dialect import native, native_inline
 
 UNKNOWN = 4
 """Status of a lookup that didn't find the register, or whose value is refused."""
 
-TSC, PLATFORM_ID, APIC_BASE, TSC_ADJUST = 0x10, 0x17, 0x1B, 0x3B
+PLATFORM_ID, APIC_BASE = 0x17, 0x1B
 PATCH_LEVEL, MTRR_CAP = 0x8B, 0xFE
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 MCG_CAP, MCG_STATUS, MISC_ENABLE, DEBUG_CTL = 0x179, 0x17A, 0x1A0, 0x1D9
@@ -103,6 +106,12 @@ def belongs_to_vmm(index: int) -> int:
     if index & ~0xF == PARAVIRTUAL:
         return 1
     return index == APIC_BASE or index == TSC_DEADLINE or index & ~0xFF == X2APIC
+
+
+@native_inline
+def is_written_by_vmm(index: int) -> int:
+    """Whether a write concerns more than this CPU: the clocks know the time-stamp counter."""
+    return index == TSC or index == TSC_ADJUST or belongs_to_vmm(index)
 
 
 @native_inline
@@ -210,7 +219,7 @@ def read_msr(cpu: Cpu, index: int) -> int:
     elif index == KERNEL_GS_BASE:
         cpu.value = cpu.kernel_gs_base
     elif index == TSC:
-        cpu.value = rdtsc() + cpu.tsc_offset
+        cpu.value = guest_tsc(cpu)
     elif index == TSC_ADJUST:
         cpu.value = cpu.tsc_adjust
     elif index == TSC_AUX:
@@ -276,13 +285,6 @@ def write_msr(cpu: Cpu, index: int, value: int) -> int:
         cpu.seg_base[GS] = value
     elif index == KERNEL_GS_BASE:
         cpu.kernel_gs_base = value
-    elif index == TSC:
-        offset = value - rdtsc()
-        cpu.tsc_adjust = cpu.tsc_adjust + offset - cpu.tsc_offset
-        cpu.tsc_offset = offset
-    elif index == TSC_ADJUST:
-        cpu.tsc_offset = cpu.tsc_offset + value - cpu.tsc_adjust
-        cpu.tsc_adjust = value
     elif index == TSC_AUX:
         cpu.tsc_aux = value & LOW32
     elif index == SYSENTER_CS:
@@ -318,12 +320,12 @@ def fx_rdmsr(cpu: Cpu) -> int:
 
 @native
 def fx_wrmsr(cpu: Cpu) -> int:
-    """WRMSR: EDX:EAX to ECX; exits with index and value for registers of the local APIC."""
+    """WRMSR: EDX:EAX to ECX; exits with index and value for registers that are the VMM's."""
     index = cpu.gpr[RCX] & LOW32
     value = (cpu.gpr[RAX] & LOW32) | (cpu.gpr[RDX] << 32)
     if cpu.cpl:
         return refused(cpu)
-    if belongs_to_vmm(index):
+    if is_written_by_vmm(index):
         cpu.exit_data[0] = index
         cpu.exit_data[1] = value
         return leave(cpu, EXIT_MSR_WRITE)

@@ -31,6 +31,7 @@ from ringfence.cpu.state import (
     RSI,
     RSP,
     TR,
+    TSC_RATIO_ONE,
     Cpu,
 )
 
@@ -43,6 +44,7 @@ CODE, DATA, LDT, BUSY_TSS = 0xB, 0x3, 0x2, 0xB
 # Fields that belong to the VMM rather than to the processor.
 _KEPT = {
     "tsc_offset",
+    "tsc_ratio",
     "cpuid_table",
     "cpuid_rows",
     "exceptions",
@@ -53,7 +55,7 @@ _CLEARED = [field for field in Cpu.fields.values() if field.name not in _KEPT]
 
 
 def reset(cpu: Any) -> None:
-    """Reset a ``Cpu`` view; its CPUID table, time-stamp offset and counters stay."""
+    """Reset a ``Cpu`` view; its CPUID table, time-stamp counter and statistics stay."""
     for field in _CLEARED:
         if field.is_array:
             array = getattr(cpu, field.name)
@@ -80,6 +82,7 @@ def reset(cpu: Any) -> None:
     cpu.dr[7] = DR7_RESET
     cpu.pat = PAT_RESET
     cpu.misc_enable = FAST_STRINGS
+    cpu.tsc_ratio = cpu.tsc_ratio or TSC_RATIO_ONE
     cpu.exc_vector = cpu.delivering = NO_EXCEPTION
     struct.pack_into("<H", cpu.xsave, 0, FCW_RESET)
     struct.pack_into("<II", cpu.xsave, 24, MXCSR_RESET, MXCSR_MASK)

@@ -97,6 +97,9 @@ SHADOW_MOV_SS, SHADOW_STI = 1, 2
 ) = range(12)
 
 MTRR_COUNT = 8
+TSC_RATIO_BITS = 48
+TSC_RATIO_ONE = 1 << TSC_RATIO_BITS
+"""``Cpu.tsc_ratio`` of a guest whose counter has the host's rate."""
 XSAVE_BYTES = 832
 """Standard-format XSAVE area for x87, SSE and AVX (SDM vol. 1, 13.4)."""
 
@@ -153,7 +156,9 @@ class Cpu(Struct):
     pat: Annotated[int, u64]
     tsc_aux: Annotated[int, u64]
     tsc_offset: Annotated[int, u64]
-    """Guest TSC minus host TSC, modulo 2**64."""
+    """Guest TSC minus scaled host TSC, modulo 2**64 (see cpu.tsc)."""
+    tsc_ratio: Annotated[int, u64]
+    """Guest ticks per host tick, with TSC_RATIO_BITS fraction bits."""
     tsc_adjust: Annotated[int, u64]
     misc_enable: Annotated[int, u64]
     mtrr_def_type: Annotated[int, u64]

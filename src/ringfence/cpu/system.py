@@ -52,7 +52,8 @@ from ringfence.cpu.state import (
     TR,
     Cpu,
 )
-from ringfence.native.dialect import native, native_inline, rdtsc
+from ringfence.cpu.tsc import guest_tsc
+from ringfence.native.dialect import native, native_inline
 
 POPF_ALWAYS = STATUS_FLAGS | FLAG_TF | FLAG_DF | FLAG_NT
 POPF_WIDE = POPF_ALWAYS | FLAG_AC | FLAG_ID
@@ -288,12 +289,6 @@ def fx_popf(cpu: Cpu) -> int:
 
 
 # --- time, processor number, counters -----------------------------------------------------------
-
-
-@native_inline
-def guest_tsc(cpu: Cpu) -> int:
-    """The guest's time-stamp counter now."""
-    return rdtsc() + cpu.tsc_offset
 
 
 @native

@@ -138,12 +138,4 @@ def create(name: str, memory: GuestMemory, board: Any, config: EngineConfig) -> 
     if isinstance(factory, str):
         module, _, attribute = factory.partition(":")
         factory = getattr(importlib.import_module(module), attribute)
-    return Engine(factory(memory, board, config), board)
-
-
-def tsc_source(name: str) -> Any:
-    """The time-stamp counter that the board's timers and the guest share under this engine."""
-    del name  # all engines read the host's
-    from ringfence.engine.translate.tsc import host_tsc
-
-    return host_tsc()
+    return Engine(factory(memory, board, config))

@@ -34,6 +34,8 @@ class Capabilities:
         Whether RFLAGS.AC with CR0.AM makes misaligned accesses of user code trap.
     dirty_log : bool
         Whether the engine can say which pages of RAM the guest has written.
+    scaled_tsc : bool
+        Whether the guest's time-stamp counter may have another rate than the host's.
     """
 
     modes: frozenset[Mode] = frozenset({Mode.LONG})
@@ -41,7 +43,8 @@ class Capabilities:
     breakpoints: bool = False
     alignment_checks: bool = False
     dirty_log: bool = False
+    scaled_tsc: bool = False
 
 
-TRANSLATE = Capabilities(breakpoints=True)
+TRANSLATE = Capabilities(breakpoints=True, scaled_tsc=True)
 KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)

@@ -3,9 +3,7 @@
 Each vCPU has a host thread while the machine runs: the boot CPU the one that calls `Engine.run`,
 the others threads that live as long as that call. The first vCPU that ends for a reason of its own
 (a crash, the owner's stop) takes the others along, and what it ended for is what `run` returns.
-A pause is over for all at once: the time-stamp counters are read when the last vCPU has come back,
-and all are set back by the same number of ticks before the first one runs again, so that they
-agree as they did before.
+A pause begins when the last vCPU has come back.
 """
 
 from __future__ import annotations
@@ -28,8 +26,6 @@ class Engine:
     ----------
     vcpus : sequence of VirtualCpu
         In order of their numbers.
-    board : Board
-        Whose time-stamp counter the vCPUs share.
 
     Attributes
     ----------
@@ -37,14 +33,12 @@ class Engine:
         For whoever wants something of a single one.
     """
 
-    def __init__(self, vcpus: Sequence[VirtualCpu], board: Any) -> None:
+    def __init__(self, vcpus: Sequence[VirtualCpu]) -> None:
         self.vcpus = tuple(vcpus)
-        self._board = board
         self._lock = threading.Lock()
         self._pause = False
         self._ended: tuple[VirtualCpu, StopReason] | None = None
         self._failure: BaseException | None = None
-        self._paused_at: int | None = None
 
     def set_boot_state(self, boot: EntryState | None) -> None:
         """See `VirtualCpu.set_boot_state`: of the boot CPU; the others wait to be started."""
@@ -52,11 +46,6 @@ class Engine:
 
     def run(self) -> StopReason:
         """Run all vCPUs, the boot CPU in the calling thread, until something in `StopReason`."""
-        if self._paused_at is not None:
-            elapsed = self._board.tsc.read() - self._paused_at
-            for vcpu in self.vcpus:
-                vcpu.turn_back_time(elapsed)
-            self._paused_at = None
         threads = [
             threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
             for vcpu in self.vcpus[1:]
@@ -74,7 +63,6 @@ class Engine:
             raise self._failure
         if self._ended is not None:
             return self._ended[1]
-        self._paused_at = self._board.tsc.read()
         return StopReason.PAUSED
 
     def _run(self, vcpu: VirtualCpu) -> None:

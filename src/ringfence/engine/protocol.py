@@ -86,9 +86,6 @@ class VirtualCpu(Protocol):
     def forget_pause(self) -> None:
         """Drop a request to pause that `run` has not seen; the vCPU is not running."""
 
-    def turn_back_time(self, ticks: int) -> None:
-        """Set the time-stamp counter back by so many ticks; the vCPU is not running."""
-
     def registers(self) -> dict[str, int]:
         """Registers of a vCPU that is not running, by the manual's lower-case names."""
 

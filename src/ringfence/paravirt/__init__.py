@@ -1,1 +1,1 @@
-"""What an enlightened guest asks of the VMM: so far, the paravirtual clock."""
+"""What an enlightened guest asks of the VMM."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from ringfence.cpu import msr
+from ringfence.cpu.tsc import read_host_tsc
 from ringfence.engine.kvm import abi
 from ringfence.engine.kvm.abi import Cap, Exit, Request
-from ringfence.engine.translate.tsc import read_host_tsc
 
 Step: TypeAlias = "int | Callable[[Any], None]"
 """One KVM_RUN: an error number, or what fills in ``struct kvm_run``."""

@@ -18,9 +18,10 @@ from engine.kvm.fake import DATA, POWER_OFF, FakeKernel, leave, port
 from ringfence import engine as engines
 from ringfence.chipset.board import Board
 from ringfence.chipset.clock import HostClock
-from ringfence.cpu import msr
+from ringfence.cpu import msr, tsc
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.reset import EntryState
+from ringfence.cpu.tsc import Tsc
 from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.engine.exits import TraceRecord
 from ringfence.engine.kvm.abi import Exit, Request
@@ -42,13 +43,13 @@ class Rig:
         self.console = bytearray()
         self.board = Board(
             clock=HostClock(),
-            tsc=engines.tsc_source("kvm"),
+            tsc=Tsc(),
             memory_size=1 << 20,
             console_sink=self.console.extend,
             on_power_off=lambda: self.engine.request_stop(),
         )
         self.vcpu = KvmEngine(self.memory, self.board, EngineConfig(), self.kernel)
-        self.engine = Engine([self.vcpu], self.board)
+        self.engine = Engine([self.vcpu])
         boot = EntryState(
             rip=0x1000, rsp=0, rsi=0, cr0=0x80000011, cr3=0, cr4=0x20, efer=0x500,
             gdt_base=0, gdt_limit=0, cs=8, ds=16,
@@ -281,12 +282,15 @@ def test_time_stands_still_over_a_pause_where_kvm_can(rig: Any, movable: bool) -
         POWER_OFF,
         movable_tsc=movable,
     )
-    start = it.board.tsc.read()
+    counter = it.board.tsc.vcpu(0)
+    start = counter.read()
     assert it.engine.run() is StopReason.PAUSED
-    before = it.board.tsc.read()
+    it.board.tsc.pause()
+    before = counter.read()
     time.sleep(0.05)
+    it.board.tsc.resume()
     it.engine.run()
-    after = it.board.tsc.read()
+    after = counter.read()
     passed = it.board.tsc.hz // 20
     if movable:
         assert start < passed  # it began at 0
@@ -297,9 +301,9 @@ def test_time_stands_still_over_a_pause_where_kvm_can(rig: Any, movable: bool) -
 
 
 def test_a_written_counter_is_followed(rig: Any) -> None:
-    it = rig(leave(Exit.X86_WRMSR, msr__index=msr.TSC, msr__data=1 << 50), POWER_OFF)
+    it = rig(leave(Exit.X86_WRMSR, msr__index=tsc.MSR_TSC, msr__data=1 << 50), POWER_OFF)
     it.engine.run()
-    assert 0 <= it.board.tsc.read() - (1 << 50) < 100 * it.board.tsc.hz
+    assert 0 <= it.board.tsc.vcpu(0).read() - (1 << 50) < 100 * it.board.tsc.hz
     assert it.kernel.tsc_offset == it.vcpu.view.tsc_offset
 
 

@@ -141,7 +141,7 @@ def test_guest_and_board_agree_on_time() -> None:
         "mov dx, 0x604\nmov ax, 0x3400\nout dx, ax\n1: hlt\njmp 1b\n"
     )
     with tiny(source) as machine:
-        tsc = machine._parts.board.tsc
+        tsc = machine._parts.board.tsc.vcpu(0)
         before = tsc.read()
         machine.start()
         assert machine.wait(10) is StopReason.POWER_OFF

@@ -34,10 +34,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ringfence.cpu import cpuid, msr, reset, state
+from ringfence.cpu import cpuid, reset, state
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
+from ringfence.cpu.tsc import MSR_TSC
+from ringfence.cpu.tsc import MSRS as TSC_MSRS
 from ringfence.engine import EngineConfig, MsrDevice, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
@@ -116,9 +118,8 @@ class KvmEngine:
             raise
         self.vcpu = self._vcpu
         self.vm = self._vm
-        self._msrs = ModelRegisters(
-            self.view, board, lambda offset: self._set_tsc_offset(self.vcpu, offset)
-        )
+        self._msrs = ModelRegisters(self.view, board)
+        self._msrs.attach(TSC_MSRS, board.tsc.vcpu(0))
         self._stop = self._pause = self._irq = False
         self._inside = self._halted = False
         self._cr8 = 0
@@ -145,20 +146,24 @@ class KvmEngine:
         }
 
     def _start_tsc(self, vcpu: VcpuFile) -> None:
-        """Let the guest's counter start at 0, where KVM can; board and guest agree in any case."""
-        tsc = self.board.tsc
-        tsc.view = self.view
-        self.view.tsc_offset = -tsc.read() & MASK64
-        vcpu.set_tsc_offset(self.view.tsc_offset)
-        before = tsc.read()
-        (seen,) = vcpu.get_msrs([msr.TSC])
-        self._tsc_movable = seen - before & MASK64 < tsc.read() - before + TSC_SLACK
-        self._set_tsc_offset(vcpu, self.view.tsc_offset)
+        """Give the guest its counter, where KVM can; board and guest agree in any case."""
+        line = self.board.tsc
+        if line.scaled:
+            raise HostError(
+                f"a TSC of {line.hz} Hz on a host with {line.host.hz} Hz is not available under"
+                " engine 'kvm': use --engine translate"
+            )
+        vcpu.set_tsc_offset(line.offset)
+        before = line.read()
+        (seen,) = vcpu.get_msrs([MSR_TSC])
+        self._tsc_movable = seen - before & MASK64 < line.read() - before + TSC_SLACK
+        line.vcpu(0).attach(self.view, lambda offset: self._set_tsc_offset(vcpu, offset))
 
-    def _set_tsc_offset(self, vcpu: VcpuFile, offset: int) -> None:
+    def _set_tsc_offset(self, vcpu: VcpuFile, offset: int) -> int:
         """Move the guest's counter; under a software KVM it stays the host's."""
-        self.view.tsc_offset = offset & MASK64 if self._tsc_movable else 0
-        vcpu.set_tsc_offset(self.view.tsc_offset)
+        offset = offset if self._tsc_movable else 0
+        vcpu.set_tsc_offset(offset)
+        return offset
 
     def _set_slots(self, *, log: bool) -> None:
         assert self._vm is not None
@@ -213,10 +218,6 @@ class KvmEngine:
     def forget_pause(self) -> None:
         """See ``VirtualCpu``."""
         self._pause = False
-
-    def turn_back_time(self, ticks: int) -> None:
-        """See ``VirtualCpu``."""
-        self._set_tsc_offset(self.vcpu, self.view.tsc_offset - ticks)
 
     def registers(self) -> dict[str, int]:
         """See ``VirtualCpu``."""

@@ -24,7 +24,7 @@ FEATURE_WORDS = (
 """Leaves (subleaf 0) and registers whose bits are features, all of them."""
 SERVED_OUTSIDE = (
     "APIC", "X2APIC", "TSC_DEADLINE", "ARAT", "TSC_ADJUST", "MTRR", "MCE", "MCA", "HYPERVISOR",
-    "TOPOEXT", "INVARIANT_TSC",
+    "TOPOEXT",
 )  # fmt: skip
 """Features that don't need KVM's consent."""
 _RANGES = ((0x174, 3), (0x277, 1), (0xC0000080, 5), (0xC0000100, 4))

@@ -6,16 +6,15 @@ the same functions that translated code calls, interpreted: such accesses are ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from ringfence.cpu import msr, state
 from ringfence.cpu.faults import GeneralProtection
+from ringfence.cpu.tsc import read_host_tsc
 from ringfence.engine import MsrDevice
 from ringfence.engine.kvm import transfer
 from ringfence.native.interpret import Interpreter
-
-MASK64 = (1 << 64) - 1
 
 
 class ModelRegisters:
@@ -26,17 +25,14 @@ class ModelRegisters:
     view : Cpu
         Where the model keeps its state.
     board : Board
-        The local APIC's owner, and the guest's time-stamp counter.
-    tsc_moved : Callable[[int], None]
-        Called with the counter's new offset when the guest has written it.
+        The local APIC's owner.
     """
 
-    def __init__(self, view: Any, board: Any, tsc_moved: Callable[[int], None]) -> None:
+    def __init__(self, view: Any, board: Any) -> None:
         self._view = view
         self._board = board
-        self._tsc_moved = tsc_moved
         self._devices: dict[int, MsrDevice] = {}
-        host = Interpreter({"rdtsc": lambda: (board.tsc.read() - view.tsc_offset) & MASK64})
+        host = Interpreter({"rdtsc": read_host_tsc})
         self._belongs_to_vmm = host.function(msr.belongs_to_vmm)
         self._read_msr = host.function(msr.read_msr)
         self._write_msr = host.function(msr.write_msr)
@@ -65,8 +61,6 @@ class ModelRegisters:
             self._board.msr_write(0, index, value)
         elif self._write_msr(self._view, index, value) != state.OK:
             raise GeneralProtection(f"MSR {index:#x} refuses {value:#x}")
-        elif index in (msr.TSC, msr.TSC_ADJUST):
-            self._tsc_moved(self._view.tsc_offset)
 
     def _device(self, index: int) -> MsrDevice | None:
         """The device that was attached for a register; GeneralProtection where KVM refused."""

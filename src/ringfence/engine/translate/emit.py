@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 
 from ringfence.cpu.cpuid import host_cpuid
+from ringfence.cpu.state import TSC_RATIO_BITS
 from ringfence.engine.translate.block import gs
 from ringfence.memory.mmu import HOST_DELTA, HOST_PAGE, READ_TAG, TLB_ENTRIES, USER_ENTRY, WRITE_TAG
 
@@ -226,12 +227,27 @@ def checked_jump(user: bool, lookup: int) -> bytes:
     )  # fmt: skip
 
 
-def rdtsc() -> bytes:
-    """RDTSC with the guest's offset; clobbers the flags."""
+def rdtsc(scaled: bool) -> bytes:
+    """RDTSC with the guest's offset, and its ratio if that is not one; clobbers the flags."""
+    scale = (
+        b"\x65\x48\xf7\x24\x25" + _i32(gs("tsc_ratio"))  # mul gs:[tsc_ratio]
+        + b"\x48\x0f\xac\xd0" + bytes((TSC_RATIO_BITS,))  # shrd rax, rdx, 48
+    )  # fmt: skip
     return (
         b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0"  # rdtsc; shl rdx, 32; or rax, rdx
+        + (scale if scaled else b"")
         + b"\x65\x48\x03\x04\x25" + _i32(gs("tsc_offset"))  # add rax, gs:[tsc_offset]
         + b"\x48\x89\xc2\x48\xc1\xea\x20\x89\xc0"  # mov rdx, rax; shr rdx, 32; mov eax, eax
+    )  # fmt: skip
+
+
+def rdtscp(scaled: bool) -> bytes:
+    """RDTSCP: waits as the host's does, and gives the guest's IA32_TSC_AUX."""
+    code = rdtsc(scaled)
+    assert code.startswith(b"\x0f\x31")
+    return (
+        b"\x0f\x01\xf9" + code[2:]
+        + b"\x65\x8b\x0c\x25" + _i32(gs("tsc_aux"))  # mov ecx, gs:[tsc_aux]
     )  # fmt: skip
 
 

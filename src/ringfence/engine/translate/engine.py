@@ -23,6 +23,8 @@ from ringfence.cpu import cpuid, reset, state
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
+from ringfence.cpu.tsc import MSRS as TSC_MSRS
+from ringfence.cpu.tsc import host_hz
 from ringfence.engine import EngineConfig, MsrDevice, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
@@ -31,7 +33,6 @@ from ringfence.engine.translate.block import GS_BIAS, Vcpu
 from ringfence.engine.translate.emulate import emulate
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
-from ringfence.engine.translate.tsc import host_hz
 from ringfence.errors import GuestCrash, HostError
 from ringfence.memory import strings
 
@@ -146,15 +147,12 @@ class TranslateEngine:
         view.code_end = self.translator.cache.base + self.translator.cache.size
         view.code_alias = (self.translator.cache.alias - self.translator.cache.base) & MASK64
         library.function("tlb_reset", 1)(self.block)
-        if index == 0:
-            board.tsc.view = view
-            view.tsc_offset = -board.tsc.read() & MASK64
-        else:
-            view.tsc_offset = board.tsc.view.tsc_offset
+        counter = board.tsc.vcpu(index)
+        counter.attach(view)
         self._wake = threading.Event()
         board.set_wake(index, self._woken)
         self._stop = self._pause = False
-        self._msrs: dict[int, MsrDevice] = {}
+        self._msrs: dict[int, MsrDevice] = dict.fromkeys(TSC_MSRS, counter)
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
         self._guest_ns = self._vmm_ns = self._idle_ns = self._asking_ns = 0
@@ -262,10 +260,6 @@ class TranslateEngine:
         """See ``VirtualCpu``."""
         self._pause = False
         self.view.stop_request = self._stop
-
-    def turn_back_time(self, ticks: int) -> None:
-        """See ``VirtualCpu``."""
-        self.view.tsc_offset = (self.view.tsc_offset - ticks) & MASK64
 
     def _call_attention(self) -> None:
         self.view.stop_request = 1

@@ -142,9 +142,12 @@ class Recipes:
         Whether memory accesses take the slow path.
     swaps : int
         See ``tables.TraceRow``.
+    scaled_tsc : bool
+        Whether the guest's time-stamp counter has another rate than the host's.
     """
 
-    def __init__(self, mode: int, slow: bool, swaps: int) -> None:
+    def __init__(self, mode: int, slow: bool, swaps: int, scaled_tsc: bool = False) -> None:
+        self.scaled_tsc = scaled_tsc
         self.mode = mode
         self.cpl = mode & MODE_CPL
         self.user = self.cpl == 3

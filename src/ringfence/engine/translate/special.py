@@ -469,11 +469,12 @@ def _swapgs(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return Recipe(PLAIN, op=Piece(emit.swapgs()))
 
 
-@special("RDTSC")
+@special("RDTSC", "RDTSCP")
 def _rdtsc(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     if r.mode & MODE_TSD:
-        return r.effect("fx_rdtsc")
-    return Recipe(PLAIN, before=Piece(emit.rdtsc()), clobbers=True)
+        return r.effect(f"fx_{name.lower()}")
+    code = emit.rdtsc(r.scaled_tsc) if name == "RDTSC" else emit.rdtscp(r.scaled_tsc)
+    return Recipe(PLAIN, before=Piece(code), clobbers=True)
 
 
 @special("XSAVE", "XSAVE64", "XRSTOR", "XRSTOR64")
@@ -501,7 +502,7 @@ _PLAIN_EFFECTS = {
     "SYSCALL": "fx_syscall", "SYSENTER": "fx_sysenter", "SYSEXIT": "fx_sysexit",
     "SYSEXITQ": "fx_sysexit", "RDMSR": "fx_rdmsr", "WRMSR": "fx_wrmsr", "CPUID": "fx_cpuid",
     "HLT": "fx_hlt", "CLTS": "fx_clts", "WBINVD": "fx_wbinvd", "INVD": "fx_wbinvd",
-    "WBNOINVD": "fx_wbinvd", "XGETBV": "fx_xgetbv", "XSETBV": "fx_xsetbv", "RDTSCP": "fx_rdtscp",
+    "WBNOINVD": "fx_wbinvd", "XGETBV": "fx_xgetbv", "XSETBV": "fx_xsetbv",
     "RDPMC": "fx_rdpmc", "UD0": "fx_ud", "UD1": "fx_ud", "UD2": "fx_ud", "RSM": "fx_ud",
     "MONITOR": "fx_ud", "MWAIT": "fx_ud", "CLAC": "fx_ud", "STAC": "fx_ud", "GETSEC": "fx_ud",
 }  # fmt: skip

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ringfence.cpu.state import TSC_RATIO_ONE
 from ringfence.engine.translate import pages, special, templates
 from ringfence.engine.translate.block import MODE_CAREFUL, MODE_SLOW
 from ringfence.engine.translate.codecache import CodeCache
@@ -145,7 +146,9 @@ class Translator:
         plain, swaps = mode & ~MODE_CAREFUL, context >> 16
         maker = self._makers.get((plain, swaps))
         if maker is None:
-            maker = self._makers[plain, swaps] = Recipes(plain, bool(mode & MODE_SLOW), swaps)
+            scaled = self.view.tsc_ratio != TSC_RATIO_ONE
+            maker = Recipes(plain, bool(mode & MODE_SLOW), swaps, scaled)
+            self._makers[plain, swaps] = maker
         i = Decoder(64, raw, ip=0).decode()
         unavailable = "" if i.is_invalid else self.forms.unavailable(i, mode)
         recipe = maker.build(i, raw, unavailable)

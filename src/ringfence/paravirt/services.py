@@ -1,0 +1,128 @@
+"""All that a machine offers to enlightened guests, as KVM defined it: who owns which register.
+
+`Paravirtual` belongs to a machine and gives each vCPU its registers (`VcpuServices`). CPUID
+announces what there is (`FEATURES`), so that guests which don't know of it never come here.
+
+Source: Linux, Documentation/virt/kvm/x86/cpuid.rst and msr.rst.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ringfence.chipset.state import State, check_version
+from ringfence.chipset.timekeeping import Timekeeper
+from ringfence.cpu.faults import GeneralProtection
+from ringfence.cpu.tsc import VcpuTsc
+from ringfence.errors import ImageError
+from ringfence.memory.ram import GuestMemory
+from ringfence.paravirt import clock
+from ringfence.paravirt.clock import ParavirtualClock, TimeLine
+
+FEATURE_NOP_IO_DELAY = 1 << 1
+"""CPUID 0x40000001 EAX: devices need no pauses between accesses to ports."""
+FEATURES = clock.FEATURES | FEATURE_NOP_IO_DELAY
+MSRS = range(0x4B564D00, 0x4B564D10)
+"""The registers of KVM's services; those that aren't offered raise #GP."""
+
+
+class Service(Protocol):
+    """What answers for some of the registers, one for each vCPU."""
+
+    def msr_read(self, index: int) -> int:
+        """What the guest wrote last."""
+
+    def msr_write(self, index: int, value: int) -> None:
+        """Set the service up; GeneralProtection where its structure can't be."""
+
+    def save(self) -> State:
+        """See ``chipset.state.Saved``."""
+
+    def restore(self, state: State) -> None:
+        """See ``chipset.state.Saved``."""
+
+
+class VcpuServices:
+    """One vCPU's services: the owner of all `MSRS`."""
+
+    VERSION = 1
+
+    def __init__(self, memory: GuestMemory, line: TimeLine, tsc: VcpuTsc) -> None:
+        self.clock = ParavirtualClock(memory, line, tsc)
+        self._services: dict[str, Service] = {"clock": self.clock}
+        self._owners: dict[int, Service] = dict.fromkeys(clock.MSRS, self.clock)
+
+    @property
+    def indexes(self) -> tuple[int, ...]:
+        """The registers that exist."""
+        return tuple(self._owners)
+
+    def msr_read(self, index: int) -> int:
+        """What the guest wrote last; GeneralProtection if there is no such register."""
+        return self._owner(index).msr_read(index)
+
+    def msr_write(self, index: int, value: int) -> None:
+        """Set a service up; GeneralProtection where its structure can't be."""
+        self._owner(index).msr_write(index, value)
+
+    def save(self) -> State:
+        """All services' state as plain data."""
+        parts = {name: service.save() for name, service in self._services.items()}
+        return {"version": self.VERSION, **parts}
+
+    def restore(self, state: State) -> None:
+        """Take over what `save` returned; ImageError where it is of another version or shape."""
+        check_version("paravirtual services", state, self.VERSION)
+        for name, service in self._services.items():
+            if name not in state:
+                raise ImageError(f"saved services lack {name!r}: take the snapshot anew")
+            service.restore(state[name])
+
+    def _owner(self, index: int) -> Service:
+        if index not in self._owners:
+            raise GeneralProtection(f"MSR {index:#x} is not offered")
+        return self._owners[index]
+
+
+class Paravirtual:
+    """A machine's services.
+
+    Parameters
+    ----------
+    memory : GuestMemory
+        Guest RAM, where the guest's structures are.
+    time : Timekeeper
+        The machine's time.
+    cpus : int
+        Number of vCPUs.
+    """
+
+    VERSION = 1
+
+    def __init__(self, memory: GuestMemory, time: Timekeeper, cpus: int) -> None:
+        self.line = TimeLine(time)
+        self.vcpus = [VcpuServices(memory, self.line, time.tsc.vcpu(n)) for n in range(cpus)]
+        for number in range(cpus):
+            time.tsc.vcpu(number).on_set = self.line.publish
+        time.on_resume.append(lambda jumped: self.line.publish(stopped=jumped))
+
+    def save(self) -> State:
+        """State as plain data; the machine must be paused."""
+        vcpus = [vcpu.save() for vcpu in self.vcpus]
+        return {"version": self.VERSION, "line": self.line.save(), "vcpus": vcpus}
+
+    def restore(self, state: State) -> None:
+        """Take over what `save` returned; the time must have been restored before.
+
+        Raises
+        ------
+        ImageError
+            The state is of another version or shape, or for another number of vCPUs.
+        """
+        check_version("paravirtual services", state, self.VERSION)
+        vcpus = state.get("vcpus", [])
+        if len(vcpus) != len(self.vcpus) or "line" not in state:
+            raise ImageError(f"saved paravirtual services are not for {len(self.vcpus)} vCPUs")
+        self.line.restore(state["line"])
+        for vcpu, saved in zip(self.vcpus, vcpus, strict=True):
+            vcpu.restore(saved)
