@@ -268,6 +268,14 @@ class Guest:
         """Bytes of ``Cpu`` that a case starts afresh."""
         return natives.block.Vcpu.offset_of("exc_vector")
 
+    def _count_as_code(self, lines: int) -> None:
+        """Have these lines of all data pages count as translated code; 0 for none."""
+        for n in range(len(PAGES)):
+            at = ((DATA_AT >> 12) + n) * 8
+            ctypes.c_uint64.from_address(self.view.code_lines + at).value = lines
+            ctypes.c_uint64.from_address(self.view.page_use + at).value = int(lines != 0)
+        self.flush()
+
     # --- running -------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -297,7 +305,7 @@ class Guest:
     def forget(self) -> None:
         """Drop all translations and hand out code addresses from the start again."""
         self.engine.translator.flush()
-        self.view.dirty_code_count = 0
+        self.view.stale_code = 0
         self.next_code = CODE
 
     def write_code(self, address: int, data: bytes) -> None:
@@ -361,10 +369,7 @@ class Guest:
         if interrupts:
             view.irq_request = view.attention = 1
         if slow:
-            for n in range(len(PAGES)):
-                at = view.code_lines + ((DATA_AT >> 12) + n) * 8
-                ctypes.c_uint64.from_address(at).value = 0xFFFFFFFFFFFFFFFF
-            self.flush()
+            self._count_as_code(0xFFFFFFFFFFFFFFFF)
         missing = self._unmap() if demand else {}
         self._go()
         while missing and self.board.last == FAULT_PORT:
@@ -375,10 +380,7 @@ class Guest:
         self.board.pending.clear()
         view.irq_request = 0
         if slow:
-            for n in range(len(PAGES)):
-                at = view.code_lines + ((DATA_AT >> 12) + n) * 8
-                ctypes.c_uint64.from_address(at).value = 0
-            self.flush()
+            self._count_as_code(0)
         for page, entry in missing.items():
             self.map(page, entry & ~0xFFF, entry & 0xFFF)
         if missing:

@@ -289,12 +289,12 @@ def test_interrupt_between_access_and_completion(gates: HostileGuest, name: str)
             board.pending.append(INTERRUPT)
             gates.view.irq_request = gates.view.attention = 1
 
-    def mmio_read(address: int, size: int) -> int:
+    def mmio_read(address: int, size: int, cpu: int = 0) -> int:
         interrupt()
         value: int = read(address, size)
         return value
 
-    def mmio_write(address: int, size: int, value: int) -> None:
+    def mmio_write(address: int, size: int, value: int, cpu: int = 0) -> None:
         interrupt()
         write(address, size, value)
 

@@ -73,3 +73,9 @@ def step_masked(cpu: Cpu) -> int:
 def debug_note(cpu: Cpu, bits: int) -> int:
     """Breakpoints fired that trap: ``bits`` of DR6 are due behind the present instruction."""
     return 0
+
+
+@external
+def code_is_stale(cpu: Cpu) -> int:
+    """Memory that this CPU has translated code from was written by another one, or a device."""
+    return 0

@@ -8,9 +8,10 @@ own index: no address that selects the entry can match it, canonical or not.
 
 Two TLBs exist, for supervisor and for user accesses; emitted code knows at translation time which
 one it uses. Their entries alternate in one array, so that both are within reach of the 8-bit
-displacements of emitted code. Pages that hold translated code are never entered as writable, nor
-pages of a ROM; pages outside RAM and ROM, and pages with watched data, are never entered at all:
-both take the slow path on every access, which finds a device where a ROM is written to.
+displacements of emitted code. Pages that hold translated code are never entered as writable (see
+`coherence`), nor pages of a ROM; pages outside RAM and ROM, and pages with watched data, are never
+entered at all: both take the slow path on every access, which finds a device where a ROM is written
+to.
 
 Sources: Intel SDM vol. 3, 4.5 (4-level paging), 4.10 (caching translation information).
 """
@@ -21,8 +22,9 @@ from typing import Annotated
 
 from ringfence.cpu.debug import DR6_B, DR6_BS, data_hits
 from ringfence.cpu.state import FAULT, OK, PF_WRITE
+from ringfence.memory.coherence import Coherent, claim_write, note_code_write
 from ringfence.memory.walk import walk
-from ringfence.memory.walk_state import PAGE_WRITE, Walker, ram_pointer, rom_pointer
+from ringfence.memory.walk_state import PAGE_WRITE, ram_pointer, rom_pointer
 from ringfence.native.dialect import (
     address_of,
     load8,
@@ -55,7 +57,6 @@ NOT_RAM = 3
 """Status of an access whose page lies outside RAM."""
 WATCHED = 4
 """Status of filling the TLB for a page with watched data: it is in ``Mmu.value``, not entered."""
-DIRTY_CODE_MAX = 64
 OWNER_WATCHES = 8
 """Watchpoints that the machine's owner can have at a time."""
 PENDING_GUEST = DR6_B | DR6_BS
@@ -64,7 +65,7 @@ PENDING_OWNER = ((1 << OWNER_WATCHES) - 1) << PENDING_OWNER_SHIFT
 PENDING_LOOK = 1 << 31
 
 
-class Mmu(Walker):
+class Mmu(Coherent):
     """A virtual CPU with its TLBs (see the module's text for the entries)."""
 
     tlb: Annotated[Array, u64, 32768, 64]
@@ -90,16 +91,6 @@ class Mmu(Walker):
     """Bit 0: a user-half large page was entered since the last flush; bit 1: a global one."""
     large_kernel: Annotated[int, u8]
     """Whether a large page of the other half was entered since the last flush of everything."""
-    code_lines: Annotated[int, u64]
-    """Host address of one 64-bit mask per RAM page: the 64-byte lines that hold translated code."""
-    dirty_code: Annotated[Array, u64, 64]
-    """RAM page indexes whose translated code was written over and is still to be dropped."""
-    dirty_code_lines: Annotated[Array, u64, 64]
-    dirty_code_count: Annotated[int, u32]
-    debug_pending: Annotated[int, u32]
-    """What has to be seen to before the next instruction, beside dirty code: traps that are due
-    (PENDING_GUEST: bits of DR6; PENDING_OWNER: one per watchpoint of the owner's), PENDING_LOOK
-    where each instruction is to be looked up. Emitted code compares this and the count in one."""
     watches: Annotated[int, u8]
     """Whether any data is watched, by the guest or by the owner."""
     owner_watches: Annotated[int, u8]
@@ -120,8 +111,8 @@ class Mmu(Walker):
     the VMM carries out the present element."""
 
 
-assert Mmu.offset_of("dirty_code_count") % 8 == 0
-assert Mmu.offset_of("debug_pending") == Mmu.offset_of("dirty_code_count") + 4
+assert Mmu.offset_of("stale_code") % 8 == 0
+assert Mmu.offset_of("debug_pending") == Mmu.offset_of("stale_code") + 4
 
 
 @native_inline
@@ -329,8 +320,8 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
     index = (address >> 12) & (TLB_ENTRIES - 1)
     never = (index ^ 1) << 12
     page = address & PAGE_MASK
-    if load64(mmu.code_lines + ((host - mmu.ram_host) >> 12) * 8):
-        writable = 0
+    if writable:
+        writable = claim_write(mmu, (host - mmu.ram_host) >> 12)
     kind = mmu.walk_shift | (KIND_GLOBAL if mmu.walk_global else 0)
     if access & 4:
         mmu.tlb[index * 8 + 4] = page
@@ -368,33 +359,6 @@ def host_page(mmu: Mmu, address: int, access: int) -> int:
     status = tlb_fill(mmu, address, access)
     mmu.status_word = status
     return mmu.value if status in (OK, WATCHED) else 0
-
-
-@native
-def note_code_write(mmu: Mmu, host: int, size: int) -> int:
-    """Record a write of ``size`` bytes at a host address if it hits lines of translated code."""
-    index = (host - mmu.ram_host) >> 12
-    lines = load64(mmu.code_lines + index * 8)
-    if lines == 0 or size == 0:
-        return 0
-    first = (host & OFFSET_MASK) >> 6
-    last = ((host & OFFSET_MASK) + size - 1) >> 6
-    mask = ((2 << (last - first)) - 1) << first
-    if last - first >= 63:
-        mask = 0xFFFFFFFFFFFFFFFF
-    if lines & mask == 0:
-        return 0
-    count = mmu.dirty_code_count
-    for i in range(count):
-        if mmu.dirty_code[i] == index:
-            mmu.dirty_code_lines[i] = mmu.dirty_code_lines[i] | mask
-            return 1
-    if count >= DIRTY_CODE_MAX:
-        return 1
-    mmu.dirty_code[count] = index
-    mmu.dirty_code_lines[count] = mask
-    mmu.dirty_code_count = count + 1
-    return 1
 
 
 @native_inline
@@ -478,11 +442,11 @@ def linear_write(mmu: Mmu, address: int, size: int, value: int, user: int) -> in
         if second == 0 and mmu.status_word == FAULT:
             return FAULT
     if host:
-        note_code_write(mmu, host + offset, first)
         store_sized(host + offset, first, value)
+        note_code_write(mmu, host + offset, first)
     if second:
-        note_code_write(mmu, second, size - first)
         store_sized(second, size - first, value >> (8 * first))
+        note_code_write(mmu, second, size - first)
     if mmu.watches:
         note_access(mmu, address, size, 1)
     return OK

@@ -25,6 +25,7 @@ from ringfence.cpu.state import (
     RSI,
     STATUS_FLAGS,
 )
+from ringfence.memory.coherence import note_code_write
 from ringfence.memory.mmu import (
     OFFSET_MASK,
     PAGE_MASK,
@@ -35,7 +36,6 @@ from ringfence.memory.mmu import (
     linear_write,
     load_sized,
     note_access,
-    note_code_write,
     store_sized,
     watched_page,
 )
@@ -125,8 +125,8 @@ def write_element(mmu: Mmu, address: int, size: int, value: int, user: int) -> i
     if (address & OFFSET_MASK) + size <= 4096:
         host = host_page(mmu, address, 6 if user else 2)
         if host:
-            note_code_write(mmu, host + (address & OFFSET_MASK), size)
             store_sized(host + (address & OFFSET_MASK), size, value)
+            note_code_write(mmu, host + (address & OFFSET_MASK), size)
             if mmu.watches:
                 note_access(mmu, address, size, 1)
             return OK
@@ -174,8 +174,8 @@ def block_move(mmu: Mmu, source: int, target: int, bytes_: int, size: int, user:
     take = take & ~(size - 1)
     if take == 0 or (to > origin and to - origin < size):
         return 0
-    note_code_write(mmu, to, take)
     rep_movsb(to, origin, take)
+    note_code_write(mmu, to, take)
     return take
 
 
@@ -192,7 +192,6 @@ def block_store(mmu: Mmu, target: int, bytes_: int, size: int, user: int) -> int
     if page == 0:
         return 0
     to = page + (target & OFFSET_MASK)
-    note_code_write(mmu, to, take)
     value = mmu.gpr[RAX]
     if size == 1:
         rep_stosb(to, value, take)
@@ -202,6 +201,7 @@ def block_store(mmu: Mmu, target: int, bytes_: int, size: int, user: int) -> int
     else:
         for i in range(take // size):
             store_sized(to + i * size, size, value)
+    note_code_write(mmu, to, take)
     return take
 
 
@@ -226,7 +226,7 @@ def fx_string(mmu: Mmu) -> int:
             if left == 0:
                 mmu.rip = mmu.next_rip
                 return OK
-            if bound == 0 or mmu.dirty_code_count or mmu.debug_pending & ~PENDING_LOOK:
+            if bound == 0 or mmu.stale_code or mmu.debug_pending & ~PENDING_LOOK:
                 if mmu.debug_pending:
                     # It goes on, and its breakpoint counted before its first element.
                     mmu.other_flags = mmu.other_flags | FLAG_RF

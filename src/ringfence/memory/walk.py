@@ -2,7 +2,8 @@
 
 Permissions, reserved bits, accessed and dirty flags and the error code follow Intel SDM vol. 3,
 4.5 to 4.8. Accessed flags are set in every entry used once the access is known to be allowed, the
-dirty flag in the last one on a write; both atomically, as another CPU may change the entry.
+dirty flag in the last one on a write; both in the entry that was read and in no other. Where
+another CPU has changed it meanwhile, the walk begins anew: what was just cleared must stay so.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from ringfence.cpu.state import (
     PF_WRITE,
 )
 from ringfence.memory.walk_state import PAGE_USER, PAGE_WRITE, Walker, ram_pointer
-from ringfence.native.dialect import atomic_or64, load64, native, native_inline, sext
+from ringfence.native.dialect import atomic_cas64, load64, native, native_inline, sext
 
 PTE_P, PTE_W, PTE_U, PTE_A, PTE_D, PTE_PS, PTE_G = 1, 2, 4, 0x20, 0x40, 0x80, 0x100
 PTE_NX = 1 << 63
 PTE_ADDRESS = 0x000FFFFFFFFFF000
+CHANGED = 5
+"""Status of a walk whose last entry another CPU changed under it."""
+TRIES = 64
+"""Walks until another CPU that keeps changing the entry is answered with a page fault."""
 
 
 @native_inline
@@ -48,6 +53,25 @@ def walk(walker: Walker, address: int, access: int) -> int:
     ``access``: PF_WRITE, PF_USER, PF_FETCH as in an error code. A non-canonical address is #GP(0).
     """
     walker.walks += 1
+    for _ in range(TRIES):
+        status = walk_tables(walker, address, access)
+        if status != CHANGED:
+            return status
+    return page_fault(walker, address, access & (PF_WRITE | PF_USER))
+
+
+@native_inline
+def mark_accessed(pointer: int) -> int:
+    """Set the accessed flag of an entry that leads to another table."""
+    entry = load64(pointer)
+    if entry & (PTE_P | PTE_A) == PTE_P:
+        atomic_cas64(pointer, entry, entry | PTE_A)
+    return 0
+
+
+@native
+def walk_tables(walker: Walker, address: int, access: int) -> int:
+    """The same, or CHANGED where the last entry is not what it was any more."""
     if sext(address, 48) != address:
         walker.exc_vector = GP
         walker.exc_error = 0
@@ -118,14 +142,13 @@ def walk(walker: Walker, address: int, access: int) -> int:
         return page_fault(walker, address, error | PF_PRESENT)
     used = level
     while used < 4:
-        pointer = walker.walk_entry[used]
-        if not load64(pointer) & PTE_A:
-            atomic_or64(pointer, PTE_A)
+        mark_accessed(walker.walk_entry[used])
         used += 1
     last = walker.walk_entry[level - 1]
     want = PTE_A | PTE_D if access & PF_WRITE else PTE_A
     if entry & want != want:
-        atomic_or64(last, want)
+        if not atomic_cas64(last, entry, entry | want):
+            return CHANGED
         entry = entry | want
     low = (1 << shift) - 1
     walker.walk_pa = (entry & PTE_ADDRESS & ~low) | (address & low)

@@ -7,7 +7,8 @@ calls these effects, and takes it back from there afterwards. SDM vol. 1, 13.7 a
 from __future__ import annotations
 
 from ringfence.cpu.state import CR4_OSXSAVE, FAULT, GP, OK, RAX, RDX, UD
-from ringfence.memory.mmu import OFFSET_MASK, Mmu, host_page, note_access, note_code_write
+from ringfence.memory.coherence import note_code_write
+from ringfence.memory.mmu import OFFSET_MASK, Mmu, host_page, note_access
 from ringfence.native.dialect import (
     address_of,
     load32,
@@ -42,8 +43,8 @@ def copy_guest(mmu: Mmu, address: int, host: int, size: int, write: int) -> int:
         if page:
             at = page + (address & OFFSET_MASK)
             if write:
-                note_code_write(mmu, at, take)
                 rep_movsb(at, host, take)
+                note_code_write(mmu, at, take)
             else:
                 rep_movsb(host, at, take)
             if mmu.watches:

@@ -50,6 +50,8 @@ EXIT_DEBUG = 72
 """The owner's debugger wants to know; ``exit_data`` = STOP_BREAKPOINT, STOP_STEP or Mmu's
 PENDING_OWNER bits of watchpoints."""
 STOP_BREAKPOINT, STOP_STEP = 1, 2
+EXIT_WRITERS = 73
+"""Others must not write to a RAM page any more; ``exit_data`` = mode, the page's number."""
 
 
 class Vcpu(Mmu):

@@ -47,7 +47,7 @@ from ringfence.engine.translate.block import (
 )
 from ringfence.engine.translate.debugging import boundary, interrupted, undo_begin, wants_step
 from ringfence.engine.translate.pages import (
-    drop_dirty_code,
+    drop_stale_code,
     entry_of,
     go_to,
     page_find,
@@ -58,6 +58,7 @@ from ringfence.engine.translate.pages import (
 )
 from ringfence.engine.translate.tables import TraceRow, Writer
 from ringfence.engine.translate.thunks import THUNKS
+from ringfence.memory.coherence import note_code_write
 from ringfence.memory.mmu import (
     ITLB_ENTRIES,
     OFFSET_MASK,
@@ -66,7 +67,6 @@ from ringfence.memory.mmu import (
     TLB_ENTRIES,
     host_page,
     note_access,
-    note_code_write,
     note_large,
     tlb_fill,
     tlb_flush_all,
@@ -77,7 +77,6 @@ from ringfence.native.dialect import (
     address_of,
     atomic_and64,
     load32,
-    load64,
     native,
     native_inline,
     rep_movsb,
@@ -214,8 +213,8 @@ def lookup(vcpu: Vcpu) -> int:
     """Decide where guest execution goes on: OK with ``jump_target`` set, or EXIT."""
     vcpu.lookups += 1
     while 1:
-        if vcpu.dirty_code_count:
-            drop_dirty_code(vcpu)
+        if vcpu.stale_code:
+            drop_stale_code(vcpu)
         status = OK
         if vcpu.debug_pending:
             status = boundary(vcpu)
@@ -262,8 +261,8 @@ def find_variant(vcpu: Vcpu, which: int) -> int:
 @native
 def lookup_variant(vcpu: Vcpu, which: int) -> int:
     """As ``lookup``, for a variant; after a fault, for the handler's ordinary code."""
-    if vcpu.dirty_code_count:
-        drop_dirty_code(vcpu)
+    if vcpu.stale_code:
+        drop_stale_code(vcpu)
     status = find_variant(vcpu, which)
     if status != FAULT:
         return status
@@ -332,9 +331,22 @@ def wanted(vcpu: Vcpu) -> int:
 
 
 @native
+def code_is_stale(cpu: Vcpu) -> int:
+    """See ``cpu.ports.code_is_stale``."""
+    cpu.attention = 1
+    return 0
+
+
+@native
 def attention(vcpu: Vcpu) -> int:
-    """A trace head saw ``attention``: OK to go on in the trace, EXIT when the VMM is wanted."""
+    """A trace head saw ``attention``: OK to go on in the trace, EXIT when the VMM is wanted.
+
+    FAULT where code was written over, this trace's perhaps: look up again.
+    """
     vcpu.attentions += 1
+    if vcpu.stale_code:
+        drop_stale_code(vcpu)
+        return FAULT
     if vcpu.interrupt_shadow:
         vcpu.interrupt_shadow = 0
         return OK
@@ -345,7 +357,7 @@ def attention(vcpu: Vcpu) -> int:
     # Other threads set their request before ``attention``. So clear with a locked operation and
     # look again: what came in between is seen here, what comes later sets ``attention`` anew.
     atomic_and64(address_of(vcpu.mode), ATTENTION_CLEAR)
-    if wanted(vcpu):
+    if wanted(vcpu) or vcpu.stale_code:
         vcpu.attention = 1
     return OK
 
@@ -372,8 +384,9 @@ def note_slow_operand(vcpu: Vcpu, address: int, kind: int) -> int:
 def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     """Prepare one memory operand by hand: crossing pages, in code pages, or outside RAM.
 
-    The operand's bytes are gathered in ``bounce``; OK, FAULT, or EXIT_MMIO_READ for the VMM to
-    fill it. Nothing is written before ``slow_commit``.
+    In one page of RAM the instruction works on the operand itself, so that a locked one stays
+    locked. Else the operand's bytes are gathered in ``bounce``, and nothing is written before
+    ``slow_commit``. OK, FAULT, or EXIT_MMIO_READ for the VMM to fill it.
     """
     size = kind & 0xFFF
     user = 4 if vcpu.cpl == 3 else 0
@@ -398,6 +411,9 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
         second = host_page(vcpu, address + first, access)
         if second == 0 and vcpu.status_word == FAULT:
             return stack_fault(vcpu, kind)
+    if page and first == size:
+        vcpu.slow_pointer = page + offset
+        return OK
     if page:
         rep_movsb(vcpu.slow_pointer, page + offset, first)
     elif first == size:
@@ -434,15 +450,17 @@ def slow_commit(vcpu: Vcpu) -> int:
     first = size
     if offset + size > 4096:
         first = 4096 - offset
+    if first == size:
+        note_code_write(vcpu, vcpu.slow_pointer, size)
+        return OK
     page = host_page(vcpu, address, access)
     if page:
-        note_code_write(vcpu, page + offset, first)
         rep_movsb(page + offset, vcpu.slow_pointer, first)
-    if first < size:
-        second = host_page(vcpu, address + first, access)
-        if second:
-            note_code_write(vcpu, second, size - first)
-            rep_movsb(second, vcpu.slow_pointer + first, size - first)
+        note_code_write(vcpu, page + offset, first)
+    second = host_page(vcpu, address + first, access)
+    if second:
+        rep_movsb(second, vcpu.slow_pointer + first, size - first)
+        note_code_write(vcpu, second, size - first)
     return OK
 
 
@@ -474,10 +492,8 @@ def tlb_miss(vcpu: Vcpu, address: int, kind: int) -> int:
         return stack_fault(vcpu, kind)
     if status != OK:
         return EXIT
-    if write:
-        index = vcpu.value - vcpu.ram_host >> 12
-        if load64(vcpu.code_lines + index * 8):
-            return EXIT
+    if write and vcpu.tlb[entry + 1] != address & PAGE_MASK:
+        return EXIT
     return OK
 
 

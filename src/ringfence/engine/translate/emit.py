@@ -221,7 +221,7 @@ def checked_jump(user: bool, lookup: int) -> bytes:
     """
     leave = gs_store(R9, gs("rip")) + gs_jump(lookup)
     return (
-        b"\x65\x48\x83\x3c\x25" + _i32(gs("dirty_code_count")) + b"\0"  # with debug_pending
+        b"\x65\x48\x83\x3c\x25" + _i32(gs("stale_code")) + b"\0"  # with debug_pending
         + b"\x74" + bytes((len(leave),)) + leave  # je
         + indirect_jump(user)
     )  # fmt: skip

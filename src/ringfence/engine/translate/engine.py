@@ -31,6 +31,7 @@ from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, debugging, natives, pages, signals
 from ringfence.engine.translate.block import GS_BIAS, Vcpu
 from ringfence.engine.translate.emulate import emulate
+from ringfence.engine.translate.siblings import Siblings
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
 from ringfence.errors import GuestCrash, HostError
@@ -61,7 +62,8 @@ def prepare(config: EngineConfig) -> None:
 
 def create_vcpus(memory: GuestMemory, board: Any, config: EngineConfig) -> list[TranslateEngine]:
     """All vCPUs of a machine."""
-    return [TranslateEngine(memory, board, config, index) for index in range(config.cpus)]
+    siblings = Siblings(memory, board, config.cpus)
+    return [TranslateEngine(memory, board, config, index, siblings) for index in range(config.cpus)]
 
 
 class TranslateEngine:
@@ -77,12 +79,20 @@ class TranslateEngine:
         ``cache_dir`` is where the engine's own compiled code is kept.
     index : int
         The vCPU's number.
+    siblings : Siblings, optional
+        What it shares with the machine's other vCPUs; without, it is the only one.
     """
 
     def __init__(
-        self, memory: GuestMemory, board: Any, config: EngineConfig, index: int = 0
+        self,
+        memory: GuestMemory,
+        board: Any,
+        config: EngineConfig,
+        index: int = 0,
+        siblings: Siblings | None = None,
     ) -> None:
         self.index = index
+        self.siblings = siblings or Siblings(memory, board, 1)
         self.memory = memory
         self.board = board
         self.config = config
@@ -104,7 +114,6 @@ class TranslateEngine:
         self._natives.use(self._adopt)
         view.gather_write, view.gather_read = board.gathered.write, board.gathered.read
         self._gather_timer = False
-        board.on_input = self._stop_gathering
         self._find_code = library.function("find_code", 2)
         self._find = library.address("rf_find")
         self._follow = library.address("rf_follow")
@@ -115,13 +124,16 @@ class TranslateEngine:
         view.ram_high = memory.regions[1].size if len(memory.regions) > 1 else 0
         if memory.rom is not None:
             view.rom_base, view.rom_size = memory.rom.base, memory.rom.size
-        view.code_lines = self._allocate((memory.mapped >> 12) * 8)
-        lines = (ctypes.c_uint64 * (memory.mapped >> 12)).from_address(view.code_lines)
-        self._code_lines = memoryview(lines).cast("B").cast("Q")
-        self._dma: deque[int] = deque()
-        """RAM pages that devices wrote to while they held translated code."""
-        self._invalidate = library.function("invalidate", 3)
-        memory.watch_dma(self._dma_written)
+        self._allocate_notes()
+        self.siblings.add(self)
+        self.inside = False
+        """Whether the vCPU is in guest code, or about to be."""
+        self.orders: deque[int] = deque()
+        """RAM pages that the TLB may not let it write to any more (see `siblings`)."""
+        self._awaited: list[threading.Event] = []
+        self._protect = library.function("tlb_protect_page", 2)
+        self._release_write = library.function("release_write", 2)
+        self._note_outside_write = library.function("note_outside_write", 3)
         view.trace_table = self._allocate(TRACE_SLOTS * pages.SLOT_BYTES)
         view.trace_slots = TRACE_SLOTS
         view.page_table = self._allocate(PAGE_ROWS * pages.ROW_BYTES)
@@ -160,6 +172,7 @@ class TranslateEngine:
         self._handlers: dict[int, Callable[[], StopReason | None]] = {
             block.EXIT_ASK: self._on_translator,
             block.EXIT_FLUSH: self._on_translator,
+            block.EXIT_WRITERS: self._on_translator,
             block.EXIT_ATTENTION: self._on_attention,
             block.EXIT_HOST_FAULT: self._on_host_fault,
             block.EXIT_MMIO_READ: self._on_mmio_read,
@@ -194,6 +207,16 @@ class TranslateEngine:
         pages, address = _anonymous(-(-size // 4096) * 4096)
         self._pages.append(pages)
         return address
+
+    def _allocate_notes(self) -> None:
+        """Which code is whose, and what others wrote over: see `memory.coherence`."""
+        view, pages = self.view, self.memory.mapped >> 12
+        view.code_lines = self._allocate(pages * 8)
+        view.stale_lines = self._allocate(pages * 8)
+        middle = -(-pages // 64)
+        view.stale_pages = self._allocate(middle * 8)
+        view.stale_group_words = -(-middle // 64)
+        view.stale_groups = self._allocate(view.stale_group_words * 8)
 
     def _init_host_state(self) -> None:
         """The XSAVE area that gives the host a clean vector state after guest code."""
@@ -232,6 +255,9 @@ class TranslateEngine:
         left = clock()
         try:
             while True:
+                self.inside = True
+                if self.orders:
+                    self._obey()
                 entered = clock()
                 self._vmm_ns += entered - left
                 code = enter(block)
@@ -239,12 +265,47 @@ class TranslateEngine:
                 self._guest_ns += left - entered
                 if view.gathered_count:
                     self._hand_over()
+                self.inside = False
+                if self._awaited:
+                    self._tell_awaiting()
                 outcome = handlers[code]()
                 if outcome is not None:
                     return outcome
         finally:
+            self.inside = False
+            self._tell_awaiting()
             gc.set_threshold(*thresholds)
             self._set_gs(0)
+
+    def _obey(self) -> None:
+        """Carry out what other vCPUs have ordered."""
+        while self.orders:
+            self._protect(self.block, self.memory.host_base + (self.orders.popleft() << 12))
+
+    def call_out(self) -> threading.Event | None:
+        """Make the vCPU leave guest code; what to wait for, None if it is outside (any thread)."""
+        if not self.inside:
+            return None
+        event = threading.Event()
+        self._awaited.append(event)
+        if not self.inside:
+            return None
+        self.view.service_request = 1
+        self.view.attention = 1
+        return event
+
+    def _tell_awaiting(self) -> None:
+        """Wake those who wait for the vCPU to be outside."""
+        while self._awaited:
+            self._awaited.pop().set()
+
+    def release_write(self, page: int) -> None:
+        """The order for a RAM page will be carried out before anything is written there."""
+        self._release_write(self.block, page)
+
+    def note_outside_write(self, first: int, count: int) -> None:
+        """RAM pages were written by a device or the owner (any thread)."""
+        self._note_outside_write(self.block, first, count)
 
     def request_stop(self) -> None:
         """See ``VirtualCpu``."""
@@ -349,6 +410,7 @@ class TranslateEngine:
     def close(self) -> None:
         """See ``VirtualCpu``."""
         self._natives.release(self._adopt)
+        self.siblings.remove(self)
         self.translator.close()
         self.view = None
 
@@ -384,6 +446,8 @@ class TranslateEngine:
                 self._asking_ns += time.perf_counter_ns() - began
             elif view.exit_reason == block.EXIT_FLUSH:
                 self.translator.flush()
+            elif view.exit_reason == block.EXIT_WRITERS:
+                self.siblings.stop_writers(view.exit_data[1])
             else:
                 return self._handlers[view.exit_reason]()
             status = self._find_code(self.block, mode)
@@ -392,14 +456,6 @@ class TranslateEngine:
             if status == state.FAULT:
                 view.jump_target = self._deliver
                 return self._stopped()
-
-    def _dma_written(self, offset: int, length: int) -> None:
-        """A device wrote to RAM (any thread): what was translated from there is void."""
-        first, last = offset >> 12, offset + length - 1 >> 12
-        if length and any(self._code_lines[first : last + 1]):
-            self._dma.extend(range(first, last + 1))
-            self.view.service_request = 1
-            self.view.attention = 1
 
     def _on_attention(self) -> StopReason | None:
         began = time.perf_counter_ns()
@@ -410,8 +466,6 @@ class TranslateEngine:
             return stopped
         vector = -1
         view.service_request = 0
-        while self._dma:
-            self._invalidate(self.block, self._dma.popleft(), MASK64)
         with self.board.lock:
             view.attention = 0
             if self.board.interrupt_pending(self.index) and view.flag_if:
@@ -420,7 +474,7 @@ class TranslateEngine:
                 view.irq_request = view.attention = 1
             else:
                 view.irq_request = 0
-        if view.stop_request or view.service_request:
+        if view.stop_request or view.service_request or view.stale_code:
             view.attention = 1
         if vector >= 0 and self._deliver_interrupt(self.block, vector) != state.OK:
             return self._on_shutdown()
@@ -460,7 +514,7 @@ class TranslateEngine:
         """After an access to the board: may the console's ports be served without it?"""
         with self.board.lock:
             status = self.board.quiet_status()
-            if status is None:
+            if status is None or not self.siblings.may_gather(self):
                 return
             self.view.gather_value = status
             self.view.gather = 1
@@ -480,19 +534,12 @@ class TranslateEngine:
             view.service_request = 1
             view.attention = 1
 
-    def _stop_gathering(self) -> None:
-        """The board's state changes by itself (any thread, with the board's lock)."""
-        if self.view is not None:
-            self.view.gather = 0
-
     def _hand_over(self) -> None:
         """Give the board the bytes gathered since the last exit."""
         view = self.view
         count = view.gathered_count
         view.gathered_count = 0
         view.service_request = 0
-        if self._dma:
-            view.service_request = view.attention = 1
         began = time.perf_counter_ns()
         with self.board.lock:
             for value in view.gathered[:count]:
@@ -504,6 +551,8 @@ class TranslateEngine:
         view = self.view
         port, size = view.exit_data[0], view.exit_data[1]
         view.gather = 0
+        if port == view.gather_read:
+            self.siblings.take_console(self)
         value = self.board.port_read(port, size)
         if size == 4:
             view.gpr[0] = value & 0xFFFFFFFF
@@ -521,6 +570,8 @@ class TranslateEngine:
         view = self.view
         port, size, value = view.exit_data[0], view.exit_data[1], view.exit_data[2]
         view.gather = 0
+        if port == view.gather_write:
+            self.siblings.take_console(self)
         self.board.port_write(port, size, value)
         self._count(Reason.PORT_OUT, began, lambda: vocabulary.PortOut(port, size, value))
         self._continue()

@@ -29,7 +29,7 @@ from ringfence.engine.translate import (
     thunks,
     writer,
 )
-from ringfence.memory import mmu, strings, walk, walk_state, xstate
+from ringfence.memory import coherence, mmu, strings, walk, walk_state, xstate
 from ringfence.native.library import (
     Library,
     image_path,
@@ -50,6 +50,7 @@ EFFECT_NUMBERS = {name: number for number, name in enumerate(sorted(EFFECTS))}
 
 _MODULES = (
     *cpu_library.MODULES,
+    coherence,
     mmu,
     strings,
     walk,
@@ -90,7 +91,10 @@ _ROOTS = (
     dispatch.jump_forget,
     decoding.form_insert,
     decoding.recipe_insert,
-    pages.invalidate,
+    pages.forget_code,
+    coherence.release_write,
+    coherence.note_outside_write,
+    dispatch.code_is_stale,
     dispatch.mode_changed,
     dispatch.interrupts_enabled,
     debugging.debug_changed,

@@ -17,6 +17,7 @@ from ringfence.cpu.state import EXIT, FAULT, OK, UD
 from ringfence.engine.translate.block import (
     EXIT_ASK,
     EXIT_FLUSH,
+    EXIT_WRITERS,
     MODE_CAREFUL,
     MODE_CPL,
     MODE_ENTERED,
@@ -45,10 +46,20 @@ from ringfence.engine.translate.tables import (
     TraceRow,
     Writer,
 )
+from ringfence.memory.coherence import (
+    claim_code,
+    fence,
+    release_code,
+    release_write,
+    writer_bit,
+)
 from ringfence.memory.mmu import ITLB_ENTRIES, OFFSET_MASK, PAGE_MASK, tlb_protect_page
 from ringfence.memory.walk import walk
 from ringfence.memory.walk_state import code_pointer
 from ringfence.native.dialect import (
+    address_of,
+    atomic_and64,
+    ctz,
     load32,
     load64,
     native,
@@ -68,6 +79,8 @@ DEAD_LED = 3
 """Dead traces of an address that are led straight to its newest one: an older one leads to them."""
 DEAD_SEEN = 64
 """Dead traces looked at for that."""
+WRITERS = 8
+"""Status of a fetch from a page that other vCPUs may write to."""
 ROOM = 1 << 17
 """Bytes of code and marks that any trace fits in."""
 LOW_2G, TOP_2G = 0x7FFFF000, 0xFFFFFFFF80000000
@@ -209,12 +222,34 @@ def code_page(vcpu: Vcpu, w: Writer, linear: int, physical: int, mode: int) -> i
 
 @native
 def mark_lines(vcpu: Vcpu, index: int, lines: int) -> int:
-    """Note which lines of a RAM page hold translated code; the first one protects the page."""
+    """Note which lines of a RAM page hold translated code."""
     at = vcpu.code_lines + index * 8
-    known = load64(at)
-    if known == 0 and lines:
+    store64(at, load64(at) | lines)
+    return 0
+
+
+@native
+def begin_reading(vcpu: Vcpu, which: int, index: int) -> int:
+    """Code is about to be read from a RAM page; 1 if others have to be kept from writing first.
+
+    ``which``: 0 for the page, 1 for the following one of an instruction across both.
+    """
+    writers = claim_code(vcpu, index)
+    if writers & writer_bit(vcpu):
         tlb_protect_page(vcpu, vcpu.ram_host + (index << 12))
-    store64(at, known | lines)
+        release_write(vcpu, index)
+    if vcpu.alone:
+        return 0
+    vcpu.reading[which] = index + 1
+    fence(vcpu)
+    return 1 if writers & ~writer_bit(vcpu) else 0
+
+
+@native_inline
+def end_reading(vcpu: Vcpu) -> int:
+    """What was read is translated, or will be read again."""
+    vcpu.reading[0] = 0
+    vcpu.reading[1] = 0
     return 0
 
 
@@ -388,15 +423,51 @@ def invalidate(vcpu: Vcpu, index: int, lines: int) -> int:
         left = left | retire_across(vcpu, w, cast(PageRow, page), lines)
         number = next_of_index(cast(PageRow, page))
     store64(vcpu.code_lines + index * 8, left)
+    if left == 0:
+        release_code(vcpu, index)
     return 0
 
 
 @native
-def drop_dirty_code(vcpu: Vcpu) -> int:
-    """Invalidate what the guest has written over since the last time."""
-    for n in range(vcpu.dirty_code_count):
-        invalidate(vcpu, vcpu.dirty_code[n], vcpu.dirty_code_lines[n])
-    vcpu.dirty_code_count = 0
+def drop_stale_code(vcpu: Vcpu) -> int:
+    """Invalidate what was written over since the last time (see `memory.coherence`)."""
+    atomic_and64(address_of(vcpu.stale_code), 0xFFFFFFFF00000000)
+    for n in range(vcpu.stale_group_words):
+        word = vcpu.stale_groups + n * 8
+        if load64(word):
+            groups = atomic_and64(word, 0)
+            while groups:
+                drop_stale_group(vcpu, n << 6 | ctz(groups))
+                groups = groups & (groups - 1)
+    return 0
+
+
+@native
+def drop_stale_group(vcpu: Vcpu, group: int) -> int:
+    """The same for the 64 RAM pages of a word of the middle level."""
+    pages = atomic_and64(vcpu.stale_pages + group * 8, 0)
+    while pages:
+        index = group << 6 | ctz(pages)
+        invalidate(vcpu, index, atomic_and64(vcpu.stale_lines + index * 8, 0))
+        pages = pages & (pages - 1)
+    return 0
+
+
+@native
+def forget_code(vcpu: Vcpu) -> int:
+    """No RAM page holds translated code any more (of this vCPU's)."""
+    w: Writer = cast(Writer, vcpu.writer)
+    for number in range(1, w.page_count):
+        forget_code_page(vcpu, w, cast(PageRow, page_at(w, number)))
+    return 0
+
+
+@native_inline
+def forget_code_page(vcpu: Vcpu, w: Writer, page: PageRow) -> int:
+    """The same for one page."""
+    store64(vcpu.code_lines + page.index * 8, 0)
+    store32(w.page_of_index + page.index * 4, 0)
+    release_code(vcpu, page.index)
     return 0
 
 
@@ -409,6 +480,13 @@ def leave(vcpu: Vcpu, reason: int, mode: int) -> int:
     vcpu.exit_reason = reason
     vcpu.exit_data[0] = mode
     return EXIT
+
+
+@native_inline
+def stop_writers(vcpu: Vcpu, index: int, mode: int) -> int:
+    """Other vCPUs' TLBs may let them write to a RAM page that is to be translated from."""
+    vcpu.exit_data[1] = index
+    return leave(vcpu, EXIT_WRITERS, mode)
 
 
 @native_inline
@@ -436,6 +514,7 @@ def translate(vcpu: Vcpu, physical: int, mode: int) -> int:
     linear = vcpu.rip & PAGE_MASK
     number = code_page(vcpu, w, linear, physical & PAGE_MASK, mode)
     status = translate_in(vcpu, w, cast(PageRow, page_at(w, number)), number, mode)
+    end_reading(vcpu)
     w.translation_ticks += rdtsc() - began
     return status
 
@@ -443,6 +522,8 @@ def translate(vcpu: Vcpu, physical: int, mode: int) -> int:
 @native
 def translate_in(vcpu: Vcpu, w: Writer, page: PageRow, number: int, mode: int) -> int:
     """The same within a code page."""
+    if begin_reading(vcpu, 0, page.index):
+        return stop_writers(vcpu, page.index, mode)
     w.data = vcpu.ram_host + (page.index << 12)
     w.linear = page.linear
     w.break_table = vcpu.breaks
@@ -459,6 +540,8 @@ def translate_in(vcpu: Vcpu, w: Writer, page: PageRow, number: int, mode: int) -
         status = fetch_across(vcpu, w, page, offset, mode)
         if status == FAULT:
             return FAULT
+        if status == WRITERS:
+            return stop_writers(vcpu, vcpu.reading[1] - 1, mode)
     if status == ASK:
         return leave(vcpu, EXIT_ASK, mode)
     swaps = arrangement(w)
@@ -471,7 +554,10 @@ def translate_in(vcpu: Vcpu, w: Writer, page: PageRow, number: int, mode: int) -
 
 @native
 def fetch_across(vcpu: Vcpu, w: Writer, page: PageRow, offset: int, mode: int) -> int:
-    """Decode an instruction that ends in the following page; FAULT if that can't be fetched."""
+    """Decode an instruction that ends in the following page.
+
+    FAULT if that can't be fetched, WRITERS if others may write to that page.
+    """
     address = page.linear + PAGE
     user = 4 if mode & MODE_CPL == 3 else 0
     if walk(vcpu, address, user | 16) != OK:
@@ -484,6 +570,8 @@ def fetch_across(vcpu: Vcpu, w: Writer, page: PageRow, offset: int, mode: int) -
         vcpu.exc_error = 0
         return FAULT
     w.second = code_page(vcpu, w, address, following, mode)
+    if begin_reading(vcpu, 1, (host - vcpu.ram_host) >> 12):
+        return WRITERS
     return decode_straddling(w, offset, host)
 
 

@@ -224,7 +224,7 @@ def assembly() -> str:
         # Go to RIP by the jump table, without a look-up where it is known.
         "follow": [
             *_FROM_STATUS,
-            f"cmp {_field('dirty_code_count')}, 0",  # and debug_pending behind it
+            f"cmp {_field('stale_code')}, 0",  # and debug_pending behind it
             "jne rf_find",
             f"mov r9, {_field('rip')}",
             "movzx eax, r9w",
@@ -234,15 +234,20 @@ def assembly() -> str:
             *go,
         ],
         "find": [*_call("lookup"), "jmp rf_decide"],
-        # Called by a trace head, RIP set; returns into the trace.
+        # Called by a trace head, RIP set; returns into the trace, if it still holds.
         "attention": [
             *save_all,
             *_call("attention", "sub rsp, 8"),
             "add rsp, 8",
             "test eax, eax",
-            "jnz rf_leave",
+            "jnz 1f",
             *load_all,
             "ret",
+            "1:",
+            f"cmp eax, {EXIT}",
+            "je rf_leave",
+            "add rsp, 8",
+            "jmp rf_find",
         ],
         "emulate": [*save_all, "jmp rf_leave"],
         # The host raised a signal inside guest code; the handler sent the thread here.

@@ -73,6 +73,7 @@ class Translator:
         self._form_insert = library.function("form_insert", 2)
         self._recipe_insert = library.function("recipe_insert", 2)
         self._jump_forget = library.function("jump_forget", 1)
+        self._forget_code = library.function("forget_code", 1)
         self._flush_all = library.function("tlb_flush_all", 1)
         self._pages: list[mmap.mmap] = []
         self.address = self._allocate(Writer.size)
@@ -228,10 +229,7 @@ class Translator:
         """Drop all translations."""
         self.full_flushes += 1
         view, w = self.view, self.writer
-        for number in range(1, w.page_count):
-            index = PageRow.at(w.pages + number * PageRow.size).index
-            ctypes.c_uint64.from_address(view.code_lines + index * 8).value = 0
-            ctypes.c_uint32.from_address(w.page_of_index + index * 4).value = 0
+        self._forget_code(self.block)
         ctypes.memset(view.variants, 0, (NUMBER_MAX + 1) * 8)
         ctypes.memset(view.trace_table, 0, view.trace_slots * pages.SLOT_BYTES)
         ctypes.memset(view.page_table, 0, view.page_rows * pages.ROW_BYTES)

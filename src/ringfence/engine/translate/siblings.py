@@ -1,0 +1,121 @@
+"""What the vCPUs of a machine have in common under translation, and how they wait for each other.
+
+Each vCPU translates for itself and keeps its code, tables and TLB to itself: nothing that runs
+between two guest instructions takes a lock, and dropping code never has to wait for anybody. Shared
+are RAM, one word for each of its pages (`memory.coherence`), and the right to gather console bytes.
+
+**Orders.** What one vCPU wants done in another's TLB is an *order*: it is put into the other's
+queue and carried out by the other's own thread, before it enters guest code the next time. If the
+other is in guest code now, whoever gave the order waits until it has left. A vCPU says that it goes
+inside, *then* looks at its queue; who orders puts it into the queue, *then* looks whether the other
+is inside. Python's global lock gives these four steps one order, so at least one side sees the
+other. A vCPU that waits is itself outside and holds no lock: two may wait for each other's leaving
+at the same time, and neither for long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import TYPE_CHECKING, Any
+
+from ringfence.memory.coherence import VCPUS_MAX
+
+if TYPE_CHECKING:
+    from ringfence.engine.translate.engine import TranslateEngine
+    from ringfence.memory.ram import GuestMemory
+
+_PAGE = 4096
+
+
+class Siblings:
+    """All vCPUs of one machine.
+
+    Parameters
+    ----------
+    memory : GuestMemory
+        Their RAM.
+    board : Board
+        Their board; it is told whom to ask when its state changes by itself.
+    count : int
+        How many there will be.
+    """
+
+    def __init__(self, memory: GuestMemory, board: Any, count: int) -> None:
+        self.vcpus: list[TranslateEngine] = []
+        self.alone = count == 1
+        self._memory: list[mmap.mmap] = []
+        self._table = self._allocate(VCPUS_MAX * 8)
+        self._page_use = self._allocate((memory.mapped >> 12) * 8)
+        self._gatherer: TranslateEngine | None = None
+        memory.watch_dma(self._written)
+        board.on_input = self._stop_gathering
+
+    def _allocate(self, size: int) -> int:
+        pages = mmap.mmap(-1, -(-size // _PAGE) * _PAGE)
+        self._memory.append(pages)
+        return ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+    def add(self, vcpu: TranslateEngine) -> None:
+        """Make a vCPU known to the others."""
+        view = vcpu.view
+        view.vcpu_number = vcpu.index
+        view.alone = self.alone
+        view.vcpus = self._table
+        view.page_use = self._page_use
+        ctypes.c_uint64.from_address(self._table + vcpu.index * 8).value = vcpu.block
+        self.vcpus.append(vcpu)
+
+    def remove(self, vcpu: TranslateEngine) -> None:
+        """A vCPU is gone."""
+        self.vcpus.remove(vcpu)
+
+    def _written(self, offset: int, length: int) -> None:
+        """A device, or the owner, wrote to RAM (any thread)."""
+        if length and self.vcpus:
+            first, last = offset >> 12, offset + length - 1 >> 12
+            self.vcpus[0].note_outside_write(first, last - first + 1)
+
+    # --- orders ----------------------------------------------------------------------------------
+
+    def stop_writers(self, page: int) -> None:
+        """Return when no vCPU will write to a RAM page by what its TLB says now.
+
+        The caller has claimed the page for code (`coherence.claim_code`) and is not in guest code.
+        """
+        use = ctypes.c_uint64.from_address(self._page_use + page * 8).value >> VCPUS_MAX
+        writers = [vcpu for vcpu in self.vcpus if use >> vcpu.index & 1]
+        for vcpu in writers:
+            vcpu.orders.append(page)
+        for event in [vcpu.call_out() for vcpu in writers]:
+            if event is not None:
+                event.wait()
+        for vcpu in writers:
+            vcpu.release_write(page)
+
+    # --- the console -----------------------------------------------------------------------------
+
+    def take_console(self, vcpu: TranslateEngine) -> None:
+        """Before a vCPU accesses the console's ports: what another gathered comes first."""
+        other = self._gatherer
+        if other is None or other is vcpu:
+            return
+        if other.view is not None:
+            other.view.gather = 0
+            event = other.call_out()
+            if event is not None:
+                event.wait()
+        self._gatherer = None
+
+    def may_gather(self, vcpu: TranslateEngine) -> bool:
+        """Whether a vCPU may gather console bytes; one at a time (the board's lock is held)."""
+        other = self._gatherer
+        if other is not None and other is not vcpu and other.view.gather:
+            return False
+        self._gatherer = vcpu
+        return True
+
+    def _stop_gathering(self) -> None:
+        """The board's state changes by itself (any thread, with the board's lock)."""
+        for vcpu in self.vcpus:
+            vcpu.view.gather = 0
