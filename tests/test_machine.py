@@ -11,7 +11,7 @@ import pytest
 
 import doubles
 from ringfence import engine as engines
-from ringfence.boot.linux import BootState
+from ringfence.boot.layout import BootState
 from ringfence.chipset.board import Board
 from ringfence.engine import EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, ImageError, RingfenceError, UsageError

@@ -40,6 +40,27 @@ NICS = ("virtio", "e1000")
 
 
 @dataclass(frozen=True, slots=True)
+class TestDevices:
+    """What a machine has for test kernels (see `devices.testing`).
+
+    Attributes
+    ----------
+    exit_port : int or None
+        Where a write ends the machine with an exit status.
+    console : callable or None
+        Takes the bytes written to port 0xe9.
+    ports : bool
+        Whether there are pc-testdev's ports and the firmware configuration device.
+    """
+
+    __test__ = False  # for pytest: this is no test
+
+    exit_port: int | None = None
+    console: Callable[[bytes], None] | None = None
+    ports: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MachineConfig:
     """What a machine is made of; checked and resolved, so that assembling it can be repeated.
 
@@ -49,6 +70,10 @@ class MachineConfig:
         The images, or the files that hold them; ``initrd`` may be None.
     cmdline : str
         The whole kernel command line.
+    boot : str
+        The kernel's format, one of `boot.loader.FORMATS`.
+    modules : tuple of str
+        Files for a multiboot or PVH kernel, each with its command line.
     memory : int
         Bytes of guest RAM.
     on_reset : {"exit", "reboot"}
@@ -73,6 +98,8 @@ class MachineConfig:
         Rate of the guest's time-stamp counter; None: the host's.
     pause_clock : str
         What the guest's time does over a pause: ``stop`` or ``run``.
+    test : TestDevices
+        What there is for test kernels.
     """
 
     kernel: ImageSource
@@ -92,6 +119,9 @@ class MachineConfig:
     mac: bytes = b""
     tsc_hz: int | None = None
     pause_clock: str = "stop"
+    boot: str = "auto"
+    modules: tuple[str, ...] = ()
+    test: TestDevices = TestDevices()
 
 
 @dataclass(slots=True)
@@ -160,6 +190,8 @@ class Parts:
     devices: Devices = field(default_factory=Devices)
     ending: StopReason | None = None
     paravirtual: Paravirtual | None = None
+    exit_status: int | None = None
+    """What the guest wrote to a test device's exit port, as an exit status."""
 
     def close(self) -> None:
         """Stop the devices, then free the engine and RAM."""
@@ -175,9 +207,10 @@ def assemble(
     console_sink: Callable[[bytes], None],
     on_power_off: Callable[[], None],
     on_reset: Callable[[], None],
+    on_exit: Callable[[int], None],
 ) -> Parts:
     """Build RAM, board and engine and load the guest, as after power-on."""
-    from ringfence.boot.linux import load_linux
+    from ringfence.boot.loader import load_guest
     from ringfence.chipset import acpi
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
@@ -205,10 +238,13 @@ def assemble(
         devices.card = _plug_card(config, host, memory, board)
         tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
         memory.write(acpi.ADDRESS, tables)
-        boot = load_linux(
+        _attach_test_devices(config, memory, board, on_exit)
+        boot = load_guest(
             memory,
             kernel=config.kernel,
+            boot=config.boot,
             initrd=config.initrd,
+            modules=config.modules,
             cmdline=config.cmdline,
             rsdp=acpi.ADDRESS,
         )
@@ -245,6 +281,30 @@ def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], N
         console=VirtioConsole([Port("", console), *named]) if named else None,
         vsock=VirtioVsock(GUEST_CID, host.vsock) if host.vsock else None,
     )
+
+
+def _attach_test_devices(
+    config: MachineConfig, memory: GuestMemory, board: Board, on_exit: Callable[[int], None]
+) -> None:
+    """Add what the owner wants for a test kernel."""
+    wanted = config.test
+    if wanted == TestDevices():
+        return
+    from ringfence.chipset import fwcfg
+    from ringfence.devices.testing import DebugConsole, DebugExit, TestPorts
+
+    if wanted.exit_port is not None:
+        DebugExit(on_exit).attach(board, wanted.exit_port)
+    if wanted.console is not None:
+        DebugConsole(wanted.console).attach(board)
+    if wanted.ports:
+        TestPorts(board).attach(board)
+        cpus = config.engine_config.cpus
+        device = fwcfg.FwCfg(
+            memory, fwcfg.machine_items(memory, cpus), {"etc/e820": fwcfg.ram_map(memory)}
+        )
+        device.attach(board.ports)
+        board.add("fw_cfg", device)
 
 
 def _plug_card(

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
-from ringfence.assembly import NICS, HostSide, MachineConfig, Parts, assemble
+from ringfence.assembly import NICS, HostSide, MachineConfig, Parts, TestDevices, assemble
 from ringfence.console import Console
 from ringfence.engine import EngineConfig, StopReason, VirtualCpu
 from ringfence.errors import GuestTimeout, HostError, UsageError
@@ -106,6 +106,12 @@ class Machine:
     pause_clock : {"stop", "run"}
         Whether the guest's time stands still over a pause, or jumps to where it would have been.
         The guest may change it (see ``paravirt.hypercalls``).
+    boot : str
+        The kernel's format: ``auto``, ``linux``, ``linux32``, ``multiboot`` or ``pvh``.
+    modules : sequence of str
+        ``FILE`` or ``FILE ARGUMENT...``, for multiboot and PVH kernels; ``initrd`` is the first.
+    test : TestDevices, optional
+        Devices for test kernels; see `exit_status`.
 
     Raises
     ------
@@ -148,6 +154,9 @@ class Machine:
         capture: str | Path | None = None,
         tsc_hz: int | None = None,
         pause_clock: Literal["stop", "run"] = "stop",
+        boot: str = "auto",
+        modules: Sequence[str] = (),
+        test: TestDevices | None = None,
     ) -> None:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
@@ -182,6 +191,9 @@ class Machine:
             parse_mac(mac),
             tsc_hz,
             pause_clock,
+            boot,
+            tuple(modules),
+            test or TestDevices(),
         )
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
@@ -221,6 +233,11 @@ class Machine:
     def outcome(self) -> StopReason | None:
         """Why the machine ended; None while it has not."""
         return self._outcome
+
+    @property
+    def exit_status(self) -> int | None:
+        """What the guest ended with by a test device (`StopReason.GUEST_EXIT`); else None."""
+        return self._parts.exit_status
 
     def start(self) -> None:
         """Let the guest run; returns at once."""
@@ -484,7 +501,14 @@ class Machine:
             console_sink=self.console.feed,
             on_power_off=lambda: self._ending(StopReason.POWER_OFF),
             on_reset=lambda: self._ending(StopReason.RESET),
+            on_exit=self._guest_exit,
         )
+
+    def _guest_exit(self, status: int) -> None:
+        """A test device says that the guest ends with an exit status; the first one counts."""
+        if self._parts.ending is None:
+            self._parts.exit_status = status
+        self._ending(StopReason.GUEST_EXIT)
 
     def _ending(self, reason: StopReason) -> None:
         """The board says that the guest turned itself off or asked for a reset."""

@@ -98,6 +98,7 @@ def make_bzimage(payload: bytes, *, setup_sects: int = 4, **changes: int) -> byt
         "loadflags": (0x211, "B", 0x03),
         "initrd_addr_max": (0x22C, "I", 0x7FFFFFFF),
         "kernel_alignment": (0x230, "I", 0x200000),
+        "relocatable": (0x234, "B", 0),
         "xloadflags": (0x236, "H", 0x3F),
         "cmdline_size": (0x238, "I", 2047),
         "payload_offset": (0x248, "I", 0x100),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.boot.bzimage import open_kernel, parse_header
+from ringfence.boot.bzimage import flat_program, open_kernel, parse_header
 from ringfence.boot.unpack import unpack
 from ringfence.errors import ImageError
 
@@ -57,10 +57,8 @@ def test_zero_setup_sects_means_four(elf: Maker, bzimage: Maker, pack: Maker) ->
     [
         ({"boot_flag": 0}, "neither a bzImage"),
         ({"header": 0}, "HdrS"),
-        ({"version": 0x0203}, "protocol 2.03"),
-        ({"version": 0x020B}, "protocol 2.11"),
-        ({"xloadflags": 0}, "32-bit"),
-        ({"payload_offset": 0}, "no payload"),
+        ({"version": 0x0201}, "protocol 2.01"),
+        ({"loadflags": 0}, "zImage"),
         ({"payload_length": 0}, "no payload"),
         ({"payload_length": 1 << 30}, "cut off"),
         ({"payload_offset": 0xFFFFFFFF}, "cut off"),
@@ -167,3 +165,31 @@ def test_files(tmp_path: Path, elf: Maker) -> None:
             open_kernel(tmp_path / name)
     with pytest.raises(ImageError, match="not a regular file"):
         open_kernel("/dev/null")
+
+
+def test_kernels_without_a_payload_are_entered_as_they_are(
+    elf: Maker, bzimage: Maker, pack: Maker
+) -> None:
+    packed = pack("gzip", elf())
+    kernel = open_kernel(bzimage(packed, payload_offset=0, init_size=3 << 20))
+    assert (kernel.elf, kernel.code_64) == (b"", True)
+    program = flat_program(kernel)
+    assert (program.bits, program.entry, program.base, program.end) == (
+        64, 0x100200, 0x100000, 0x400000,
+    )  # fmt: skip
+    kernel = open_kernel(bzimage(packed), as_is=True)
+    assert flat_program(kernel).bits == 32
+    assert bytes(flat_program(kernel).segments[0].data) == kernel.code
+    relocatable = open_kernel(bzimage(packed, relocatable=1), as_is=True)
+    assert flat_program(relocatable).entry == 16 << 20
+    old = open_kernel(bzimage(packed, version=0x0204))
+    assert (flat_program(old).bits, flat_program(old).entry) == (32, 0x100000)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"init_size": 0xFFFF_FFFF}, {"pref_address": 1 << 40}, {"pref_address": 0x8000}]
+)
+def test_bad_places(changes: dict[str, int], bzimage: Maker) -> None:
+    kernel = open_kernel(bzimage(b"x", payload_offset=0, relocatable=1, **changes))
+    with pytest.raises(ImageError, match="wants to be at"):
+        flat_program(kernel)

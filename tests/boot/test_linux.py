@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.boot.linux import (
+from ringfence.boot.layout import (
     CMDLINE_BASE,
-    GDT,
+    GDT_64,
     PML4_BASE,
-    ZERO_PAGE,
     BootState,
     identity_tables,
-    load_linux,
     memory_map,
 )
+from ringfence.boot.linux import ZERO_PAGE, load_linux
 from ringfence.boot.params import E820, BootParams
 from ringfence.errors import ImageError, UsageError
 from ringfence.memory.ram import GuestMemory, Region
@@ -75,7 +74,7 @@ def test_registers_and_gdt(memory: GuestMemory, elf: Maker) -> None:
     assert state.efer == 0x500
     assert (state.cs, state.ds, state.gdt_limit) == (0x10, 0x18, 31)
     entries = struct.unpack("<4Q", memory.read(state.gdt_base, 32))
-    assert entries == GDT
+    assert entries == GDT_64
     code, data = entries[2], entries[3]
     assert code >> 53 & 1  # L
     assert not code >> 54 & 1  # D

@@ -1,17 +1,19 @@
-"""Load the segments of an ELF64 kernel (vmlinux) at their physical addresses.
+"""Load the segments of an ELF kernel, 32-bit or 64-bit, at their physical addresses.
 
-Shape: :func:`read_segments` checks everything about the file and returns plain data;
-:func:`load_segments` stores it in guest memory. pyelftools, imported at the first use, reads the
+Shape: :func:`read_segments` checks everything about the file and returns plain data, a
+:class:`Program`, which other formats make, too; :func:`load_segments` stores it in guest memory,
+and :func:`find_note` looks into notes. pyelftools, imported at the first use, reads the
 program headers; sections and symbols are never looked at, and what follows the ELF file (the
 relocations that a KASLR kernel's decompressor would use) is ignored.
 
-Source: System V ABI, "Program Loading"; AMD64 psABI section 4.1.
+Source: System V ABI, "Program Loading" and "Note Section"; AMD64 psABI section 4.1.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,11 @@ from ringfence.memory.ram import GuestMemory
 KERNEL_FLOOR = 0x100000
 """Lowest guest-physical address that a kernel may occupy; below are our own structures."""
 PF_X = 1
-_EHDR_SIZE, _PHDR_SIZE = 64, 56
+_EHDR_SIZE = {32: 52, 64: 64}
+_PHDR_SIZE = {32: 32, 64: 56}
+_MACHINES = {32: ("EM_386", "EM_X86_64"), 64: ("EM_X86_64",)}
+NOTES_MAXIMUM = 1 << 16
+"""Bytes of notes that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,15 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class ElfImage:
-    """A checked ELF kernel: physical ``entry`` and its ``segments``, ascending."""
+class Program:
+    """What is to be loaded: physical ``entry``, ``segments``, ascending, and whose code it is.
+
+    ``bits`` is 32 or 64.
+    """
 
     entry: int
     segments: tuple[Segment, ...]
+    bits: int = 64
 
     @property
     def base(self) -> int:
@@ -58,30 +68,16 @@ class ElfImage:
         return max(segment.end for segment in self.segments)
 
 
-def read_segments(elf: bytes) -> ElfImage:
-    """Check an ELF64 x86-64 file and find what is to be loaded.
+def read_segments(elf: bytes) -> Program:
+    """Check an ELF file and find what is to be loaded.
 
     Raises
     ------
     ImageError
-        Not an ELF64 little-endian x86-64 executable, cut off, overlapping or misplaced segments,
+        Not an x86 or x86-64 executable, cut off, overlapping or misplaced segments,
         or an entry point outside of them.
     """
-    from elftools.common.exceptions import ELFError
-    from elftools.construct.core import ConstructError
-    from elftools.elf.elffile import ELFFile
-
-    if len(elf) < _EHDR_SIZE or not elf.startswith(b"\x7fELF"):
-        raise ImageError("the kernel is no ELF file: expected a vmlinux")
-    try:
-        file = ELFFile(io.BytesIO(elf))
-        _check_header(file, len(elf))
-        headers = [file.get_segment(index).header for index in range(file.num_segments())]
-        entry = int(file.header["e_entry"])
-    except (ELFError, ConstructError, KeyError, ValueError, OverflowError, TypeError) as error:
-        raise ImageError(f"the vmlinux is damaged ({error}): fetch it again") from error
-    except (AttributeError, UnicodeDecodeError, IndexError) as error:
-        raise ImageError(f"the vmlinux has malformed headers ({error}): fetch it again") from error
+    entry, bits, headers = _read_headers(elf)
     segments = sorted(
         (_segment(elf, header) for header in headers if header["p_type"] == "PT_LOAD"),
         key=lambda segment: segment.paddr,
@@ -94,10 +90,34 @@ def read_segments(elf: bytes) -> ElfImage:
             raise ImageError(
                 f"the vmlinux is damaged: segments at {below.paddr:#x} and {above.paddr:#x} overlap"
             )
-    return ElfImage(_physical_entry(entry, segments), tuple(segments))
+    return Program(_physical_entry(entry, segments), tuple(segments), bits)
 
 
-def load_segments(memory: GuestMemory, image: ElfImage) -> None:
+def find_note(elf: bytes, owner: bytes, kind: int) -> bytes | None:
+    """The descriptor of the first note of this owner and type; None if there is none.
+
+    Raises
+    ------
+    ImageError
+        See `read_segments`; a note that is cut off only ends the search.
+    """
+    for header in _read_headers(elf)[2]:
+        if header["p_type"] != "PT_NOTE":
+            continue
+        at = header["p_offset"]
+        notes = memoryview(elf)[at : at + min(header["p_filesz"], NOTES_MAXIMUM)]
+        while len(notes) >= 12:
+            name_size, size, found = struct.unpack_from("<III", notes)
+            body = 12 + -(-name_size // 4) * 4
+            if body + size > len(notes):
+                break
+            if found == kind and bytes(notes[12 : 12 + name_size]).rstrip(b"\0") == owner:
+                return bytes(notes[body : body + size])
+            notes = notes[body + -(-size // 4) * 4 :]
+    return None
+
+
+def load_segments(memory: GuestMemory, image: Program) -> None:
     """Store the segments in guest memory and zero what the file doesn't fill.
 
     Raises
@@ -119,20 +139,41 @@ def load_segments(memory: GuestMemory, image: ElfImage) -> None:
         memory.write(segment.paddr + len(segment.data), bytes(blank))
 
 
+def _read_headers(elf: bytes) -> tuple[int, int, list[Any]]:
+    """Entry point, 32 or 64, and the program headers of a checked file."""
+    from elftools.common.exceptions import ELFError
+    from elftools.construct.core import ConstructError
+    from elftools.elf.elffile import ELFFile
+
+    if len(elf) < _EHDR_SIZE[32] or not elf.startswith(b"\x7fELF"):
+        raise ImageError("the kernel is no ELF file: expected a vmlinux")
+    try:
+        file = ELFFile(io.BytesIO(elf))
+        _check_header(file, len(elf))
+        headers = [file.get_segment(index).header for index in range(file.num_segments())]
+        return int(file.header["e_entry"]), file.elfclass, headers
+    except (ELFError, ConstructError, KeyError, ValueError, OverflowError, TypeError) as error:
+        raise ImageError(f"the vmlinux is damaged ({error}): fetch it again") from error
+    except (AttributeError, UnicodeDecodeError, IndexError) as error:
+        raise ImageError(f"the vmlinux has malformed headers ({error}): fetch it again") from error
+
+
 def _check_header(file: Any, size: int) -> None:
-    if file.elfclass != 64:
-        raise ImageError("the vmlinux is a 32-bit ELF file: expected a 64-bit x86 kernel")
-    if not file.little_endian or file.header["e_machine"] != "EM_X86_64":
+    bits = file.elfclass
+    if not file.little_endian or file.header["e_machine"] not in _MACHINES[bits]:
         raise ImageError(
-            f"the vmlinux is for another machine ({file.header['e_machine']}): expected x86-64"
+            f"the vmlinux is a {bits}-bit one for another machine ({file.header['e_machine']}):"
+            " expected x86 or x86-64"
         )
     if file.header["e_type"] not in ("ET_EXEC", "ET_DYN"):
         raise ImageError(
             f"the vmlinux is no executable ({file.header['e_type']}): expected a linked kernel"
         )
     count, width = file.header["e_phnum"], file.header["e_phentsize"]
-    if count and width != _PHDR_SIZE:
-        raise ImageError(f"the vmlinux is damaged: program headers of {width} bytes, expected 56")
+    if count and width != _PHDR_SIZE[bits]:
+        raise ImageError(
+            f"the vmlinux is damaged: program headers of {width} bytes, expected {_PHDR_SIZE[bits]}"
+        )
     if count == 0xFFFF:
         raise ImageError("the vmlinux has 65535 or more program headers: expected a kernel")
     if file.header["e_phoff"] + count * width > size:

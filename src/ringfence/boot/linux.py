@@ -1,42 +1,46 @@
-"""Load Linux for the 64-bit boot protocol and say with what registers to enter it.
+"""Load Linux by its boot protocols and say with what registers to enter it.
 
-The kernel proper (vmlinux) is entered at ``startup_64`` in 64-bit mode with RSI at the zero page,
-paging on with an identity map, interrupts off, and flat segments __BOOT_CS and __BOOT_DS
-(boot.rst, "64-bit Boot Protocol"). No decompressor runs, so there is no KASLR.
+The kernel proper (vmlinux) is entered with RSI at the zero page, interrupts off, and flat segments
+__BOOT_CS and __BOOT_DS: at ``startup_64`` in 64-bit mode, paging on with an identity map (boot.rst,
+"64-bit Boot Protocol"), or at ``startup_32`` in protected mode without paging ("32-bit Boot
+Protocol"). No decompressor runs, so there is no KASLR. A bzImage without a kernel that we can
+unpack is entered in the same way where it begins.
 
-What we place in guest-physical memory; nothing overlaps, and everything below 1 MiB is free again
-once the kernel has copied its parameters:
-
-======================  ====================================================================
-0x00000 - 0x01000       nothing (the real-mode vectors and the BIOS data area on a PC)
-0x01000 - 0x02000       GDT
-0x02000 - 0x07000       boot stack, grows down from 0x07000
-0x07000 - 0x08000       zero page (``struct boot_params``)
-0x08000 - 0x09000       setup_data: the seed of the random number generator, if one is given
-0x09000 - 0x0F000       page tables: PML4, PDPT, four page directories (first 4 GiB)
-0x10000 - 0x20000       command line
-0x9FC00 - 0xA0000       EBDA, reserved
-0xE0000 - 0x100000      ACPI tables and BIOS, reserved; written by the chipset
-p_paddr of the ELF      the kernel, usually from 16 MiB on
-as high as allowed      initrd, page-aligned, below initrd_addr_max and the end of low RAM
-======================  ====================================================================
-
-The hole 0xA0000 - 0xE0000 is in no e820 entry: it is neither RAM nor reserved.
-
-Shape: :func:`load_linux` plans everything first, so that a guest that can't fit leaves memory
-untouched, then stores. The result is plain data; the engine turns it into CPU state.
+Of low memory (see `layout`) the zero page, setup_data with a seed for the random number generator,
+if one is given, and for 64-bit kernels the page tables are used. The kernel lies where its ELF file
+says, usually from 16 MiB on; the initrd as high as allowed, page-aligned, below initrd_addr_max and
+the end of low RAM.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
-from ringfence.boot.bzimage import Kernel, open_kernel
-from ringfence.boot.elf import ElfImage, load_segments, read_segments
+from ringfence.boot.bzimage import Kernel, flat_program, open_kernel
+from ringfence.boot.elf import Program, load_segments, read_segments
+from ringfence.boot.layout import (
+    BOOT_CS,
+    BOOT_DS,
+    CMDLINE_BASE,
+    CMDLINE_LIMIT,
+    CR0_LONG,
+    CR0_PROTECTED,
+    CR4_LONG,
+    EFER_LONG,
+    GDT_BASE,
+    PML4_BASE,
+    STACK_LIMIT,
+    STACK_TOP,
+    BootState,
+    Placement,
+    check_fits,
+    encode_text,
+    identity_tables,
+    memory_map,
+    store_gdt,
+)
 from ringfence.boot.params import (
     BOOT_FLAG_MAGIC,
-    E820,
     HEADER_MAGIC,
     KASLR_FLAG,
     LOADED_HIGH,
@@ -44,64 +48,18 @@ from ringfence.boot.params import (
     SETUP_RNG_SEED,
     XLF_KERNEL_64,
     BootParams,
-    E820Entry,
 )
 from ringfence.boot.source import ImageSource, read_image
-from ringfence.cpu.reset import EntryState
 from ringfence.errors import ImageError, UsageError
 from ringfence.memory.ram import HIGH_RAM_BASE, PAGE, GuestMemory
 
-GDT_BASE = 0x1000
-STACK_LIMIT, STACK_TOP = 0x2000, 0x7000
 ZERO_PAGE = 0x7000
 SETUP_DATA = 0x8000
-PML4_BASE, PDPT_BASE, PD_BASE = 0x9000, 0xA000, 0xB000
-MAPPED_GIB = 4
-"""GiB that the boot page tables map, from 0 on."""
-CMDLINE_BASE, CMDLINE_LIMIT = 0x10000, 0x20000
-EBDA_BASE, EBDA_END = 0x9FC00, 0xA0000
-BIOS_BASE, BIOS_END = 0xE0000, 0x100000
 ELF_CMDLINE_SIZE = 2047
 """Longest command line of a kernel without a setup header (COMMAND_LINE_SIZE - 1 of x86)."""
 ELF_INITRD_ADDR_MAX = 0x7FFF_FFFF
-
-BOOT_CS, BOOT_DS = 0x10, 0x18
-GDT = (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
-"""Null, unused, __BOOT_CS (64-bit code), __BOOT_DS (flat data); SDM vol. 3A section 3.4.5."""
-
-# Page table entries, SDM vol. 3A section 4.5.4
-_P, _RW, _PS = 1 << 0, 1 << 1, 1 << 7
-_LARGE_PAGE = 1 << 21
-
-# SDM vol. 3A section 2.5
-CR0_BOOT = 1 << 31 | 1 << 16 | 1 << 5 | 1 << 4 | 1 << 0
-"""PG, WP, NE, ET, PE."""
-CR4_BOOT = 1 << 5
-"""PAE."""
-EFER_BOOT = 1 << 10 | 1 << 8
-"""LMA, LME."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What is where: ``size`` bytes of ``name`` from guest-physical ``base`` on."""
-
-    name: str
-    base: int
-    size: int
-
-    @property
-    def end(self) -> int:
-        """First guest-physical address behind it."""
-        return self.base + self.size
-
-
-@dataclass(frozen=True, kw_only=True)
-class BootState(EntryState):
-    """How to enter the guest, and what lies where; the latter is for people to see."""
-
-    placements: tuple[Placement, ...] = ()
-    kernel_version: str = ""
+OLD_INITRD_ADDR_MAX = 0x37FF_FFFF
+"""What kernels before protocol 2.03 take (boot.rst, initrd_addr_max)."""
 
 
 def load_linux(
@@ -120,7 +78,7 @@ def load_linux(
     memory : GuestMemory
         The guest's RAM.
     kernel : bytes, path or Kernel
-        A bzImage or a vmlinux; or one that :func:`open_kernel` has unpacked already.
+        A bzImage or a vmlinux; or what :func:`open_kernel` has made of it already.
     initrd : bytes or path, optional
         Handed to the kernel as it is.
     cmdline : str
@@ -138,16 +96,14 @@ def load_linux(
         The command line or another argument makes no sense.
     """
     unpacked = kernel if isinstance(kernel, Kernel) else open_kernel(kernel)
-    image = read_segments(unpacked.elf)
-    params = _header(unpacked)
+    image = read_segments(unpacked.elf) if unpacked.elf else flat_program(unpacked)
+    params = _header(unpacked, image)
     text = _encode_cmdline(cmdline, params.cmdline_size)
     ramdisk = read_image(initrd, "initrd") if initrd is not None else b""
     ramdisk_base = _place(memory, image, len(ramdisk), params.initrd_addr_max)
     placements = [
-        Placement("gdt", GDT_BASE, 8 * len(GDT)),
         Placement("stack", STACK_LIMIT, STACK_TOP - STACK_LIMIT),
         Placement("zero page", ZERO_PAGE, PAGE),
-        Placement("page tables", PML4_BASE, PD_BASE + MAPPED_GIB * PAGE - PML4_BASE),
         Placement("command line", CMDLINE_BASE, len(text)),
         *(Placement("kernel", segment.paddr, segment.memsz) for segment in image.segments),
     ]
@@ -170,18 +126,23 @@ def load_linux(
     load_segments(memory, image)
     memory.write(CMDLINE_BASE, text)
     memory.write(ZERO_PAGE, params.raw)
-    memory.write(GDT_BASE, struct.pack(f"<{len(GDT)}Q", *GDT))
-    memory.write(PML4_BASE, identity_tables())
+    gdt, gdt_limit = store_gdt(memory, image.bits)
+    placements.append(gdt)
+    if image.bits == 64:
+        tables = identity_tables()
+        placements.append(Placement("page tables", PML4_BASE, len(tables)))
+        memory.write(PML4_BASE, tables)
+    long = image.bits == 64
     return BootState(
         rip=image.entry,
         rsp=STACK_TOP,
         rsi=ZERO_PAGE,
-        cr3=PML4_BASE,
-        cr0=CR0_BOOT,
-        cr4=CR4_BOOT,
-        efer=EFER_BOOT,
+        cr3=PML4_BASE if long else 0,
+        cr0=CR0_LONG if long else CR0_PROTECTED,
+        cr4=CR4_LONG if long else 0,
+        efer=EFER_LONG if long else 0,
         gdt_base=GDT_BASE,
-        gdt_limit=8 * len(GDT) - 1,
+        gdt_limit=gdt_limit,
         cs=BOOT_CS,
         ds=BOOT_DS,
         placements=tuple(sorted(placements, key=lambda placement: placement.base)),
@@ -189,39 +150,15 @@ def load_linux(
     )
 
 
-def memory_map(memory: GuestMemory) -> list[E820Entry]:
-    """The e820 map of a guest's RAM, ascending."""
-    low_end = memory.regions[0].size
-    entries = [
-        E820Entry(0, EBDA_BASE, E820.RAM),
-        E820Entry(EBDA_BASE, EBDA_END - EBDA_BASE, E820.RESERVED),
-        E820Entry(BIOS_BASE, BIOS_END - BIOS_BASE, E820.RESERVED),
-    ]
-    if low_end > BIOS_END:
-        entries.append(E820Entry(BIOS_END, low_end - BIOS_END, E820.RAM))
-    entries += [E820Entry(r.base, r.size, E820.RAM) for r in memory.regions[1:]]
-    return entries
-
-
-def identity_tables() -> bytes:
-    """PML4, PDPT and page directories, to be stored at PML4_BASE: 2 MiB pages, 4 GiB, identity."""
-    table = struct.Struct("<512Q")
-    links = [PD_BASE + PAGE * gib | _P | _RW for gib in range(MAPPED_GIB)]
-    pages = [at * _LARGE_PAGE | _PS | _P | _RW for at in range(512 * MAPPED_GIB)]
-    return (
-        table.pack(PDPT_BASE | _P | _RW, *[0] * 511)
-        + table.pack(*links, *[0] * (512 - MAPPED_GIB))
-        + struct.pack(f"<{len(pages)}Q", *pages)
-    )
-
-
-def _header(kernel: Kernel) -> BootParams:
+def _header(kernel: Kernel, image: Program) -> BootParams:
     """A zero page with the kernel's setup header, or one made up for a bare vmlinux."""
     params = BootParams()
     if kernel.header is not None:
         params.copy_header(kernel.header.raw)
         if not params.initrd_addr_max:
-            params.initrd_addr_max = ELF_INITRD_ADDR_MAX
+            params.initrd_addr_max = OLD_INITRD_ADDR_MAX
+        if not kernel.elf:
+            params.code32_start = image.base
         return params
     params.raw[0x201] = 0x66  # the jump's offset: the header ends behind init_size
     params.header, params.boot_flag = HEADER_MAGIC, BOOT_FLAG_MAGIC
@@ -229,21 +166,20 @@ def _header(kernel: Kernel) -> BootParams:
     params.kernel_alignment = 1 << 24
     params.initrd_addr_max = ELF_INITRD_ADDR_MAX
     params.cmdline_size = ELF_CMDLINE_SIZE
-    params.xloadflags = XLF_KERNEL_64
+    params.xloadflags = XLF_KERNEL_64 if image.bits == 64 else 0
     return params
 
 
 def _encode_cmdline(cmdline: str, limit: int) -> bytes:
     """The command line as the kernel takes it, NUL included; ``limit`` leaves out the NUL."""
-    text = cmdline.encode("utf-8", "surrogateescape")
+    text = encode_text(cmdline)
     limit = min(limit or 255, CMDLINE_LIMIT - CMDLINE_BASE - 1)
-    if len(text) > limit:
+    if len(text) - 1 > limit:
         raise UsageError(
-            f"the command line has {len(text)} bytes: this kernel takes at most {limit}; shorten it"
+            f"the command line has {len(text) - 1} bytes: this kernel takes at most {limit};"
+            " shorten it"
         )
-    if b"\0" in text:
-        raise UsageError("the command line has a NUL in it: expected plain text")
-    return text + b"\0"
+    return text
 
 
 def _setup_data_node(seed: bytes) -> bytes:
@@ -253,7 +189,7 @@ def _setup_data_node(seed: bytes) -> bytes:
     return struct.pack("<QII", 0, SETUP_RNG_SEED, len(seed)) + seed
 
 
-def _place(memory: GuestMemory, image: ElfImage, ramdisk_size: int, addr_max: int) -> int:
+def _place(memory: GuestMemory, image: Program, ramdisk_size: int, addr_max: int) -> int:
     """Where the initrd goes: the highest page that is allowed, above the kernel.
 
     Raises
@@ -261,24 +197,13 @@ def _place(memory: GuestMemory, image: ElfImage, ramdisk_size: int, addr_max: in
     ImageError
         The kernel or the initrd does not fit; says how much memory would do.
     """
-    low_end = memory.regions[0].size
     kernel_end = -(-image.end // PAGE) * PAGE
     span = -(-ramdisk_size // PAGE) * PAGE
     ceiling = addr_max + 1
-    if kernel_end > HIGH_RAM_BASE:
-        raise ImageError(
-            f"the kernel wants to be at {image.base:#x} - {image.end:#x}: expected below 4 GiB"
-        )
-    if kernel_end + span > min(ceiling, HIGH_RAM_BASE):
+    if kernel_end <= HIGH_RAM_BASE and kernel_end + span > min(ceiling, HIGH_RAM_BASE):
         raise ImageError(
             f"the initrd has {ramdisk_size >> 20} MiB and must end below {ceiling >> 20} MiB, the"
             f" kernel ends at {kernel_end >> 20} MiB: give a smaller initrd"
         )
-    if kernel_end + span > low_end:
-        needed = -(-(kernel_end + span) // (1 << 20))
-        raise ImageError(
-            f"{memory.size >> 20} MiB of memory is too small: the kernel ends at"
-            f" {-(-kernel_end // (1 << 20))} MiB, the initrd takes {-(-span // (1 << 20))} MiB;"
-            f" give the guest at least {needed} MiB, better {max(64, 2 * needed)} MiB"
-        )
-    return (min(low_end, ceiling) - span) // PAGE * PAGE
+    check_fits(memory, image, span, "the initrd")
+    return (min(memory.regions[0].size, ceiling) - span) // PAGE * PAGE

@@ -36,7 +36,7 @@ from ringfence.chipset.pm import SCI_IRQ, PowerManagement, ResetControl
 from ringfence.chipset.rtc import BASE as RTC_BASE
 from ringfence.chipset.rtc import LENGTH as RTC_LENGTH
 from ringfence.chipset.rtc import Rtc
-from ringfence.chipset.state import State, check_version
+from ringfence.chipset.state import Saved, State, check_version
 from ringfence.chipset.uart import BASE as UART_BASE
 from ringfence.chipset.uart import IRQ as UART_IRQ
 from ringfence.chipset.uart import LENGTH as UART_LENGTH
@@ -247,6 +247,12 @@ class Board:
     def plug(self, device: PciDevice, slot: int | None = None) -> int:
         """Put a device into a PCI slot, by default the first free one; return the slot."""
         return self.pci.plug(device, slot)
+
+    def add(self, name: str, part: Saved) -> None:
+        """Let a further part of the board be saved and restored under ``name``."""
+        if name in self._devices:
+            raise UsageError(f"the board has a {name} already")
+        self._devices[name] = part
 
     def send_msi(self, address: int, data: int) -> None:
         """Deliver a message-signalled interrupt."""

@@ -31,6 +31,7 @@ STATUSES = """\
 5      time limit (--timeout) reached
 6      the host lacks something that is needed
 7      the guest asked for a reset (with --on-reset exit, the default)
+odd    with --test-devices or --debug-exit: what the guest wrote to the exit port
 70     a bug of Ringfence's
 128+N  ended by signal N: 130 SIGINT, 143 SIGTERM, 141 nobody reads stdout
 """
@@ -42,6 +43,7 @@ ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
 echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
 ringfence run builtin --stats - --trace exits
 ringfence run --net user --forward 8080:80
+ringfence run --kernel test.elf --test-devices --append "first second"
 
 The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
 On a terminal, Ctrl-A x leaves and Ctrl-A h lists the other keys.
@@ -119,7 +121,8 @@ def run(
         str | None, typer.Argument(help="Stored image, or 'builtin' (default: debian).")
     ] = None,
     kernel: Annotated[
-        Path | None, typer.Option(help="bzImage or ELF vmlinux to boot instead of an image.")
+        Path | None,
+        typer.Option(help="bzImage, vmlinux, multiboot or PVH kernel to boot instead of an image."),
     ] = None,
     initrd: Annotated[Path | None, typer.Option(help="Initial RAM disk.")] = None,
     append: Annotated[
@@ -181,6 +184,33 @@ def run(
         PauseClock,
         typer.Option(help="Over a pause, the guest's time stands still, or runs on (it jumps)."),
     ] = PauseClock.STOP,
+    boot: Annotated[
+        str,
+        typer.Option(help="The kernel's format: auto, linux, linux32, multiboot or pvh."),
+    ] = "auto",
+    module: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'FILE[ ARGUMENT...]'",
+            help="Module for a multiboot or PVH kernel (repeatable); --initrd is the first.",
+        ),
+    ] = None,
+    test_devices: Annotated[
+        bool,
+        typer.Option(
+            "--test-devices",
+            help="What test kernels expect: exit port 0xf4 (the status is (v<<1)|1), debug"
+            " console 0xe9 on stderr, fw_cfg, pc-testdev's ports.",
+        ),
+    ] = False,
+    debug_exit: Annotated[
+        str | None,
+        typer.Option(metavar="PORT", help="Only the exit port, by its number: 0xf4."),
+    ] = None,
+    debugcon: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Only the debug console, to a file; '-' is stderr."),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the engine's compiled code on disk.")
     ] = True,
@@ -213,6 +243,11 @@ def run(
             vsock=vsock,
             tsc_hz=tsc_hz,
             pause_clock="run" if pause_clock is PauseClock.RUN else "stop",
+            boot=boot,
+            modules=tuple(module or ()),
+            test_devices=test_devices,
+            debug_exit=debug_exit,
+            debug_console=debugcon,
         )
     )
 

@@ -6,12 +6,16 @@ import math
 import shutil
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from ringfence.assembly import NICS
+from ringfence.assembly import NICS, TestDevices
 from ringfence.cli.session import Ending, Session
+from ringfence.devices.testing import EXIT_PORT
 from ringfence.engine import StopReason
 from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, UsageError
 from ringfence.machine import Machine
@@ -43,6 +47,11 @@ class RunOptions:
     vsock: Path | None = None
     tsc_hz: int | None = None
     pause_clock: Literal["stop", "run"] = "stop"
+    boot: str = "auto"
+    modules: tuple[str, ...] = ()
+    test_devices: bool = False
+    debug_exit: str | None = None
+    debug_console: str | None = None
 
 
 def run_guest(options: RunOptions) -> int:
@@ -53,6 +62,11 @@ def run_guest(options: RunOptions) -> int:
         from ringfence.cli.pull import ensure_image
 
         image = ensure_image(image)
+    with ExitStack() as opened:
+        return _run_machine(options, image, opened)
+
+
+def _run_machine(options: RunOptions, image: str | None, opened: ExitStack) -> int:
     machine = Machine(
         image=image,
         kernel=options.kernel,
@@ -73,6 +87,9 @@ def run_guest(options: RunOptions) -> int:
         vsock=options.vsock,
         tsc_hz=options.tsc_hz,
         pause_clock=options.pause_clock,
+        boot=options.boot,
+        modules=options.modules,
+        test=_test_devices(options, opened),
     )
     session = Session(machine, timeout=options.timeout, trace=options.trace)
     try:
@@ -84,9 +101,72 @@ def run_guest(options: RunOptions) -> int:
     return _status(machine, ending)
 
 
+def _test_devices(options: RunOptions, opened: ExitStack) -> TestDevices:
+    """What the options ask for; the debug console's file is open as long as ``opened`` is."""
+    console = options.debug_console or ("-" if options.test_devices else None)
+    sink: Callable[[bytes], None] | None = None
+    if console == "-":
+        sink = _to_stderr
+    elif console is not None:
+        try:
+            file = FileIO(console, "w")
+        except OSError as error:
+            raise UsageError(f"--debugcon {console}: {error.strerror}") from error
+        opened.callback(file.close)
+        sink = _writer(file)
+    port = options.debug_exit or (f"{EXIT_PORT:#x}" if options.test_devices else None)
+    return TestDevices(
+        exit_port=None if port is None else parse_port(port),
+        console=sink,
+        ports=options.test_devices,
+    )
+
+
+def _to_stderr(data: bytes) -> None:
+    with suppress(OSError):
+        sys.stderr.buffer.write(data)
+        sys.stderr.buffer.flush()
+
+
+def _writer(file: FileIO) -> Callable[[bytes], None]:
+    """What writes to a file until that fails, which is said once."""
+    failed = False
+
+    def write(data: bytes) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            file.write(data)
+        except OSError as error:
+            failed = True
+            print(f"ringfence: warning: --debugcon: {error.strerror}", file=sys.stderr)
+
+    return write
+
+
+def parse_port(text: str) -> int:
+    """The first of four ports, as ``0xf4`` or ``244``.
+
+    Raises
+    ------
+    UsageError
+        It is no such number, or out of range.
+    """
+    try:
+        port = int(text, 0)
+    except ValueError:
+        port = -1
+    if not 0 <= port <= 0xFFFC:
+        raise UsageError(f"port {text!r}: expected a number from 0 to 0xfffc")
+    return port
+
+
 def _check(options: RunOptions) -> None:
     """Refuse what makes no sense before anything is fetched or built."""
     from ringfence import engine as engines
+    from ringfence.boot.loader import FORMATS
+    from ringfence.boot.modules import parse_module
     from ringfence.network.config import parse_network
     from ringfence.settings import parse_memory
     from ringfence.storage.options import parse_disk
@@ -98,6 +178,12 @@ def _check(options: RunOptions) -> None:
         raise UsageError(f"--nic {options.nic} is unknown: expected {' or '.join(NICS)}")
     for disk in options.disks:
         parse_disk(disk)
+    if options.boot not in FORMATS:
+        raise UsageError(f"--boot {options.boot} is unknown: expected one of {', '.join(FORMATS)}")
+    for module in options.modules:
+        parse_module(module)
+    if options.debug_exit is not None:
+        parse_port(options.debug_exit)
     if options.kernel is not None and options.image is not None:
         raise UsageError("both an image and --kernel were given: expected one of them")
     if options.timeout is not None and not (options.timeout > 0 and math.isfinite(options.timeout)):
@@ -129,6 +215,8 @@ def _status(machine: Machine, ending: Ending | signal.Signals) -> int:
     if ending is Ending.QUIT:
         return 0
     outcome = machine.wait()
+    if outcome is StopReason.GUEST_EXIT:
+        return machine.exit_status or 0
     if outcome is StopReason.CRASH:
         raise GuestCrash("the guest crashed; its registers:", machine.crash_report)
     if outcome is StopReason.RESET:

@@ -26,6 +26,8 @@ class StopReason(Enum):
     CRASH = "crash"
     STOPPED = "stopped"
     PAUSED = "paused"
+    GUEST_EXIT = "guest-exit"
+    """The guest wrote an exit status to a test device."""
 
 
 @dataclass(frozen=True, slots=True)

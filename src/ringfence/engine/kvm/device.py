@@ -28,7 +28,7 @@ NEEDED = (
     Cap.VCPU_ATTRIBUTES,
 )  # fmt: skip
 """Capabilities without which the engine can't work; the newest came with Linux 5.16."""
-TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFF001000, 0xFF000000
+TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFF7F1000, 0xFF7F0000
 """Four pages that VT-x needs inside the hole below 4 GiB, where no device of ours is."""
 CPUID_ROOM = 256
 
