@@ -56,6 +56,12 @@ class ScriptedCpu:
     def attach_msrs(self, indexes: Any, device: Any) -> None:
         """The scripted guest touches no MSRs."""
 
+    def attach_services(self, services: Any) -> None:
+        """Nor does it make hypercalls."""
+
+    def kick(self) -> None:
+        """It never halts."""
+
     def set_boot_state(self, boot: Any) -> None:
         """Nothing to boot."""
 

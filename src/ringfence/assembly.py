@@ -162,8 +162,10 @@ class HostSide:
         capture: str | Path | None,
     ) -> None:
         from ringfence.devices.virtio.vsock_unix import UnixHost
+        from ringfence.paravirt.hypercalls import Functions
 
         with ExitStack() as opened:
+            self.hypercalls = Functions()
             self.storage = Storage(config.disks)
             opened.callback(self.storage.close)
             self.vsock = UnixHost(config.vsock) if config.vsock else None
@@ -248,12 +250,15 @@ def assemble(
             cmdline=config.cmdline,
             rsdp=acpi.ADDRESS,
         )
-        offered = replace(config.engine_config, paravirtual=services.FEATURES)
+        features = services.features(engines.capabilities(config.engine).hypercalls)
+        offered = replace(config.engine_config, paravirtual=features)
         loading.join()
         engine = engines.create(config.engine, memory, board, offered)
-        paravirtual = services.Paravirtual(memory, time, config.engine_config.cpus)
+        kicks = [vcpu.kick for vcpu in engine.vcpus]
+        paravirtual = services.Paravirtual(memory, time, board, kicks, host.hypercalls)
         for vcpu, offers in zip(engine.vcpus, paravirtual.vcpus, strict=True):
             vcpu.attach_msrs(services.MSRS, offers)
+            vcpu.attach_services(offers)
         engine.set_boot_state(boot)
     except BaseException:
         memory.close()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ringfence.boot.source import ImageSource
     from ringfence.engine.exits import TraceRecord
     from ringfence.network.backend import NetworkBackend
+    from ringfence.paravirt.hypercalls import Function
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
@@ -363,7 +364,8 @@ class Machine:
         """Counters as nested plain data, at any time; those of the last assembly after a reset.
 
         Beside what `Engine.stats` gives: ``machine`` with ``outcome``, ``seconds`` of host time,
-        ``resets``, ``engine`` and ``memory`` in bytes; ``network`` with the backend's counters.
+        ``resets``, ``engine`` and ``memory`` in bytes; ``network`` with the backend's counters;
+        ``hypercalls`` by name.
         """
         if self._closed and self._last_stats:
             return self._last_stats
@@ -380,7 +382,10 @@ class Machine:
         }
         network = {"network": self._host.network.stats()} if self._host.network is not None else {}
         with self._change:  # a reset exchanges the parts under it
-            return {"machine": about, **self._parts.engine.stats(), **network}
+            calls = {}
+            if self._parts.paravirtual is not None:
+                calls = {"hypercalls": dict(self._parts.paravirtual.hypercalls.counts)}
+            return {"machine": about, **self._parts.engine.stats(), **network, **calls}
 
     def set_balloon(self, size: int | str) -> None:
         """Ask the guest to give ``size`` bytes of its RAM back to the host; it does what it can.
@@ -409,6 +414,36 @@ class Machine:
             if console is None or name not in self.config.ports:
                 raise UsageError(f"the machine has no port {name!r}: name it in ports=")
             return console.send(1 + list(self.config.ports).index(name), data)
+
+    def hypercall(self, number: int) -> Callable[[Function], Function]:
+        """Decorate the function that answers a hypercall of the guest's kernel.
+
+        It is given a ``paravirt.hypercalls.Call``, in the vCPU's thread, and returns RAX (None: 0).
+        What it raises as ``HypercallError`` is the guest's error, such as a bad address in one of
+        the call's copies; other exceptions are -EINVAL and shown once.
+
+        Raises
+        ------
+        UsageError
+            The number is not one of 0x1000 to 0xffff, or taken, or the engine keeps hypercalls.
+
+        Examples
+        --------
+        >>> @machine.hypercall(0x1000)  # doctest: +SKIP
+        ... def checksum(call):
+        ...     address, length, *_ = call.arguments
+        ...     return zlib.crc32(call.read(address, length))
+        """
+        if not engines.capabilities(self.config.engine).hypercalls:
+            raise UsageError(
+                f"engine '{self.config.engine}' answers hypercalls itself: use 'translate'"
+            )
+
+        def add(function: Function) -> Function:
+            self._host.hypercalls.add(number, function)
+            return function
+
+        return add
 
     def set_trace(self, callback: Callable[[TraceRecord], None] | None) -> None:
         """Call ``callback`` with every exit, from the vCPU's thread; None stops it."""

@@ -23,6 +23,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "INT through a gate of the kernel's": _INT,
         "a call gate, and back": "user code's far call reaches the host's tables",
         "IOPL 3": "user code runs without I/O privilege",
+        "the TSC is set, and its adjustment follows": "the guest's TSC is the host's",
         "#NP gate": "a fault in the delivery of a benign fault becomes #DF",
         "syscall and sysret": _SYSTEM_CALL,
         "SYSRET in kernel": _SYSTEM_CALL,

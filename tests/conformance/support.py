@@ -25,6 +25,7 @@ from conformance.exclusions import KNOWN
 from ringfence import engine as engines
 from ringfence.chipset.board import Board
 from ringfence.chipset.clock import HostClock
+from ringfence.chipset.timekeeping import Timekeeper
 from ringfence.cpu import cpuid
 from ringfence.cpu.reset import EntryState
 from ringfence.cpu.tsc import Tsc
@@ -32,6 +33,8 @@ from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.engine.kvm.probe import Kind, verdict
 from ringfence.images.builtin import assemble
 from ringfence.memory.ram import GuestMemory
+from ringfence.paravirt.hypercalls import Functions
+from ringfence.paravirt.services import MSRS, Paravirtual
 
 RAM = 4 << 20
 PAGE = 4096
@@ -115,6 +118,8 @@ RUNTIME = "".join(
     f"mov dx, {POWER_OFF_PORT}\nmov ax, {POWER_OFF}\nout dx, ax\n1: hlt\njmp 1b\n"
     "program:\n"
 )
+WEIGHTS = 0x1000
+"""A hypercall: a0 + 10 a1 + 100 a2 + 1000 a3."""
 CONSTANTS: dict[str, int] = {
     name: value
     for name, value in globals().items()
@@ -210,9 +215,10 @@ def run(engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"") ->
         ended.append(reason)
         machine[0].request_stop()
 
+    time = Timekeeper(HostClock(), Tsc())
     board = Board(
-        clock=HostClock(),
-        tsc=Tsc(),
+        clock=time.clock,
+        tsc=time.tsc,
         memory_size=RAM,
         console_sink=console.extend,
         on_power_off=lambda: end(StopReason.POWER_OFF),
@@ -220,6 +226,13 @@ def run(engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"") ->
     )
     made = engines.create(engine, memory, board, EngineConfig())
     machine.append(made)
+    functions = Functions()
+    functions.add(WEIGHTS, lambda call: sum(10**n * each for n, each in enumerate(call.arguments)))
+    kicks = [vcpu.kick for vcpu in made.vcpus]
+    paravirtual = Paravirtual(memory, time, board, kicks, functions)
+    for vcpu, offers in zip(made.vcpus, paravirtual.vcpus, strict=True):
+        vcpu.attach_msrs(MSRS, offers)
+        vcpu.attach_services(offers)
     watchdog = threading.Timer(timeout, lambda: end(StopReason.STOPPED))
     try:
         made.set_boot_state(_boot_state())

@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
 from ringfence.paravirt import clock as pv
 from ringfence.paravirt import services
+from ringfence.paravirt.hypercalls import Functions
 from ringfence.paravirt.services import Paravirtual
 
 SECOND = 1_000_000_000
@@ -49,7 +51,9 @@ class Guest:
         for cpu in range(cpus):
             view = SimpleNamespace(tsc_offset=0, tsc_ratio=0, tsc_adjust=0)
             self.time.tsc.vcpu(cpu).attach(view)
-        self.services = Paravirtual(self.memory, self.time, cpus)
+        board: Any = SimpleNamespace()
+        kicks = [lambda: None] * cpus
+        self.services = Paravirtual(self.memory, self.time, board, kicks, Functions())
 
     def enable(self) -> None:
         for cpu in range(self.cpus):

@@ -9,7 +9,7 @@ deliverable ends in the CPU's wake callback, from whatever thread it came.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,6 +258,12 @@ class Board:
         """Deliver a message-signalled interrupt."""
         with self.lock:
             self.apics.send_msi(address, data)
+
+    def send_ipi(self, cpus: Iterable[int], mode: int, vector: int) -> int:
+        """Deliver an interrupt to some CPUs; return how many took it."""
+        with self.lock:
+            targets = (self.lapics[cpu] for cpu in cpus)
+            return sum(self.apics.deliver([each], mode, vector, False) for each in targets)
 
     def receive(self, data: bytes) -> None:
         """Type bytes at COM1."""

@@ -123,6 +123,8 @@ class Cpu(Struct):
     """SHADOW_STI or SHADOW_MOV_SS until the next instruction is done, else 0."""
     nmi_blocked: Annotated[int, u8]
     halted: Annotated[int, u8]
+    kicked: Annotated[int, u8]
+    """The next end of HLT needs no interrupt: another CPU has asked for it. Set by any thread."""
 
     # Segment registers: selector, hidden base, limit (in bytes), attributes (ATTR_*).
     seg_base: Annotated[Array, u64, 8]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.engine.capabilities import KVM, TRANSLATE, Capabilities
 from ringfence.engine.group import Engine
-from ringfence.engine.protocol import EngineConfig, MsrDevice, StopReason, VirtualCpu
+from ringfence.engine.protocol import EngineConfig, MsrDevice, Services, StopReason, VirtualCpu
 from ringfence.errors import HostError, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "MsrDevice",
+    "Services",
     "StopReason",
     "VirtualCpu",
     "capabilities",
@@ -36,7 +37,6 @@ __all__ = [
     "register",
     "resolve",
     "select",
-    "tsc_source",
 ]
 
 

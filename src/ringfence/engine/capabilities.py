@@ -36,6 +36,8 @@ class Capabilities:
         Whether the engine can say which pages of RAM the guest has written.
     scaled_tsc : bool
         Whether the guest's time-stamp counter may have another rate than the host's.
+    hypercalls : bool
+        Whether the guest's hypercalls reach us.
     """
 
     modes: frozenset[Mode] = frozenset({Mode.LONG})
@@ -44,7 +46,8 @@ class Capabilities:
     alignment_checks: bool = False
     dirty_log: bool = False
     scaled_tsc: bool = False
+    hypercalls: bool = False
 
 
-TRANSLATE = Capabilities(breakpoints=True, scaled_tsc=True)
+TRANSLATE = Capabilities(breakpoints=True, scaled_tsc=True, hypercalls=True)
 KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)

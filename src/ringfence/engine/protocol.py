@@ -7,7 +7,7 @@ machine together are an `Engine` (see `group`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -59,6 +59,16 @@ class MsrDevice(Protocol):
         """Write a register."""
 
 
+class Services(Protocol):
+    """What a vCPU has for a guest that knows that it is one."""
+
+    def hypercall(self, cpl: int, number: int, arguments: Sequence[int], bits: int) -> int:
+        """Answer VMCALL or VMMCALL at privilege level ``cpl``: the new RAX.
+
+        ``bits``: width of the registers, 64 or 32.
+        """
+
+
 class VirtualCpu(Protocol):
     """One vCPU's way of running. Only the methods marked so may be called from any thread.
 
@@ -76,6 +86,9 @@ class VirtualCpu(Protocol):
     def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
         """Let a device answer for model-specific registers that are not the CPU's own."""
 
+    def attach_services(self, services: Services) -> None:
+        """Let an object answer hypercalls; without one, there are none."""
+
     def run(self) -> StopReason:
         """Run the vCPU in the calling thread until something in `StopReason` happens."""
 
@@ -87,6 +100,9 @@ class VirtualCpu(Protocol):
 
     def forget_pause(self) -> None:
         """Drop a request to pause that `run` has not seen; the vCPU is not running."""
+
+    def kick(self) -> None:
+        """End the present HLT, or if there is none the next, without an interrupt (any thread)."""
 
     def registers(self) -> dict[str, int]:
         """Registers of a vCPU that is not running, by the manual's lower-case names."""

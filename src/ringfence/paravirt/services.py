@@ -1,29 +1,39 @@
 """All that a machine offers to enlightened guests, as KVM defined it: who owns which register.
 
-`Paravirtual` belongs to a machine and gives each vCPU its registers (`VcpuServices`). CPUID
-announces what there is (`FEATURES`), so that guests which don't know of it never come here.
+`Paravirtual` belongs to a machine and gives each vCPU its registers (`VcpuServices`) and the table
+of hypercalls. CPUID announces what there is (`features`), so that guests which don't know of it
+never come here.
 
 Source: Linux, Documentation/virt/kvm/x86/cpuid.rst and msr.rst.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ringfence.chipset.board import Board
 from ringfence.chipset.state import State, check_version
 from ringfence.chipset.timekeeping import Timekeeper
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.tsc import VcpuTsc
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
-from ringfence.paravirt import clock
+from ringfence.paravirt import clock, cpus
 from ringfence.paravirt.clock import ParavirtualClock, TimeLine
+from ringfence.paravirt.cpus import CpuCalls
+from ringfence.paravirt.hypercalls import Functions, Hypercalls
+from ringfence.paravirt.timecalls import TimeCalls
 
 FEATURE_NOP_IO_DELAY = 1 << 1
 """CPUID 0x40000001 EAX: devices need no pauses between accesses to ports."""
-FEATURES = clock.FEATURES | FEATURE_NOP_IO_DELAY
 MSRS = range(0x4B564D00, 0x4B564D10)
 """The registers of KVM's services; those that aren't offered raise #GP."""
+
+
+def features(hypercalls: bool) -> int:
+    """EAX of CPUID 0x40000001, under an engine that hands us hypercalls or doesn't."""
+    return clock.FEATURES | FEATURE_NOP_IO_DELAY | (cpus.FEATURES if hypercalls else 0)
 
 
 class Service(Protocol):
@@ -47,10 +57,18 @@ class VcpuServices:
 
     VERSION = 1
 
-    def __init__(self, memory: GuestMemory, line: TimeLine, tsc: VcpuTsc) -> None:
+    def __init__(
+        self, number: int, memory: GuestMemory, line: TimeLine, tsc: VcpuTsc, table: Hypercalls
+    ) -> None:
+        self._number = number
+        self._table = table
         self.clock = ParavirtualClock(memory, line, tsc)
         self._services: dict[str, Service] = {"clock": self.clock}
         self._owners: dict[int, Service] = dict.fromkeys(clock.MSRS, self.clock)
+
+    def hypercall(self, cpl: int, number: int, arguments: Sequence[int], bits: int) -> int:
+        """See ``engine.protocol.Services``."""
+        return self._table.call(self._number, cpl, number, arguments, bits)
 
     @property
     def indexes(self) -> tuple[int, ...]:
@@ -93,16 +111,34 @@ class Paravirtual:
         Guest RAM, where the guest's structures are.
     time : Timekeeper
         The machine's time.
-    cpus : int
-        Number of vCPUs.
+    board : Board
+        The chipset.
+    kicks : sequence of Callable[[], None]
+        By vCPU: ends its HLT.
+    functions : Functions
+        The owner's hypercalls.
     """
 
     VERSION = 1
 
-    def __init__(self, memory: GuestMemory, time: Timekeeper, cpus: int) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        time: Timekeeper,
+        board: Board,
+        kicks: Sequence[Callable[[], None]],
+        functions: Functions,
+    ) -> None:
         self.line = TimeLine(time)
-        self.vcpus = [VcpuServices(memory, self.line, time.tsc.vcpu(n)) for n in range(cpus)]
-        for number in range(cpus):
+        self.hypercalls = Hypercalls(memory, functions)
+        TimeCalls(time).provide(self.hypercalls)
+        CpuCalls(board, kicks).provide(self.hypercalls)
+        numbers = range(len(kicks))
+        self.vcpus = [
+            VcpuServices(number, memory, self.line, time.tsc.vcpu(number), self.hypercalls)
+            for number in numbers
+        ]
+        for number in numbers:
             time.tsc.vcpu(number).on_set = self.line.publish
         time.on_resume.append(lambda jumped: self.line.publish(stopped=jumped))
 

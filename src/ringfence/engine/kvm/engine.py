@@ -40,7 +40,7 @@ from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
 from ringfence.cpu.tsc import MSR_TSC
 from ringfence.cpu.tsc import MSRS as TSC_MSRS
-from ringfence.engine import EngineConfig, MsrDevice, StopReason
+from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.kvm import abi, model, transfer
@@ -190,6 +190,9 @@ class KvmEngine:
         """See ``VirtualCpu``."""
         self._msrs.attach(indexes, device)
 
+    def attach_services(self, services: Services) -> None:
+        """See ``VirtualCpu``. Hypercalls are the kernel's, which answers those that it knows."""
+
     def run(self) -> StopReason:
         """See ``VirtualCpu``; HostError if KVM fails in a way that no guest can cause."""
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
@@ -214,6 +217,11 @@ class KvmEngine:
         """See ``VirtualCpu``."""
         self._pause = True
         self._kick()
+
+    def kick(self) -> None:
+        """See ``VirtualCpu``."""
+        self.view.kicked = 1
+        self._wake.set()
 
     def forget_pause(self) -> None:
         """See ``VirtualCpu``."""
@@ -474,6 +482,10 @@ class KvmEngine:
         while True:
             self._wake.clear()
             if self._stop or self._pause:
+                break
+            if self.view.kicked:
+                self.view.kicked = 0
+                self._halted = False
                 break
             with self.board.lock:
                 if run.if_flag and self.board.interrupt_pending(0):

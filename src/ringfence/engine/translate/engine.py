@@ -25,7 +25,7 @@ from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
 from ringfence.cpu.tsc import MSRS as TSC_MSRS
 from ringfence.cpu.tsc import host_hz
-from ringfence.engine import EngineConfig, MsrDevice, StopReason
+from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, debugging, natives, pages, signals
@@ -164,6 +164,7 @@ class TranslateEngine:
         self._wake = threading.Event()
         board.set_wake(index, self._woken)
         self._stop = self._pause = False
+        self._services: Services | None = None
         self._msrs: dict[int, MsrDevice] = dict.fromkeys(TSC_MSRS, counter)
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
@@ -237,6 +238,10 @@ class TranslateEngine:
     def attach_msrs(self, indexes: Iterable[int], device: MsrDevice) -> None:
         """See ``VirtualCpu``."""
         self._msrs.update((index, device) for index in indexes)
+
+    def attach_services(self, services: Services) -> None:
+        """See ``VirtualCpu``."""
+        self._services = services
 
     def run(self) -> StopReason:
         """Run until the machine ends, or the owner wants the CPU."""
@@ -321,6 +326,11 @@ class TranslateEngine:
         """See ``VirtualCpu``."""
         self._pause = False
         self.view.stop_request = self._stop
+
+    def kick(self) -> None:
+        """See ``VirtualCpu``."""
+        self.view.kicked = 1
+        self._wake.set()
 
     def _call_attention(self) -> None:
         self.view.stop_request = 1
@@ -498,7 +508,7 @@ class TranslateEngine:
         view.jump_target = self._find
         while True:
             self._wake.clear()
-            if view.stop_request:
+            if view.stop_request or view.kicked:
                 break
             with self.board.lock:
                 if view.flag_if and self.board.interrupt_pending(self.index):
@@ -506,7 +516,7 @@ class TranslateEngine:
             self._wake.wait()
         elapsed = time.perf_counter_ns() - began
         self._idle_ns += elapsed
-        view.halted = 0
+        view.halted = view.kicked = 0
         self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
         return self._on_attention()
 
@@ -734,13 +744,21 @@ class TranslateEngine:
         return None
 
     def _on_hypercall(self) -> StopReason | None:
-        """No hypercall is offered yet: KVM's answer to an unknown one (-KVM_ENOSYS)."""
+        """VMCALL and VMMCALL, with KVM's calling convention (see ``paravirt.hypercalls``)."""
         began = time.perf_counter_ns()
-        number = self.view.gpr[state.RAX]
-        self.view.gpr[state.RAX] = -1000 & MASK64
+        view = self.view
+        if self._services is None:
+            self._raise(state.UD)
+            return None
+        wide = view.efer & state.EFER_LMA and view.seg_attr[state.CS] & state.ATTR_L
+        bits = 64 if wide else 32
+        mask = (1 << bits) - 1
+        registers = (state.RAX, state.RBX, state.RCX, state.RDX, state.RSI)
+        number, *arguments = (view.gpr[register] & mask for register in registers)
+        view.gpr[state.RAX] = self._services.hypercall(view.cpl, number, arguments, bits) & mask
         self._continue()
-        self._count(Reason.HYPERCALL, began, lambda: vocabulary.Hypercall(number))
-        return None
+        self._count(Reason.HYPERCALL, began, lambda: vocabulary.Hypercall(number, tuple(arguments)))
+        return self._stopped()
 
     def _on_fetch_outside(self) -> StopReason | None:
         """Code outside RAM reads as all ones, which is an invalid opcode."""

@@ -306,9 +306,9 @@ PARTIAL_VECTOR = {
 ALWAYS = {
     "NOP", "ENDBR64", "ENDBR32", "RDSSPD", "RDSSPQ", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1",
     "PREFETCHT2", "PREFETCH", "PREFETCHW", "PREFETCHWT1", "RESERVEDNOP", "XEND", "CLDEMOTE",
-    "PREFETCHIT0", "PREFETCHIT1",
+    "PREFETCHIT0", "PREFETCHIT1", "VMCALL", "VMMCALL",
 }  # fmt: skip
-"""Instructions that do nothing, rather than fault, on a CPU without the feature."""
+"""Instructions that a CPU without the feature has, too: they do nothing, or ask the hypervisor."""
 NO_VECTOR_STATE = {
     "LFENCE", "SFENCE", "MFENCE", "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA",
     "PREFETCHT0", "PREFETCHT1", "PREFETCHT2",
