@@ -10,7 +10,7 @@ from typing import Any
 import iced_x86
 import pytest
 
-from ringfence.cpu import control, cpuid
+from ringfence.cpu import components, control, cpuid, state
 from ringfence.cpu.state import CR4_OSXSAVE, FAULT, OK, RAX, RBX, RCX, RDX
 
 ALL = 0xFFFFFFFF
@@ -81,12 +81,16 @@ def test_osxsave_mirrors_cr4(machine: Any) -> None:
 
 
 def test_xsave_size_follows_xcr0(machine: Any) -> None:
-    for xcr0, size in ((1, 576), (3, 576), (7, 832)):
+    for xcr0, size in ((1, 576), (3, 576), (7, 832), (0xE7, 2432)):
         machine.cpu.xcr0 = xcr0
-        assert ask(machine, 0xD) == (7, size, 832, 0)
-    assert ask(machine, 0xD, 1) == (0, 0, 0, 0)
-    assert ask(machine, 0xD, 2) == (256, 576, 0, 0)
+        assert ask(machine, 0xD) == (0xE7, size, 2432, 0)
+        assert ask(machine, 0xD, 1) == (cpuid.XSAVEOPT | cpuid.XSAVEC, size, 0, 0)
+    end = 576
+    for component in components.EXTENDED:
+        assert ask(machine, 0xD, component.number) == (component.size, end, 0, 0)
+        end += component.size
     assert ask(machine, 0xD, 3) == (0, 0, 0, 0)
+    assert end == state.XSAVE_BYTES
 
 
 def test_topology(machine: Any) -> None:
@@ -116,11 +120,11 @@ def test_absent_features_stay_absent_on_a_rich_host() -> None:
     rows = cpuid.build_cpuid(rich)
     # MONITOR, VMX, SMX, OSXSAVE
     assert not row(rows, 1)[2] & (1 << 3 | 1 << 5 | 1 << 6 | 1 << 27)
-    # HLE, RTM, MPX, AVX-512 (F, DQ, IFMA, PF, ER, CD, BW, VL), SMAP
-    assert not row(rows, 7, 0)[1] & 0xDC33_4810
-    # PKU, OSPKE, CET, LA57, waitpkg, AVX-512 VBMI
-    assert not row(rows, 7, 0)[2] & (1 << 1 | 3 << 3 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 16)
-    assert row(rows, 7, 0)[3] == 1 << 4
+    # HLE, RTM, MPX, AVX-512 PF and ER, SMAP
+    assert not row(rows, 7, 0)[1] & 0x0C10_4810
+    # PKU, OSPKE, CET, LA57, waitpkg
+    assert not row(rows, 7, 0)[2] & (3 << 3 | 1 << 5 | 1 << 7 | 1 << 16)
+    assert row(rows, 7, 0)[3] == 1 << 4 | 1 << 8 | 1 << 23
     # SVM, XOP, FMA4, TBM, MONITORX, OSVW
     assert not row(rows, 0x80000001)[2] & (1 << 2 | 1 << 9 | 1 << 11 | 1 << 16 | 1 << 21 | 1 << 29)
     assert row(rows, 0x80000021)[0] == 1 << 2 | 1 << 6 | 1 << 8 | 1 << 29
@@ -146,11 +150,29 @@ def test_avx_needs_its_state_enabled_on_the_host() -> None:
     assert row(rows, 0xD, 0) == (3, 576, 576, 0)
 
 
+@pytest.mark.parametrize("missing", ["opmask", "zmm", "xsavec", "AVX512BW", "AVX512VL"])
+def test_avx512_is_offered_whole_or_not(missing: str) -> None:
+    def host(leaf: int, subleaf: int) -> cpuid.Registers:
+        if (leaf, subleaf) == (0xD, 0):
+            return {"opmask": 0xC7, "zmm": 0x27}.get(missing, 0xE7), ALL, ALL, ALL
+        if (leaf, subleaf) == (0xD, 1):
+            return 0xD if missing == "xsavec" else 0xF, ALL, ALL, ALL
+        ebx = ALL & ~(1 << cpuid.FROM_HOST_AVX512[missing][2]) if missing[0] == "A" else ALL
+        return ALL, ebx if leaf == 7 else ALL, ALL, ALL
+
+    rows = cpuid.build_cpuid(host)
+    assert cpuid.offers("AVX2", rows)
+    assert not [name for name in cpuid.FROM_HOST_AVX512 if cpuid.offers(name, rows)]
+    assert row(rows, 0xD, 0) == (7, 832, 832, 0)
+
+
 OFFERED = (
     "ADX AES AVX AVX2 BMI1 BMI2 CLFLUSHOPT CLFSH CLWB CLZERO CMOV CMPXCHG16B CPUID CX8 F16C FMA"
     " FPU FPU287 FPU387 FSGSBASE FXSR GFNI INTEL186 INTEL286 INTEL386 INTEL486 INTEL8086 INVPCID"
     " LZCNT MMX MOVBE MSR MULTIBYTENOP PAUSE PCLMULQDQ POPCNT PREFETCHW RDPID RDPMC RDRAND RDSEED"
     " RDTSCP SEP SHA SSE SSE2 SSE3 SSE4A SSE4_1 SSE4_2 SSSE3 SYSCALL TSC VAES VPCLMULQDQ X64 XSAVE"
+    " AVX512BW AVX512CD AVX512DQ AVX512F AVX512VL AVX512_BITALG AVX512_FP16 AVX512_IFMA"
+    " AVX512_VBMI AVX512_VBMI2 AVX512_VNNI AVX512_VP2INTERSECT AVX512_VPOPCNTDQ XSAVEC XSAVEOPT"
 )
 
 
@@ -175,6 +197,15 @@ def test_xsetbv_takes_only_what_is_offered(machine: Any) -> None:
     assert machine.effect("fx_xsetbv") == OK
     cpu.gpr[RAX] = 7
     assert machine.effect("fx_xsetbv") == FAULT
+
+
+def test_xsetbv_takes_avx512_whole(machine: Any) -> None:
+    cpu = machine.cpu
+    cpu.cr4 |= CR4_OSXSAVE
+    for value, status in ((0xE7, OK), (0x27, FAULT), (0xC7, FAULT), (0xE3, FAULT), (0x1E7, FAULT)):
+        cpu.gpr[RAX] = value
+        assert machine.effect("fx_xsetbv") == status
+    assert cpu.xcr0 == 0xE7
 
 
 def test_host() -> None:

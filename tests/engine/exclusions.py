@@ -33,7 +33,10 @@ BY_MNEMONIC: dict[str, tuple[str, ...]] = {
     ),
     RANDOM: ("RDRAND", "RDSEED", "RDTSC", "RDTSCP"),
     POINTERS: ("FNSTENV", "FSTENV", "FNSAVE", "FSAVE", "FXSAVE", "FXSAVE64"),
-    AREA: ("XSAVE", "XSAVE64", "XRSTOR", "XRSTOR64", "FLDENV", "FRSTOR", "FXRSTOR", "FXRSTOR64"),
+    AREA: (
+        "XSAVE", "XSAVE64", "XSAVEOPT", "XSAVEOPT64", "XSAVEC", "XSAVEC64", "XRSTOR", "XRSTOR64",
+        "FLDENV", "FRSTOR", "FXRSTOR", "FXRSTOR64",
+    ),
 }  # fmt: skip
 MNEMONICS = {name: reason for reason, names in BY_MNEMONIC.items() for name in names}
 

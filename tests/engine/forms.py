@@ -25,7 +25,17 @@ from iced_x86 import (
 )
 
 from engine import exclusions
-from engine.native import ALIAS, DATA, END_BYTES, PAGE, Case, initial_vector
+from engine.native import (
+    ALIAS,
+    DATA,
+    END_BYTES,
+    OPMASK,
+    PAGE,
+    WIDE,
+    Case,
+    initial_vector,
+    put_vector,
+)
 from ringfence.cpu import cpuid
 
 NAME = {v: k for k, v in vars(Code).items() if isinstance(v, int)}
@@ -73,7 +83,7 @@ def catalogue() -> tuple[list[int], dict[int, str]]:
     for code, name in NAME.items():
         info = OpCodeInfo(code)
         if not info.is_instruction or not info.mode64 or info.encoding in (
-            EncodingKind.EVEX, EncodingKind.MVEX, EncodingKind.XOP, EncodingKind.D3NOW,
+            EncodingKind.MVEX, EncodingKind.XOP, EncodingKind.D3NOW,
         ):  # fmt: skip
             continue
         i = Instruction()
@@ -113,19 +123,24 @@ def random_value(source: random.Random) -> int:
 def random_vector(source: random.Random, x87: bool) -> bytes:
     """Vector state: bits, small integers, floats; with ``x87``, eight numbers on its stack."""
     area = initial_vector()
-    for n in range(16):
+    for n in range(32 if WIDE else 16):
         kind = source.randrange(4)
+        size = 64 if WIDE else 32
         if kind == 0:
-            data = source.randbytes(32)
+            data = source.randbytes(size)
         elif kind == 1:
-            data = struct.pack("<8f", *(source.uniform(-1000, 1000) for _ in range(8)))
+            floats = (source.uniform(-1000, 1000) for _ in range(size // 4))
+            data = struct.pack(f"<{size // 4}f", *floats)
         elif kind == 2:
-            data = struct.pack("<4d", *(source.gauss(0, 10) ** 3 for _ in range(4)))
+            floats = (source.gauss(0, 10) ** 3 for _ in range(size // 8))
+            data = struct.pack(f"<{size // 8}d", *floats)
         else:
-            data = struct.pack("<32B", *(source.choice((0, 1, 0x7F, 0x80, 0xFF, 0x41, 0x42))
-                                         for _ in range(32)))  # fmt: skip
-        area[160 + 16 * n : 176 + 16 * n] = data[:16]
-        area[576 + 16 * n : 592 + 16 * n] = data[16:]
+            data = bytes(source.choices((0, 1, 0x7F, 0x80, 0xFF, 0x41, 0x42), k=size))
+        put_vector(area, n, data)
+    for n in range(8 if WIDE else 0):
+        bits = source.getrandbits(64)
+        mask = source.choice((0, M64, 1, bits, bits & source.getrandbits(64), 1 << bits % 16))
+        struct.pack_into("<Q", area, OPMASK + 8 * n, mask)
     if x87:
         top = source.randrange(8)
         codes = source.choice((0, 0x4700, source.randrange(1 << 16) & 0x4700))
@@ -169,9 +184,10 @@ class Maker:
         i = Instruction()
         i.code = code
         chosen = self.registers(style, 5)
-        vectors = [self.random.randrange(16) for _ in range(5)]
+        numbers = range(32 if info.encoding == EncodingKind.EVEX else 16)
+        vectors = self.random.choices(numbers, k=5)
         if info.requires_unique_reg_nums or info.requires_unique_dest_reg_num:
-            vectors = self.random.sample(range(16), 5)
+            vectors = self.random.sample(numbers, 5)
         mmx = [self.random.randrange(8) for _ in range(5)]
         has_memory = False
         for n in range(info.op_count):
@@ -185,7 +201,7 @@ class Maker:
                     i.set_op_kind(n, OpKind.MEMORY)
                     has_memory = True
                     if "VSIB" in kind:
-                        size = "Y" if kind[-1] == "Y" else "X"
+                        size = kind[-1] if kind[-1] in "YZ" else "X"
                         i.memory_index = REGISTER[f"{size}MM{vectors.pop()}"]
                     continue
                 if kind == "MEM_OFFS":
@@ -204,7 +220,23 @@ class Maker:
                 raise Skip
         if memory and not has_memory:
             raise Skip
+        if info.encoding == EncodingKind.EVEX:
+            self.decorate(i, info, memory)
         return i
+
+    def decorate(self, i: Instruction, info: OpCodeInfo, memory: str) -> None:
+        """What EVEX adds: mask, zeroing, broadcast, rounding."""
+        pick = self.random
+        if info.can_use_op_mask_register and (info.require_op_mask_register or pick.randrange(4)):
+            i.op_mask = REGISTER[f"K{pick.randrange(1, 8)}"]
+            if info.can_use_zeroing_masking and i.op0_kind != OpKind.MEMORY:
+                i.zeroing_masking = bool(pick.randrange(2))
+        if memory:
+            i.is_broadcast = info.can_broadcast and bool(pick.randrange(2))
+        elif info.can_use_rounding_control:
+            i.rounding_control = pick.randrange(5)
+        elif info.can_suppress_all_exceptions:
+            i.suppress_all_exceptions = bool(pick.randrange(2))
 
     def immediate(self, i: Instruction, n: int, kind: str) -> None:
         """Set an immediate operand to a random value."""
@@ -256,7 +288,9 @@ class Maker:
             if size == 1 and high:
                 return REGISTER[HIGH_BYTES[number & 3]]
             return REGISTER[BY_BYTES[size][number & (7 if high else 15)]]
-        if head in ("XMM", "YMM"):
+        if head in ("K", "KP1"):
+            return REGISTER[f"K{number & (6 if head == 'KP1' else 7)}"]
+        if head in ("XMM", "YMM", "ZMM"):
             return REGISTER[f"{head}{vectors.pop()}"]
         if head == "MM":
             return REGISTER[f"MM{mmx.pop()}"]
@@ -463,12 +497,11 @@ class Maker:
         """Give an index vector elements that stay in the data buffer, or just about."""
         area = bytearray(case.vector)
         n = RegisterExt.number(i.memory_index)
-        size = 8 if "GATHERQ" in MNEMONIC[i.mnemonic] else 4
+        name = MNEMONIC[i.mnemonic]
+        size = 8 if "GATHERQ" in name or "SCATTERQ" in name else 4
         limit = self.random.choice((400, 400, 2500)) // i.memory_index_scale * 4
-        for base in (160 + 16 * n, 576 + 16 * n):
-            for at in range(base, base + 16, size):
-                value = self.random.randrange(-limit, limit)
-                area[at : at + size] = value.to_bytes(size, "little", signed=True)
+        values = (self.random.randrange(-limit, limit) for _ in range(64 // size))
+        put_vector(area, n, b"".join(v.to_bytes(size, "little", signed=True) for v in values))
         case.vector = bytes(area)
 
     def encode(self, i: Instruction, address: int) -> bytes:

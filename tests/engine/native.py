@@ -36,8 +36,19 @@ CONTROL = 0x6200_0000
 STATUS_FLAGS = 0x8D5
 DIRECTION = 0x400
 
-XSAVE_BYTES = 832
-VECTOR_BYTES = 5 + 4 + 80 + 256 + 256
+XSAVE_BYTES = 2432
+"""An XSAVE area compacted with all components up to AVX-512's."""
+OPMASK, ZMM_HI256, HI16_ZMM = 832, 896, 1408
+
+
+def _has_avx512() -> bool:
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "xsavec"} <= set(flags)
+
+
+WIDE = _has_avx512()
+"""Whether the host has AVX-512: its state is then part of each case."""
+COMPONENTS = 0xE7 if WIDE else 7
 END_BYTES = 7
 """Room that a snippet leaves behind itself for the code that ends it."""
 NO_TRAP = -1
@@ -99,8 +110,16 @@ def initial_vector() -> bytearray:
     area = bytearray(XSAVE_BYTES)
     struct.pack_into("<HHB", area, 0, 0x37F, 0, 0)
     struct.pack_into("<II", area, 24, 0x1F80, 0xFFFF)
-    struct.pack_into("<Q", area, 512, 7)
+    struct.pack_into("<Q", area, 512, COMPONENTS)
     return area
+
+
+def put_vector(area: bytearray, n: int, data: bytes) -> None:
+    """Set vector register ``n`` of an area, from its low end."""
+    places = [(160 + 16 * n, 16), (576 + 16 * n, 16), (ZMM_HI256 + 32 * n, 32)]
+    for at, size in places if n < 16 else [(HI16_ZMM + 64 * (n - 16), 64)]:
+        piece, data = data[:size], data[size:]
+        area[at : at + len(piece)] = piece
 
 
 def normal_vector(area: bytes) -> bytes:
@@ -112,7 +131,10 @@ def normal_vector(area: bytes) -> bytes:
     )
     xmm = area[160:416] if present & 2 else bytes(256)
     ymm = area[576:832] if present & 4 else bytes(256)
-    return legacy + area[24:28] + registers + xmm + ymm
+    opmask = area[OPMASK:ZMM_HI256] if present & 0x20 else bytes(64)
+    high = area[ZMM_HI256:HI16_ZMM] if present & 0x40 else bytes(512)
+    more = area[HI16_ZMM:XSAVE_BYTES] if present & 0x80 else bytes(1024)
+    return legacy + area[24:28] + registers + xmm + ymm + opmask + high + more
 
 
 # --- the child -------------------------------------------------------------------------------
@@ -122,8 +144,9 @@ _FS, _GS, _HOST_FS = 0x098, 0x0A0, 0x0A8
 _CAPTURE = 0x0B0
 _GPR_OUT, _FLAGS_OUT, _TRAP, _ERROR, _CR2, _RIP = 0x100, 0x180, 0x188, 0x190, 0x198, 0x1A0
 _STACK = 0x3F0
-_XSAVE_IN, _XSAVE_OUT, _XSAVE_HOST = 0x400, 0x800, 0xC00
 _PROGRAM = 0x1000
+_XSAVE_IN, _XSAVE_OUT, _XSAVE_HOST = 0x2000, 0x3000, 0x4000
+_CONTROL_BYTES = 0x5000
 # Positions of registers in ucontext_t's gregs on x86-64 Linux.
 _GREGS = (13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7)
 _GREG_RIP, _GREG_FLAGS, _GREG_ERR, _GREG_TRAP, _GREG_CR2 = 16, 17, 19, 20, 22
@@ -152,8 +175,10 @@ def _arch_prctl(code: int, offset: int, *, address: bool = False) -> bytes:
     return b"\xbf" + struct.pack("<I", code) + load + b"\xb8\x9e\0\0\0\x0f\x05"
 
 
-_ALL_STATE = b"\xb8\x07\0\0\0\x31\xd2"  # mov eax, 7; xor edx, edx
-_XSAVE, _XRSTOR = b"\x48\x0f\xae\x24\x25", b"\x48\x0f\xae\x2c\x25"
+_ALL_STATE = b"\xb8" + struct.pack("<I", COMPONENTS) + b"\x31\xd2"  # mov eax, …; xor edx, edx
+_XRSTOR = b"\x48\x0f\xae\x2c\x25"
+_XSAVE = b"\x48\x0f\xc7\x24\x25" if WIDE else b"\x48\x0f\xae\x24\x25"  # XSAVEC or XSAVE
+_STMXCSR = b"\x0f\xae\x1c\x25"
 _SAVED = bytes.fromhex("53 55 4154 4155 4156 4157")
 _RESTORED = bytes.fromhex("415f 415e 415d 415c 5d 5b")
 
@@ -171,7 +196,8 @@ def program() -> tuple[bytes, int, int]:
     capture = b"".join(_store(n, _GPR_OUT + 8 * n) for n in range(16))
     capture += b"\x48\xc7\xc4" + _at(_STACK) + b"\x9c\x8f\x04\x25" + _at(_FLAGS_OUT)
     finish = b"\x48\xc7\xc4" + _at(_STACK) + b"\x6a\x02\x9d"  # push 2; popfq
-    finish += _ALL_STATE + _XSAVE + _at(_XSAVE_OUT) + _XRSTOR + _at(_XSAVE_HOST)
+    finish += _ALL_STATE + _XSAVE + _at(_XSAVE_OUT) + _STMXCSR + _at(_XSAVE_OUT + 24)
+    finish += _XRSTOR + _at(_XSAVE_HOST)
     finish += _arch_prctl(0x1002, _HOST_FS)
     finish += _load(4, _HOST_RSP) + _RESTORED + b"\xc3"
     handler = b""
@@ -223,7 +249,7 @@ class Runner:
         self.map(DATA, DATA_BYTES, both, data)
         self.map(ALIAS, DATA_BYTES, both, data)
         self.map(CODE, CODE_BYTES, everything, code)
-        self.map(CONTROL, 4 * PAGE, everything, -1)
+        self.map(CONTROL, _CONTROL_BYTES, everything, -1)
         self.open = libc.mmap(None, DATA_BYTES, both, mmap.MAP_SHARED, data, 0)
         for n, kind in enumerate(PAGES):
             protection = {RW: both, RO: mmap.PROT_READ, HOLE: 0}[kind]
@@ -272,7 +298,10 @@ class Runner:
         start = ctypes.string_at(self.open, DATA_BYTES)
         ctypes.memmove(case.address, case.code, len(case.code))
         ctypes.memmove(case.address + case.end, END_NATIVE, END_BYTES)
-        vector = case.vector or bytes(initial_vector())
+        vector = bytearray(case.vector or initial_vector())
+        if WIDE:
+            struct.pack_into("<Q", vector, 520, 1 << 63 | COMPONENTS)
+        vector = bytes(vector)
         ctypes.memmove(CONTROL + _XSAVE_IN, vector, XSAVE_BYTES)
         ctypes.memset(CONTROL + _XSAVE_OUT, 0, XSAVE_BYTES)
         ctypes.memset(CONTROL + _XSAVE_HOST, 0, XSAVE_BYTES)

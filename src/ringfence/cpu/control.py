@@ -9,6 +9,7 @@ AMD APM vol. 2, 3.1 and 5.5; SDM vol. 2 for each instruction's checks.
 
 from __future__ import annotations
 
+from ringfence.cpu.components import AVX512_STATE
 from ringfence.cpu.cpuid import PHYSICAL_BITS, find_row
 from ringfence.cpu.flags import is_canonical, raise_fault
 from ringfence.cpu.ports import (
@@ -289,13 +290,15 @@ def xcr0_offered(cpu: Cpu) -> int:
 
 @native
 def fx_xsetbv(cpu: Cpu) -> int:
-    """XSETBV: x87 always, AVX only together with SSE (SDM vol. 1, 13.3)."""
+    """XSETBV: x87 always, AVX only with SSE, AVX-512 whole and with AVX (SDM vol. 1, 13.3)."""
     if not cpu.cr4 & CR4_OSXSAVE:
         return raise_fault(cpu, UD, 0)
     value = (cpu.gpr[RAX] & LOW32) | (cpu.gpr[RDX] << 32)
     if cpu.cpl or cpu.gpr[RCX] & LOW32:
         return refused(cpu)
     if not value & 1 or value & 6 == 4 or value & ~xcr0_offered(cpu):
+        return refused(cpu)
+    if value & AVX512_STATE and value & (AVX512_STATE | 6) != AVX512_STATE | 6:
         return refused(cpu)
     cpu.xcr0 = value
     mode_changed(cpu)
@@ -304,7 +307,7 @@ def fx_xsetbv(cpu: Cpu) -> int:
 
 @native
 def fx_xgetbv(cpu: Cpu) -> int:
-    """XGETBV: only XCR0 exists (ECX 1 belongs to XSAVEC, which CPUID doesn't offer)."""
+    """XGETBV: only XCR0 exists (ECX 1, the components in use, has a feature bit of its own)."""
     if not cpu.cr4 & CR4_OSXSAVE:
         return raise_fault(cpu, UD, 0)
     if cpu.gpr[RCX] & LOW32:

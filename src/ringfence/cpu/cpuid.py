@@ -17,7 +17,16 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TypeAlias
 
-from ringfence.cpu.state import CR4_OSXSAVE, OK, RAX, RBX, RCX, RDX, XSAVE_BYTES, Cpu
+from ringfence.cpu.components import (
+    AVX512_STATE,
+    AVX_STATE,
+    EXTENDED,
+    LEGACY_BYTES,
+    SSE_STATE,
+    X87_STATE,
+    area_bytes,
+)
+from ringfence.cpu.state import CR4_OSXSAVE, OK, RAX, RBX, RCX, RDX, Cpu
 from ringfence.native.dialect import load32, native
 from ringfence.native.routine import routine
 
@@ -35,9 +44,8 @@ HYPERVISOR = b"KVMKVMKVM\0\0\0"
 FAMILY, MODEL, STEPPING = 0x1A, 2, 1
 SIGNATURE = (FAMILY - 0xF) << 20 | (MODEL >> 4) << 16 | 0xF00 | (MODEL & 15) << 4 | STEPPING
 MAX_BASIC, MAX_EXTENDED, MAX_HYPERVISOR = 0xD, 0x80000021, 0x40000001
-OSXSAVE = 1 << 27
-XSAVE_LEGACY = 576
-XCR0_AVX = 4
+OSXSAVE_BIT = 27
+OSXSAVE = 1 << OSXSAVE_BIT
 CACHE_LINE = 64
 
 EAX, EBX, ECX, EDX = range(4)
@@ -83,6 +91,18 @@ FROM_HOST_AVX: dict[str, Bit] = {
     "AVX": (1, ECX, 28), "FMA": (1, ECX, 12), "F16C": (1, ECX, 29), "AVX2": (7, EBX, 5),
     "VAES": (7, ECX, 9), "VPCLMULQDQ": (7, ECX, 10),
 }  # fmt: skip
+# The same with the AVX-512 state.
+FROM_HOST_AVX512: dict[str, Bit] = {
+    "AVX512F": (7, EBX, 16), "AVX512DQ": (7, EBX, 17), "AVX512_IFMA": (7, EBX, 21),
+    "AVX512CD": (7, EBX, 28), "AVX512BW": (7, EBX, 30), "AVX512VL": (7, EBX, 31),
+    "AVX512_VBMI": (7, ECX, 1), "AVX512_VBMI2": (7, ECX, 6), "AVX512_VNNI": (7, ECX, 11),
+    "AVX512_BITALG": (7, ECX, 12), "AVX512_VPOPCNTDQ": (7, ECX, 14),
+    "AVX512_VP2INTERSECT": (7, EDX, 8), "AVX512_FP16": (7, EDX, 23),
+}  # fmt: skip
+AVX512_NEEDED = ("AVX512F", "AVX512DQ", "AVX512BW", "AVX512VL")
+"""A host without one of these offers none: masks of 64 bits have to be moved."""
+XSAVEOPT, XSAVEC = 1, 2
+"""Leaf 0Dh, subleaf 1, EAX; both are carried out here, so that the host need not have them."""
 MULTIPLE: dict[str, Bit] = {"HTT": (1, EDX, 28), "CMP_LEGACY": (0x80000001, ECX, 1)}
 
 # Bits of leaf 1 EDX that AMD repeats in leaf 8000_0001h EDX.
@@ -98,9 +118,14 @@ BASELINE = frozenset(
 
 
 def host_cpuid(leaf: int, subleaf: int = 0) -> Registers:
-    """What the host's CPUID says: EAX, EBX, ECX, EDX."""
+    """What the host's CPUID says: EAX, EBX, ECX, EDX.
+
+    Of the vector state's components (leaf 0Dh), those that the host's system has enabled.
+    """
     result = (ctypes.c_uint32 * 4)()
     _host_routine()(leaf, subleaf, ctypes.addressof(result))
+    if (leaf, subleaf) == (0xD, 0) and host_cpuid(1)[ECX] & OSXSAVE:
+        result[EAX] &= _host_xcr0()
     return result[0], result[1], result[2], result[3]
 
 
@@ -118,6 +143,14 @@ HOST_CPUID_CODE = bytes.fromhex(
     "5b"  # pop rbx
     "c3"  # ret
 )
+
+# xor ecx, ecx; xgetbv; ret
+HOST_XGETBV_CODE = bytes.fromhex("31c90f01d0c3")
+
+
+@cache
+def _host_xcr0() -> int:
+    return routine(HOST_XGETBV_CODE)()
 
 
 @cache
@@ -141,9 +174,12 @@ def _collect_bits(host: HostCpuid, cpus: int) -> dict[tuple[int, int], int]:
     offer(bit for bit in FROM_HOST.values() if has(bit))
     if has(XSAVE_BIT):
         offer([XSAVE_BIT])
-        # OSXSAVE, and an area in use that is large enough for the upper halves of YMM.
-        if has((1, ECX, 27)) and host(0xD, 0)[EBX] >= XSAVE_BYTES and has(FROM_HOST_AVX["AVX"]):
+        enabled = host(0xD, 0)[EAX] if has((1, ECX, OSXSAVE_BIT)) else 0
+        if enabled & AVX_STATE and has(FROM_HOST_AVX["AVX"]):
             offer(bit for bit in FROM_HOST_AVX.values() if has(bit))
+            whole = enabled & AVX512_STATE == AVX512_STATE and host(0xD, 1)[EAX] & XSAVEC
+            if whole and all(has(FROM_HOST_AVX512[name]) for name in AVX512_NEEDED):
+                offer(bit for bit in FROM_HOST_AVX512.values() if has(bit))
     if cpus > 1:
         offer(MULTIPLE.values())
     return words
@@ -186,11 +222,18 @@ def build_cpuid(
     row(0xB, (bits, cpus, 2 << 8 | 1, cpu_index), 1)
     row(0xB, (0, 0, 0, cpu_index))
     if words[1, ECX] >> XSAVE_BIT[2] & 1:
-        avx = words[1, ECX] >> FROM_HOST_AVX["AVX"][2] & 1
-        size = XSAVE_BYTES if avx else XSAVE_LEGACY
-        row(0xD, (7 if avx else 3, size, size, 0), 0)
-        if avx:
-            row(0xD, (XSAVE_BYTES - XSAVE_LEGACY, XSAVE_LEGACY, 0, 0), 2)
+        state = X87_STATE | SSE_STATE
+        if words[1, ECX] >> FROM_HOST_AVX["AVX"][2] & 1:
+            state |= AVX_STATE
+        if words[7, EBX] >> FROM_HOST_AVX512["AVX512F"][2] & 1:
+            state |= AVX512_STATE
+        ends = [c.offset + c.size for c in EXTENDED if state >> c.number & 1]
+        size = max([LEGACY_BYTES, *ends])
+        row(0xD, (state, size, size, 0), 0)
+        row(0xD, (XSAVEOPT | XSAVEC, size, 0, 0), 1)
+        for component in EXTENDED:
+            if state >> component.number & 1:
+                row(0xD, (component.size, component.offset, 0, 0), component.number)
     ebx, ecx, edx = struct.unpack("<3I", HYPERVISOR)
     row(0x40000000, (MAX_HYPERVISOR, ebx, ecx, edx))
     row(0x40000001, (paravirtual, 0, 0, 0))
@@ -219,7 +262,8 @@ def pack(rows: Iterable[Row]) -> bytes:
 
 
 _KNOWN: dict[str, Bit] = {
-    **MODELLED, **FROM_HOST, **FROM_HOST_AVX, **MULTIPLE, "XSAVE": XSAVE_BIT,
+    **MODELLED, **FROM_HOST, **FROM_HOST_AVX, **FROM_HOST_AVX512, **MULTIPLE, "XSAVE": XSAVE_BIT,
+    "XSAVEOPT": XSAVE_BIT, "XSAVEC": XSAVE_BIT,
 }  # fmt: skip
 
 
@@ -262,7 +306,7 @@ def fx_cpuid(cpu: Cpu) -> int:
         cpu.gpr[RCX] = cpu.gpr[RCX] | OSXSAVE
     if leaf == 0xB and not cpu.gpr[RCX]:
         cpu.gpr[RCX] = subleaf & 0xFF
-    if leaf == 0xD and subleaf == 0 and row:
-        cpu.gpr[RBX] = XSAVE_BYTES if cpu.xcr0 & XCR0_AVX else XSAVE_LEGACY
+    if leaf == 0xD and subleaf < 2 and row:
+        cpu.gpr[RBX] = area_bytes(cpu.xcr0)  # in either format, as offsets leave no gaps
     cpu.rip = cpu.next_rip
     return OK

@@ -100,8 +100,8 @@ MTRR_COUNT = 8
 TSC_RATIO_BITS = 48
 TSC_RATIO_ONE = 1 << TSC_RATIO_BITS
 """``Cpu.tsc_ratio`` of a guest whose counter has the host's rate."""
-XSAVE_BYTES = 832
-"""Standard-format XSAVE area for x87, SSE and AVX (SDM vol. 1, 13.4)."""
+XSAVE_BYTES = 2432
+"""XSAVE area with all components that exist here (see ``components``)."""
 
 
 class Cpu(Struct):
@@ -198,4 +198,5 @@ class Cpu(Struct):
     """External interrupts delivered, by vector."""
 
     # Vector and x87 state while control is outside guest code.
-    xsave: Annotated[Array, u8, 1024, 64]
+    xsave: Annotated[Array, u8, 2432, 64]
+    """An XSAVE area in standard format; see ``components``."""

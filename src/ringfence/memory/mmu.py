@@ -104,6 +104,8 @@ class Mmu(Coherent):
     tlb_page_flushes: Annotated[int, u64]
     slow_accesses: Annotated[int, u64]
     last_pa: Annotated[int, u64]
+    xsave_header: Annotated[Array, u8, 64]
+    """Header of an XSAVE area in guest memory, while XSAVE or XRSTOR works on it."""
     string_value: Annotated[int, u64]
     """Element that the VMM read from a device for an interrupted string instruction."""
     string_ready: Annotated[int, u8]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.kvm.fake import FakeKernel
-from ringfence.cpu import cpuid, msr, reset, state
+from ringfence.cpu import components, cpuid, msr, reset, state
 from ringfence.engine.kvm import model, transfer
 from ringfence.engine.kvm.device import HostKernel, Kernel, System
 
@@ -25,7 +25,9 @@ def rows(cpus: int = 1) -> list[cpuid.Row]:
 
 
 def all_supported() -> list[cpuid.Row]:
-    return [(leaf, 0, *[EVERYTHING] * 4) for leaf in {row[0] for row in rows()}]
+    layout = [row for row in rows() if row[0] == model.XSAVE_LEAF]
+    leaves = {row[0] for row in rows()} - {model.XSAVE_LEAF}
+    return [(leaf, 0, *[EVERYTHING] * 4) for leaf in leaves] + layout
 
 
 def test_everything_supported_changes_nothing() -> None:
@@ -44,6 +46,23 @@ def test_features_that_kvm_lacks_go_and_ours_stay() -> None:
             assert kept[row[:2]] == row
     address_sizes = next(row for row in table if row[0] == 0x80000008)
     assert address_sizes[2] == cpuid.LINEAR_BITS << 8 | cpuid.PHYSICAL_BITS
+
+
+def test_areas_lie_as_kvm_says() -> None:
+    given = [(0xD, 0, 0xE7, 0, 2696, 0), (0xD, 1, 2, 0, 0, 0), (0xD, 2, 256, 576, 0, 0)]
+    given += [(0xD, 5, 64, 1088, 0, 0), (0xD, 6, 512, 1152, 0, 0), (0xD, 7, 1024, 1664, 0, 0)]
+    kept = {row[1]: row[2:] for row in model.offered(rows(), given) if row[0] == 0xD}
+    assert kept[0] == (0xE7, 2688, 2688, 0)
+    assert kept[1][0] == cpuid.XSAVEC
+    assert [kept[n][:2] for n in (2, 5, 6, 7)] == [
+        (256, 576),
+        (64, 1088),
+        (512, 1152),
+        (1024, 1664),
+    ]
+    given = [(0xD, 0, 7, 0, 0, 0), given[2]]
+    narrow = {row[1]: row[2:] for row in model.offered(rows(), given) if row[0] == 0xD}
+    assert narrow == {0: (7, 832, 832, 0), 2: (256, 576, 0, 0)}
 
 
 def test_every_feature_is_in_a_word_that_is_filtered() -> None:
@@ -108,7 +127,7 @@ def test_state_there_and_back(kernel: Kernel) -> None:
     given.interrupt_shadow = 1
     for n in range(160, 416):
         given.xsave[n] = source.getrandbits(8)
-    given.xsave[transfer.XSTATE_BV] = 3
+    given.xsave[components.HEADER] = 3
     transfer.load(vcpu, given)
     taken, _kept = fresh()
     transfer.store(vcpu, taken)

@@ -3,7 +3,8 @@
 The model is that of `cpu.cpuid`, the same for every engine. Of its feature bits, those stay that
 KVM can give on this host, and those that are served outside of KVM: by the board (the local APIC in
 both modes and its deadline timer) or by `cpu.msr` through exits (memory types, machine checks,
-TSC_ADJUST).
+TSC_ADJUST). Where the components of an XSAVE area lie is the host's to say, as its CPU carries out
+XSAVE.
 
 Source: Linux, Documentation/virt/kvm/api.rst (KVM_GET_SUPPORTED_CPUID, KVM_X86_SET_MSR_FILTER).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
+from ringfence.cpu.components import EXTENDED, LEGACY_BYTES
 from ringfence.cpu.cpuid import ANY, EAX, EBX, ECX, EDX, MODELLED, Row
 from ringfence.engine.kvm import abi
 from ringfence.engine.kvm.transfer import KVM_MSRS
@@ -27,12 +29,14 @@ SERVED_OUTSIDE = (
     "TOPOEXT",
 )  # fmt: skip
 """Features that don't need KVM's consent."""
+XSAVE_LEAF = 0xD
 _RANGES = ((0x174, 3), (0x277, 1), (0xC0000080, 5), (0xC0000100, 4))
 """First register and number of registers of the ranges that hold `KVM_MSRS`."""
 
 
 def offered(rows: Iterable[Row], supported: Iterable[Row]) -> list[Row]:
     """The model's table without the features that KVM can't give here."""
+    supported = list(supported)
     allowed: dict[tuple[int, int], int] = {}
     for row in supported:
         if row[1] == 0:
@@ -42,13 +46,32 @@ def offered(rows: Iterable[Row], supported: Iterable[Row]) -> list[Row]:
         leaf, register, bit = MODELLED[name]
         allowed[leaf, register] = allowed.get((leaf, register), 0) | 1 << bit
     result: list[Row] = []
+    areas = {row[1]: row for row in supported if row[0] == XSAVE_LEAF}
     for leaf, subleaf, *registers in rows:
+        if leaf == XSAVE_LEAF:
+            result += _vector_state(areas, subleaf, registers)
+            continue
         for register in range(4):
             if (leaf, register) in FEATURE_WORDS and subleaf in (0, ANY):
                 registers[register] &= allowed.get((leaf, register), 0)
         eax, ebx, ecx, edx = registers
         result.append((leaf, subleaf, eax, ebx, ecx, edx))
     return result
+
+
+def _vector_state(areas: dict[int, Row], subleaf: int, registers: list[int]) -> list[Row]:
+    """A row of the model's leaf 0Dh on this host; ``areas``: KVM's rows of it, by subleaf."""
+    eax, ebx, ecx, edx = registers
+    if subleaf not in areas:
+        return []
+    there = areas[subleaf]
+    if subleaf > 1:
+        return [(XSAVE_LEAF, subleaf, *there[2:4], 0, 0)]
+    eax &= there[2]
+    if subleaf == 0:
+        ends = [sum(areas[c.number][2:4]) for c in EXTENDED if eax >> c.number & 1]
+        ebx = ecx = max(LEGACY_BYTES, *ends, 0)
+    return [(XSAVE_LEAF, subleaf, eax, ebx, ecx, edx)]
 
 
 def cpuid_entries(rows: Iterable[Row]) -> list[abi.KvmCpuidEntry2]:

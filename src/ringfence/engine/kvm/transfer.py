@@ -11,9 +11,11 @@ Source: Linux, Documentation/virt/kvm/api.rst; segment attributes as in a VMCB (
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 
-from ringfence.cpu import msr, state
+from ringfence.cpu import components, msr, state
+from ringfence.cpu.cpuid import host_cpuid
 from ringfence.cpu.dump import rflags
 from ringfence.cpu.registers import set_rflags
 from ringfence.engine.kvm import abi
@@ -22,10 +24,12 @@ from ringfence.engine.kvm.device import VcpuFile
 
 APIC_BASE_ENABLED_BSP = 0xFEE00900
 """What KVM is told of the local APIC, which is on the board: it is on, and this is the boot CPU."""
-XSTATE_BV = 512
-"""Offset of the bitmap of components in an XSAVE area (SDM vol. 1, 13.4.2)."""
-XSTATE_KEPT = 7
-"""x87, SSE and AVX: what the model offers."""
+XSTATE_KEPT = (
+    components.X87_STATE
+    | components.SSE_STATE
+    | sum(1 << component.number for component in components.EXTENDED)
+)
+"""Components of vector state that the model may offer."""
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
 """KVM's names of the segment registers, in the order of ``state.SEGMENT_NAMES``."""
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
@@ -47,6 +51,17 @@ KVM_MSRS = frozenset({*MSR_FIELDS, msr.EFER, msr.FS_BASE, msr.GS_BASE})
 """All registers that the guest reaches without us; the last three are in ``struct kvm_sregs``."""
 
 
+@cache
+def _areas() -> list[tuple[int, int, int]]:
+    """Pieces of an XSAVE area: offset in ``Cpu.xsave``, in KVM's, which is the host's; size."""
+    pieces = [(0, 0, components.LEGACY_BYTES)]
+    for component in components.EXTENDED:
+        size, offset, *_ = host_cpuid(0xD, component.number)
+        if size == component.size and offset + size <= ctypes.sizeof(abi.KvmXsave):
+            pieces.append((component.offset, offset, size))
+    return pieces
+
+
 def load(vcpu: VcpuFile, cpu: Any) -> None:
     """Give KVM the whole state of a view."""
     load_sregs(vcpu, cpu)
@@ -55,7 +70,8 @@ def load(vcpu: VcpuFile, cpu: Any) -> None:
     xcrs.xcrs[0].value = cpu.xcr0
     vcpu.ask(Request.SET_XCRS, xcrs)
     area = abi.KvmXsave()
-    ctypes.memmove(area.region, cpu.xsave, state.XSAVE_BYTES)
+    for here, there, size in _areas():
+        ctypes.memmove(ctypes.addressof(area) + there, ctypes.addressof(cpu.xsave) + here, size)
     vcpu.ask(Request.SET_XSAVE, area)
     debug = abi.KvmDebugregs(dr6=cpu.dr[6], dr7=cpu.dr[7])
     debug.db[:] = cpu.dr[:4]
@@ -77,8 +93,9 @@ def store(vcpu: VcpuFile, cpu: Any) -> None:
         if entry.xcr == 0:
             cpu.xcr0 = entry.value
     area = vcpu.get(Request.GET_XSAVE, abi.KvmXsave)
-    ctypes.memmove(cpu.xsave, area.region, state.XSAVE_BYTES)
-    cpu.xsave[XSTATE_BV] &= XSTATE_KEPT
+    for here, there, size in _areas():
+        ctypes.memmove(ctypes.addressof(cpu.xsave) + here, ctypes.addressof(area) + there, size)
+    cpu.xsave[components.HEADER] &= XSTATE_KEPT
     debug = vcpu.get(Request.GET_DEBUGREGS, abi.KvmDebugregs)
     cpu.dr[:] = [*debug.db, 0, 0, debug.dr6, debug.dr7]
     for name, value in zip(MSR_FIELDS.values(), vcpu.get_msrs(MSR_FIELDS), strict=True):

@@ -24,6 +24,7 @@ MODE_SSE = 0x10
 MODE_AVX = 0x20
 MODE_STEP = 0x40
 """Traces of one instruction, with a look-up behind each: for TF, and where the owner steps."""
+MODE_AVX512 = 0x400
 MODE_TSD = 0x80
 MODE_CAREFUL = 0x200
 """Not a CPU mode either: marks traces in which every access looks itself up."""
@@ -32,8 +33,14 @@ MODE_ENTERED = 0x300
 MODE_SLOW = 0x100
 """Not a CPU mode: marks one-instruction traces whose memory accesses take the slow path."""
 
-SLOW_READ, SLOW_WRITE, SLOW_STACK = 0x10000, 0x20000, 0x40000
-"""Kinds of a memory access, beside its size in bytes."""
+SLOW_READ, SLOW_WRITE, SLOW_STACK, SLOW_MASKED = 0x10000, 0x20000, 0x40000, 0x80000
+"""Kinds of a memory access, beside its size in bytes. SLOW_MASKED: an opmask register says which
+elements are accessed; only those may fault."""
+
+# How the elements of a masked access lie (``Form.masking``).
+MASK_EACH, MASK_PACKED = 1, 2
+"""Element n where bit n is set, counted round and round if there are more bits than elements; or
+as many elements as bits are set, one behind the other."""
 
 # Exit reasons of the engine itself, beside those of the effects.
 EXIT_ASK = 64
@@ -105,6 +112,12 @@ class Vcpu(Mmu):
     slow_kind: Annotated[int, u64]
     """Size in bytes, plus SLOW_READ and SLOW_WRITE."""
     slow_address: Annotated[int, u64]
+    slow_skipped: Annotated[int, u64]
+    """Bytes at the operand's start that are not accessed."""
+    slow_mask: Annotated[int, u64]
+    """The opmask register of a masked access."""
+    slow_masking: Annotated[int, u32]
+    """``Form.masking`` of it, log2 of the elements' size << 8, number of elements << 16."""
     slow_pa: Annotated[int, u64]
     slow_is_mmio: Annotated[int, u8]
     shared: Annotated[Array, u64, 16]
@@ -143,6 +156,11 @@ class Vcpu(Mmu):
     lookup_misses: Annotated[int, u64]
     attentions: Annotated[int, u64]
     effect_calls: Annotated[int, u64]
+    xstate_mask: Annotated[int, u32]
+    """Components of vector state that change hands between guest and host: bits of XCR0."""
+    xcomp_bv: Annotated[int, u64]
+    """XCOMP_BV for the host's XSAVEC and XRSTOR, or 0 to use XSAVE. With AVX-512 the compacted
+    format saves time, as it leaves out what is not in use, and it lies the same on every host."""
     host_init: Annotated[Array, u8, 1024, 64]
     """An XSAVE area in its initial configuration, for the host between two runs."""
     bounce: Annotated[Array, u8, 1152, 64]

@@ -33,7 +33,7 @@ from ringfence.engine.translate.assembling import (
     put,
     put_template,
 )
-from ringfence.engine.translate.block import SLOW_STACK, SLOW_WRITE, gs
+from ringfence.engine.translate.block import SLOW_MASKED, SLOW_STACK, SLOW_WRITE, gs
 from ringfence.engine.translate.emit import R9, R10, R11
 from ringfence.engine.translate.tables import (
     ABSOLUTE,
@@ -184,6 +184,8 @@ def operand_address(w: Writer, i: Insn) -> int:
 def look_up(w: Writer, i: Insn, kind: int) -> int:
     """R9 = linear address; then R9 + R10 is where to access as ``kind`` says."""
     if w.slow:
+        if kind & SLOW_MASKED:
+            tell_mask(w, i, cast(Form, i.form))
         move_r10(w, kind)
         gs_call(w, _SLOW)
         move_r10(w, 0)
@@ -194,6 +196,18 @@ def look_up(w: Writer, i: Insn, kind: int) -> int:
     t: Template = cast(Template, w.templates + number * Template.size)
     store32(start + t.size_word, 0x1000 - (kind & 0xFFF))
     add_miss(w, start + t.target_word, start, write, kind, i.offset)
+    return 0
+
+
+@native_inline
+def tell_mask(w: Writer, i: Insn, f: Form) -> int:
+    """Before a slow access: the opmask register, and how it tells elements apart."""
+    put(w, 0x91F8E1C465, 5)  # kmovq gs:[…], k
+    put(w, 0x2504 | (i.evex_high & 7) << 3, 2)
+    put(w, gs("slow_mask"), 4)
+    put(w, 0x2504C765, 4)  # mov dword ptr gs:[…], …
+    put(w, gs("slow_masking"), 4)
+    put(w, f.masking | f.element << 8 | f.elements << 16, 4)
     return 0
 
 
@@ -622,6 +636,7 @@ def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
         bare = bare | needs_rex(f.rm_role, rm)
     if f.vvvv_role:
         vvvv = stand_in(w, vvvv)
+    memory = address != NONE
     extension = 0
     if address == R10:
         extension = 3
@@ -630,7 +645,9 @@ def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
     else:
         extension = rm >> 3
     extension = extension | (reg >> 3) << 2
-    if i.vex:
+    if i.vex == 4:
+        put_evex(w, i, extension, memory)
+    elif i.vex:
         payload = i.vex_payload & 0x87 | (vvvv ^ 15) << 3
         put(w, 0xC4 | ((extension ^ 7) << 5 | i.map) << 8 | payload << 16 | i.opcode << 24, 4)
     else:
@@ -653,6 +670,19 @@ def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
         else:
             put(w, 0xC0 | (reg & 7) << 3 | rm & 7, 1)
     copy_bytes(w, i.bytes + i.immediate_at, i.length - i.immediate_at)
+    return 0
+
+
+@native
+def put_evex(w: Writer, i: Insn, extension: int, memory: int) -> int:
+    """EVEX prefix and opcode; R', V', the mask and, for registers, X stay as they are."""
+    kept = i.evex_low & 0x17
+    changed = extension ^ 7
+    if not memory:
+        kept = kept | i.evex_low & 0x40
+        changed = changed & 5
+    put(w, 0x62 | (kept | changed << 5) << 8 | i.vex_payload << 16 | i.evex_high << 24, 4)
+    put(w, i.opcode, 1)
     return 0
 
 

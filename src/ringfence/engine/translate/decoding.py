@@ -12,7 +12,9 @@ from typing import cast
 
 from ringfence.cpu.state import FS, RBP, RSP, SS
 from ringfence.engine.translate.block import (
+    MODE_AVX512,
     MODE_CPL,
+    SLOW_MASKED,
     SLOW_READ,
     SLOW_STACK,
     SLOW_WRITE,
@@ -90,6 +92,8 @@ STATUS = 0x3F
 KEY_VEX, KEY_W, KEY_L, KEY_REGISTERS, KEY_LOCK, KEY_P67, KEY_B = (
     1 << 10, 1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21,
 )  # fmt: skip
+KEY_EVEX, KEY_L2, KEY_BROADCAST, KEY_MASKED, KEY_ZEROING, KEY_MAP4 = (1 << n for n in range(40, 46))
+"""With EVEX, KEY_VEX is set, too. KEY_BROADCAST: the bit b; KEY_MAP4: bit 2 of the map."""
 KEY_PREFIX_SHIFT, KEY_REG_SHIFT, KEY_MODE_SHIFT = 12, 24, 32
 KEY_VALID = 1 << 63
 """Parts of a form's key; opcode in the low byte, map in bits 8-9. KEY_P67 and KEY_B are for opcodes
@@ -98,6 +102,12 @@ _FS_OVERRIDE, _SS_OVERRIDE = FS + 1, SS + 1
 _NOT_NAMED = 0xFFFFFFFF
 _HIGH_BYTE_FIXED = 0xE0
 """RBP, RSI, RDI: one may have to stand in where AH-BH exclude others."""
+
+
+@native_inline
+def mode_of_key(mode: int) -> int:
+    """The bits of a mode that forms depend on: what vector instructions there are."""
+    return ((mode >> 3) & 7) | (8 if mode & MODE_AVX512 else 0)
 
 
 @native_inline
@@ -193,6 +203,25 @@ def load_signed(at: int, size: int) -> int:
     return 0
 
 
+@native_inline
+def vex_prefix(payload: int) -> int:
+    """The legacy prefix that pp in a VEX or EVEX prefix stands for: 66, F3, F2."""
+    pp = payload & 3
+    if pp == 1:
+        return P66
+    if pp == 2:
+        return PF3
+    return PF2 if pp == 3 else 0
+
+
+@native_inline
+def evex_key(high: int) -> int:
+    """What of z L'L b V' aaa tells forms apart: not which mask, but whether there is one."""
+    key = (KEY_L if high & 0x20 else 0) | (KEY_L2 if high & 0x40 else 0)
+    key = key | (KEY_BROADCAST if high & 0x10 else 0) | (KEY_ZEROING if high & 0x80 else 0)
+    return key | (KEY_MASKED if high & 7 else 0)
+
+
 @native
 def decode(w: Writer, i: Insn, at: int, available: int) -> int:
     """Decode the instruction at host address ``at``, of which ``available`` bytes may be read."""
@@ -274,18 +303,31 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
             return invalid(w, i, n)
         i.vex_payload = payload
         i.vvvv = ((payload >> 3) & 15) ^ 15
-        # pp counts 66, F3, F2.
-        prefixes = 0
-        if payload & 3 == 1:
-            prefixes = P66
-        elif payload & 3 == 2:
-            prefixes = PF3
-        elif payload & 3 == 3:
-            prefixes = PF2
+        prefixes = vex_prefix(payload)
         key = KEY_VEX | (KEY_L if payload & 4 else 0)
         byte = load8(at + n)
     elif byte == 0x62:
-        return invalid(w, i, n + 1)  # EVEX: no AVX-512
+        if n + 4 >= limit:
+            return too_long(w, i, available)
+        i.vex = 4
+        payload = load8(at + n + 1)
+        i.evex_low = payload
+        map = payload & 7
+        rex = ((payload >> 5) & 7) ^ 7
+        reserved = payload & 8
+        payload = load8(at + n + 2)
+        i.vex_payload = payload
+        reserved = reserved | (payload & 4 ^ 4)
+        high = load8(at + n + 3)
+        i.evex_high = high
+        n += 4
+        if map in (0, 4, 7) or reserved or prefixes & (P66 | PF2 | PF3 | LOCK) or i.rex:
+            return invalid(w, i, n)
+        w_bit = payload >> 7
+        i.vvvv = (((payload >> 3) & 15) ^ 15) | ((high & 8 ^ 8) << 1)
+        prefixes = vex_prefix(payload)
+        key = KEY_VEX | KEY_EVEX | evex_key(high) | (KEY_MAP4 if map & 4 else 0)
+        byte = load8(at + n)
     elif byte == 0x8F:
         if n + 1 >= limit:
             return too_long(w, i, available)
@@ -294,13 +336,13 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
     n += 1
     i.map = map
     i.opcode = byte
-    key = key | KEY_VALID | byte | (map << 8) | ((prefixes & 7) << KEY_PREFIX_SHIFT)
+    key = key | KEY_VALID | byte | ((map & 3) << 8) | ((prefixes & 7) << KEY_PREFIX_SHIFT)
     key = key | (KEY_W if w_bit else 0) | (KEY_LOCK if prefixes & LOCK else 0)
-    key = key | (((w.mode >> 3) & 7) << KEY_MODE_SHIFT)
+    key = key | (mode_of_key(w.mode) << KEY_MODE_SHIFT)
     i.reg = 0
     i.rm = (byte & 7) | ((rex & 1) << 3)
     reg_field = 0
-    if map > 1 or (i.vex and byte != 0x77) or w.has_modrm[(map << 8) | byte]:
+    if map > 1 or i.vex == 4 or (i.vex and byte != 0x77) or w.has_modrm[(map << 8) | byte]:
         if n >= limit:
             return too_long(w, i, available)
         modrm = load8(at + n)
@@ -367,6 +409,8 @@ def apply_form(w: Writer, i: Insn, f: Form, n: int, limit: int, available: int) 
     if end > limit:
         return too_long(w, i, available)
     i.length = end
+    if i.displacement_size == 1:
+        i.displacement = i.displacement << f.scale
     i.immediate = load_signed(at + n, f.immediate)
     i.value = i.immediate + end
     if i.base == ABSOLUTE:
@@ -437,6 +481,8 @@ def describe_access(i: Insn, f: Form) -> int:
     read = f.memory_access & ROLE_READ
     write = f.memory_access & ROLE_WRITE
     access = size | (SLOW_READ if read else 0) | (SLOW_WRITE if write else 0)
+    if f.masking:
+        access = access | SLOW_MASKED
     if i.segment == _SS_OVERRIDE or (i.segment == 0 and (i.base == RSP or i.base == RBP)):
         access = access | SLOW_STACK
     i.access = access

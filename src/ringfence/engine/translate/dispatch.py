@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from ringfence.cpu.components import AVX512_STATE
 from ringfence.cpu.exceptions import deliver_exception
 from ringfence.cpu.state import (
     CR0_EM,
@@ -20,6 +21,7 @@ from ringfence.cpu.state import (
     FAULT,
     FLAG_RF,
     GP,
+    NO_EXCEPTION,
     OK,
     SS_FAULT,
 )
@@ -30,7 +32,9 @@ from ringfence.engine.translate.block import (
     EXIT_MMIO_READ,
     EXIT_MMIO_WRITE,
     JUMP_ENTRIES,
+    MASK_PACKED,
     MODE_AVX,
+    MODE_AVX512,
     MODE_CAREFUL,
     MODE_CPL,
     MODE_ENTERED,
@@ -40,6 +44,7 @@ from ringfence.engine.translate.block import (
     MODE_SSE,
     MODE_STEP,
     MODE_TSD,
+    SLOW_MASKED,
     SLOW_READ,
     SLOW_STACK,
     SLOW_WRITE,
@@ -66,6 +71,7 @@ from ringfence.memory.mmu import (
     PENDING_LOOK,
     TLB_ENTRIES,
     host_page,
+    linear_write,
     note_access,
     note_large,
     tlb_fill,
@@ -76,10 +82,14 @@ from ringfence.memory.walk_state import code_pointer
 from ringfence.native.dialect import (
     address_of,
     atomic_and64,
+    ctz,
     load32,
+    load64,
     native,
     native_inline,
+    popcount,
     rep_movsb,
+    slt,
     store8,
     store32,
     store64,
@@ -111,6 +121,8 @@ def current_mode(vcpu: Vcpu) -> int:
         mode = mode | MODE_SSE
     if vcpu.cr4 & CR4_OSXSAVE and vcpu.xcr0 & 6 == 6:
         mode = mode | MODE_AVX
+        if vcpu.xcr0 & AVX512_STATE == AVX512_STATE:
+            mode = mode | MODE_AVX512
     if wants_step(vcpu):
         mode = mode | MODE_STEP
     if vcpu.cr4 & CR4_TSD and vcpu.cpl:
@@ -381,6 +393,63 @@ def note_slow_operand(vcpu: Vcpu, address: int, kind: int) -> int:
 
 
 @native
+def narrow_access(vcpu: Vcpu, kind: int) -> int:
+    """From a masked access's kind to that of the part from its first to its last element.
+
+    ``slow_skipped`` is how far that part lies from the operand's start, ``slow_mask`` becomes the
+    mask of the elements in memory. An operand is in two pages at most, so the part's ends decide
+    about faults.
+    """
+    masking = vcpu.slow_masking & 0xFF
+    shift = (vcpu.slow_masking >> 8) & 0xFF
+    size = kind & 0xFFF
+    kind = kind & ~0xFFF
+    bits = vcpu.slow_mask & ((1 << (vcpu.slow_masking >> 16)) - 1)
+    mask = 0
+    if masking == MASK_PACKED:
+        mask = (1 << popcount(bits)) - 1
+    else:
+        while bits:
+            mask = mask | (bits & ((1 << (size >> shift)) - 1))
+            bits = bits >> (size >> shift)
+    vcpu.slow_mask = mask
+    if mask == 0:
+        return kind
+    first = ctz(mask)
+    last = first
+    for n in range(first, 64):
+        if mask >> n & 1:
+            last = n
+    vcpu.slow_skipped = first << shift
+    return kind | (last + 1 - first) << shift
+
+
+@native
+def first_touched(vcpu: Vcpu, boundary: int) -> int:
+    """Where a masked access begins behind ``boundary``; both count from its first element."""
+    shift = (vcpu.slow_masking >> 8) & 0xFF
+    for n in range(64):
+        end = ((n + 1) << shift) - vcpu.slow_skipped
+        if vcpu.slow_mask >> n & 1 and slt(boundary, end):
+            start = end - (1 << shift)
+            return boundary if slt(start, boundary) else start
+    return boundary
+
+
+@native
+def commit_elements(vcpu: Vcpu) -> int:
+    """Write back the elements of a masked access; their pages were found writable."""
+    shift = (vcpu.slow_masking >> 8) & 0xFF
+    start = vcpu.slow_address - vcpu.slow_skipped
+    user = 1 if vcpu.cpl == 3 else 0
+    for n in range(64):
+        if vcpu.slow_mask >> n & 1:
+            value = load64(vcpu.slow_pointer + (n << shift))
+            linear_write(vcpu, start + (n << shift), 1 << shift, value, user)
+    return OK
+
+
+@native
 def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     """Prepare one memory operand by hand: crossing pages, in code pages, or outside RAM.
 
@@ -388,14 +457,21 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     locked. Else the operand's bytes are gathered in ``bounce``, and nothing is written before
     ``slow_commit``. OK, FAULT, or EXIT_MMIO_READ for the VMM to fill it.
     """
+    # As far from a 64-byte boundary as the operand is, for instructions that want it aligned.
+    vcpu.slow_pointer = address_of(vcpu.bounce[0]) + (address & 63)
+    vcpu.slow_skipped = 0
+    if kind & SLOW_MASKED:
+        kind = narrow_access(vcpu, kind)
+        address += vcpu.slow_skipped
     size = kind & 0xFFF
     user = 4 if vcpu.cpl == 3 else 0
     access = user | (2 if kind & SLOW_WRITE else 0)
     vcpu.slow_address = address
     vcpu.slow_kind = kind
     vcpu.slow_is_mmio = 0
-    # As far from a 64-byte boundary as the operand is, for instructions that want it aligned.
-    vcpu.slow_pointer = address_of(vcpu.bounce[0]) + (address & 63)
+    if size == 0:
+        return OK
+    start = vcpu.slow_pointer + vcpu.slow_skipped
     offset = address & OFFSET_MASK
     first = size
     if offset + size > 4096:
@@ -408,14 +484,17 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     pa = vcpu.last_pa
     second = 0
     if first < size:
-        second = host_page(vcpu, address + first, access)
+        touched = first
+        if kind & SLOW_MASKED:
+            touched = first_touched(vcpu, first)
+        second = host_page(vcpu, address + touched, access)
         if second == 0 and vcpu.status_word == FAULT:
             return stack_fault(vcpu, kind)
     if page and first == size:
-        vcpu.slow_pointer = page + offset
+        vcpu.slow_pointer = page + offset - vcpu.slow_skipped
         return OK
     if page:
-        rep_movsb(vcpu.slow_pointer, page + offset, first)
+        rep_movsb(start, page + offset, first)
     elif first == size:
         vcpu.slow_is_mmio = 1
         vcpu.slow_pa = pa
@@ -426,12 +505,12 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
             return EXIT
     else:
         for i in range(first):
-            store8(vcpu.slow_pointer + i, 0xFF)
+            store8(start + i, 0xFF)
     if second:
-        rep_movsb(vcpu.slow_pointer + first, second, size - first)
+        rep_movsb(start + first, second, size - first)
     else:
         for i in range(first, size):
-            store8(vcpu.slow_pointer + i, 0xFF)
+            store8(start + i, 0xFF)
     return OK
 
 
@@ -440,6 +519,8 @@ def slow_commit(vcpu: Vcpu) -> int:
     """Write a slow access's operand back: OK, or EXIT_MMIO_WRITE for the VMM to do it."""
     size = vcpu.slow_kind & 0xFFF
     address = vcpu.slow_address
+    if size == 0:
+        return OK
     if vcpu.slow_is_mmio:
         vcpu.exit_reason = EXIT_MMIO_WRITE
         vcpu.exit_data[0] = vcpu.slow_pa
@@ -451,8 +532,10 @@ def slow_commit(vcpu: Vcpu) -> int:
     if offset + size > 4096:
         first = 4096 - offset
     if first == size:
-        note_code_write(vcpu, vcpu.slow_pointer, size)
+        note_code_write(vcpu, vcpu.slow_pointer + vcpu.slow_skipped, size)
         return OK
+    if vcpu.slow_kind & SLOW_MASKED:
+        return commit_elements(vcpu)
     page = host_page(vcpu, address, access)
     if page:
         rep_movsb(page + offset, vcpu.slow_pointer, first)
@@ -488,9 +571,10 @@ def tlb_miss(vcpu: Vcpu, address: int, kind: int) -> int:
     if vcpu.tlb[entry + write] == address & PAGE_MASK:
         return OK  # what missed was a group of accesses that crosses into the next page
     status = tlb_fill(vcpu, address, user * 4 | write * 2)
-    if status == FAULT:
+    if status == FAULT and not kind & SLOW_MASKED:
         return stack_fault(vcpu, kind)
     if status != OK:
+        vcpu.exc_vector = NO_EXCEPTION
         return EXIT
     if write and vcpu.tlb[entry + 1] != address & PAGE_MASK:
         return EXIT

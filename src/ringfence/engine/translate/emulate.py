@@ -1,7 +1,8 @@
 """Instructions that touch memory element by element, carried out in Python on the saved state.
 
-Gathers, masked moves and byte-mask stores access only the elements that a mask selects, each with
-its own page and its own fault; they are rare enough that leaving guest code for each is no loss.
+Gathers, scatters, masked moves and byte-mask stores access only the elements that a mask selects,
+each with its own page and its own fault; they are rare enough that leaving guest code for each is
+no loss. (Other instructions with an opmask go on natively: see ``masking``.)
 Sources: Intel SDM vol. 2, VPGATHERDD, VPGATHERQD, VGATHERDPS, VMASKMOV, VPMASKMOV, MASKMOVDQU.
 """
 
@@ -11,6 +12,18 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ringfence.cpu.components import (
+    AVX,
+    AVX512_STATE,
+    EXTENDED,
+    HEADER,
+    HI16_ZMM,
+    OPMASK,
+    X87_REGISTERS,
+    XMM,
+    ZMM_HI256,
+)
+from ringfence.cpu.reset import FCW_RESET
 from ringfence.cpu.state import EXIT, FAULT, FS, GP, GS, OK, SS_FAULT
 from ringfence.engine.translate.x86 import (
     Decoder,
@@ -24,8 +37,9 @@ from ringfence.engine.translate.x86 import (
 if TYPE_CHECKING:
     from ringfence.engine.translate.x86 import RegisterType as Reg
 
-_X87, _XMM, _HEADER, _YMM = 32, 160, 512, 576
 _TOP = 0x3800
+SSE = 1
+"""Number of the component of the XMM registers."""
 _GATHERS = {
     Mnemonic.VPGATHERDD: (4, 4), Mnemonic.VPGATHERDQ: (4, 8),
     Mnemonic.VPGATHERQD: (8, 4), Mnemonic.VPGATHERQQ: (8, 8),
@@ -33,6 +47,12 @@ _GATHERS = {
     Mnemonic.VGATHERQPS: (8, 4), Mnemonic.VGATHERQPD: (8, 8),
 }  # fmt: skip
 """Bytes of an index and of an element."""
+_SCATTERS = {
+    Mnemonic.VPSCATTERDD: (4, 4), Mnemonic.VPSCATTERDQ: (4, 8),
+    Mnemonic.VPSCATTERQD: (8, 4), Mnemonic.VPSCATTERQQ: (8, 8),
+    Mnemonic.VSCATTERDPS: (4, 4), Mnemonic.VSCATTERDPD: (4, 8),
+    Mnemonic.VSCATTERQPS: (8, 4), Mnemonic.VSCATTERQPD: (8, 8),
+}  # fmt: skip
 _MASKED = {
     Mnemonic.VMASKMOVPS: 4, Mnemonic.VMASKMOVPD: 8, Mnemonic.VPMASKMOVD: 4, Mnemonic.VPMASKMOVQ: 8,
 }  # fmt: skip
@@ -55,6 +75,10 @@ class _Emulation:
         self.view = view
         self.i = i
         self.area = memoryview(view.xsave).cast("B")
+        if not self.area[HEADER] & 1:
+            struct.pack_into("<H22x", self.area, 0, FCW_RESET)
+            self.area[X87_REGISTERS:XMM] = bytes(XMM - X87_REGISTERS)
+        self.wide = bool(view.xcr0 & AVX512_STATE)
         self._read, self._write, self._probe = read, write, probe
 
     def read(self, address: int, size: int) -> bytes:
@@ -64,26 +88,61 @@ class _Emulation:
         return (int(self.view.value) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
     def vector(self, register: Reg) -> bytes:
-        """Content of an XMM or YMM register, or of an MMX register."""
-        n, area = RegisterExt.number(register), self.area
+        """Content of an XMM, YMM or ZMM register, or of an MMX register."""
+        n = RegisterExt.number(register)
         if RegisterExt.is_mm(register):
-            at = _X87 + 16 * (n - self.top() & 7)
-            return bytes(area[at : at + 8])
-        value = bytes(area[_XMM + 16 * n : _XMM + 16 * n + 16])
-        if RegisterExt.is_ymm(register):
-            value += bytes(area[_YMM + 16 * n : _YMM + 16 * n + 16])
-        return value
+            at = X87_REGISTERS + 16 * (n - self.top() & 7)
+            return bytes(self.area[at : at + 8])
+        value = b"".join(self.part(*each) for each in self.parts(n))
+        return value[: RegisterExt.size(register)]
 
     def set_vector(self, register: Reg, value: bytes | bytearray, *, whole: bool = True) -> None:
-        """Set an XMM or YMM register; ``whole``: the rest to zero, as VEX instructions do."""
-        n, area = RegisterExt.number(register), self.area
+        """Set a vector register; ``whole``: the rest to zero, as VEX and EVEX instructions do."""
         value = bytes(value)
         if whole:
-            value = value.ljust(32, b"\0")
-        area[_XMM + 16 * n : _XMM + 16 * n + 16] = value[:16]
-        if len(value) > 16:
-            area[_YMM + 16 * n : _YMM + 16 * n + 16] = value[16:]
-        area[_HEADER] |= 6
+            value = value.ljust(64 if self.wide else 32, b"\0")
+        for component, offset, size in self.parts(RegisterExt.number(register)):
+            piece, value = value[:size], value[size:]
+            if piece:
+                self.use(component)
+                self.area[offset : offset + len(piece)] = piece
+
+    @staticmethod
+    def parts(n: int) -> list[tuple[int, int, int]]:
+        """Where a vector register is, from its low end: component, offset, bytes."""
+        if n > 15:
+            return [(HI16_ZMM.number, HI16_ZMM.offset + 64 * (n - 16), 64)]
+        return [
+            (SSE, XMM + 16 * n, 16),
+            (AVX.number, AVX.offset + 16 * n, 16),
+            (ZMM_HI256.number, ZMM_HI256.offset + 32 * n, 32),
+        ]
+
+    def part(self, component: int, offset: int, size: int) -> bytes:
+        """Bytes of a component, which are zero where it is in its initial configuration."""
+        if not self.area[HEADER] >> component & 1:
+            return bytes(size)
+        return bytes(self.area[offset : offset + size])
+
+    def use(self, component: int) -> None:
+        """Make a component one that is not in its initial configuration."""
+        if not self.area[HEADER] >> component & 1:
+            at, size = next(
+                ((c.offset, c.size) for c in EXTENDED if c.number == component), (XMM, 256)
+            )
+            self.area[at : at + size] = bytes(size)
+            self.area[HEADER] |= 1 << component
+
+    def opmask(self) -> int:
+        """The instruction's opmask register."""
+        at = OPMASK.offset + 8 * RegisterExt.number(self.i.op_mask)
+        return int.from_bytes(self.part(OPMASK.number, at, 8), "little")
+
+    def set_opmask(self, value: int) -> None:
+        """The same, changed."""
+        at = OPMASK.offset + 8 * RegisterExt.number(self.i.op_mask)
+        self.use(OPMASK.number)
+        self.area[at : at + 8] = value.to_bytes(8, "little")
 
     def top(self) -> int:
         """The x87 stack's top."""
@@ -140,6 +199,50 @@ class _Emulation:
         self.set_vector(target, value[: count * size])
         self.set_vector(mask_register, b"")
 
+    def elements(self, index_size: int, size: int) -> list[tuple[int, int]]:
+        """Number and address of each element that an EVEX gather's or scatter's mask selects."""
+        i = self.i
+        scatter = i.op0_kind == OpKind.MEMORY
+        data = RegisterExt.size(i.op1_register if scatter else i.op0_register)
+        indices = self.vector(i.memory_index)
+        mask = self.opmask()
+        chosen = []
+        for n in range(min(len(indices) // index_size, data // size)):
+            if mask >> n & 1:
+                raw = indices[n * index_size : (n + 1) * index_size]
+                address = self.address(int.from_bytes(raw, "little", signed=True))
+                chosen.append((n, address))
+        return chosen
+
+    def evex_gather(self, index_size: int, size: int) -> None:
+        """As `gather`, with an opmask, whose bits fall as elements arrive."""
+        target, mask = self.i.op0_register, self.opmask()
+        value = bytearray(self.vector(target))
+        for n, address in self.elements(index_size, size):
+            try:
+                value[n * size : (n + 1) * size] = self.read(address, size)
+            except _Fault:
+                if mask != self.opmask():
+                    self.set_vector(target, value)
+                self.set_opmask(mask)
+                raise
+            mask &= ~(1 << n)
+        count = min(RegisterExt.size(self.i.memory_index) // index_size, len(value) // size)
+        self.set_vector(target, value[: count * size])
+        self.set_opmask(0)
+
+    def scatter(self, index_size: int, size: int) -> None:
+        """Elements in order; what is done when one faults stays done."""
+        mask = self.opmask()
+        value = self.vector(self.i.op1_register)
+        for n, address in self.elements(index_size, size):
+            element = int.from_bytes(value[n * size : (n + 1) * size], "little")
+            if self._write(address, size, element) != OK:
+                self.set_opmask(mask)
+                raise _Fault
+            mask &= ~(1 << n)
+        self.set_opmask(0)
+
     def masked_load(self, size: int) -> None:
         """Elements that the mask does not select are zero and not accessed."""
         i = self.i
@@ -179,18 +282,22 @@ class _Emulation:
     def enter_mmx(self) -> None:
         """What every MMX instruction does to the x87 state: all valid, the top at 0."""
         area, top = self.area, self.top()
-        old = [bytes(area[_X87 + 16 * n : _X87 + 16 * n + 16]) for n in range(8)]
+        at = X87_REGISTERS
+        old = [bytes(area[at + 16 * n : at + 16 * n + 16]) for n in range(8)]
         for n in range(8):
-            area[_X87 + 16 * n : _X87 + 16 * n + 16] = old[n - top & 7]
+            area[X87_REGISTERS + 16 * n : X87_REGISTERS + 16 * n + 16] = old[n - top & 7]
         struct.pack_into("<H", area, 2, struct.unpack_from("<H", area, 2)[0] & ~_TOP)
         area[4] = 0xFF
-        area[_HEADER] |= 1
+        area[HEADER] |= 1
 
     def run(self) -> bool:
         """Carry the instruction out; False if it is none of ours."""
         i = self.i
         if i.mnemonic in _GATHERS:
-            self.gather(*_GATHERS[i.mnemonic])
+            gather = self.gather if i.op_mask == Register.NONE else self.evex_gather
+            gather(*_GATHERS[i.mnemonic])
+        elif i.mnemonic in _SCATTERS:
+            self.scatter(*_SCATTERS[i.mnemonic])
         elif i.mnemonic in _MASKED:
             size = _MASKED[i.mnemonic]
             if i.op0_kind == OpKind.MEMORY:

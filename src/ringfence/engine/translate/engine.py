@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ringfence.cpu import cpuid, reset, state
+from ringfence.cpu import components, cpuid, reset, state
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
@@ -146,6 +146,7 @@ class TranslateEngine:
         rows = cpuid.build_cpuid(
             cpuid.host_cpuid, cpu_index=index, cpus=config.cpus, paravirtual=config.paravirtual
         )
+        self._init_vector_state(rows)
         packed = cpuid.pack(rows)
         view.cpuid_table = self._allocate(len(packed))
         ctypes.memmove(view.cpuid_table, packed, len(packed))
@@ -225,6 +226,14 @@ class TranslateEngine:
         ctypes.memset(at, 0, 1024)
         ctypes.memmove(at, (0x037F).to_bytes(2, "little"), 2)
         ctypes.memmove(at + 24, (0x1F80).to_bytes(4, "little"), 4)
+
+    def _init_vector_state(self, rows: list[cpuid.Row]) -> None:
+        """Choose which components change hands, and in which format the host saves them."""
+        view = self.view
+        view.xstate_mask = components.X87_STATE | components.SSE_STATE | components.AVX_STATE
+        if cpuid.offers("AVX512F", rows):
+            view.xstate_mask |= components.AVX512_STATE
+            view.xcomp_bv = components.COMPACTED | view.xstate_mask
 
     # --- the protocol ------------------------------------------------------------------------
 
@@ -637,7 +646,7 @@ class TranslateEngine:
         view = self.view
         address, size = view.exit_data[0], view.exit_data[1]
         data = self._read_mmio(address, size)
-        ctypes.memmove(view.slow_pointer, data, size)
+        ctypes.memmove(view.slow_pointer + view.slow_skipped, data, size)
         view.jump_target = self._resume
         self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
         return None
@@ -654,7 +663,7 @@ class TranslateEngine:
         began = time.perf_counter_ns()
         view = self.view
         address, size = view.exit_data[0], view.exit_data[1]
-        data = ctypes.string_at(view.slow_pointer, size)
+        data = ctypes.string_at(view.slow_pointer + view.slow_skipped, size)
         for at in range(0, size, 8):
             part = data[at : at + 8]
             self.board.mmio_write(

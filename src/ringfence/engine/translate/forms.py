@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ringfence.engine.translate.block import MODE_AVX, MODE_NO_FPU, MODE_SSE
-from ringfence.engine.translate.decoding import KEY_REG_SHIFT, KEY_REGISTERS, KEY_VEX
+from ringfence.engine.translate.block import MODE_AVX, MODE_AVX512, MODE_NO_FPU, MODE_SSE
+from ringfence.engine.translate.decoding import KEY_EVEX, KEY_REG_SHIFT, KEY_REGISTERS, KEY_VEX
+from ringfence.engine.translate.masking import masked_fields
 from ringfence.engine.translate.recipe import (
     ALWAYS,
     FEATURE_NAME,
@@ -89,6 +90,7 @@ _LOW = {
 _VVVV = {OpCodeOperandKind.R32_VVVV, OpCodeOperandKind.R64_VVVV}
 _VVVV_VECTOR = {
     OpCodeOperandKind.K_VVVV, OpCodeOperandKind.XMM_VVVV, OpCodeOperandKind.YMM_VVVV,
+    OpCodeOperandKind.ZMM_VVVV, OpCodeOperandKind.XMMP3_VVVV, OpCodeOperandKind.ZMMP3_VVVV,
 }  # fmt: skip
 _IMMEDIATE_BYTES = {
     OpCodeOperandKind.IMM8: 1, OpCodeOperandKind.IMM8SEX16: 1, OpCodeOperandKind.IMM8SEX32: 1,
@@ -144,14 +146,16 @@ class Forms:
         """Fields of the `Form` for the key of an instruction that begins with ``raw``."""
         where = (key >> 8 & 3, key & 0xFF)
         odd = where in _ODD and not key & KEY_VEX
-        samples = [self.decode(data) for data in _samples(raw, key)]
-        valid = [i for i in samples if not i.is_invalid]
+        samples = [(self.decode(data), data) for data in _samples(raw, key)]
+        valid = [i for i, _ in samples if not i.is_invalid]
         if not valid and not odd:
             return {"kind": F_INVALID}
         group = any(i.op_code().group_index >= 0 for i in valid)
         if group and not key >> KEY_REG_SHIFT & 0xF and not odd:
             return {"kind": F_GROUP}
         found = {"kind": F_RAW, "immediate": max((_immediate(i) for i in valid), default=0)}
+        if key & KEY_EVEX and not key & KEY_REGISTERS:
+            found["scale"] = self.scale(next(data for i, data in samples if not i.is_invalid))
         if odd or any(i.op_code().op_code > 0xFF for i in valid):
             return found
         i = valid[0]
@@ -174,6 +178,12 @@ class Forms:
     def decode(data: bytes) -> Instruction:
         """The instruction that ``data`` begins with."""
         return Decoder(64, data + _PADDING, ip=0).decode()
+
+    def scale(self, raw: bytes) -> int:
+        """log2 of what an EVEX instruction multiplies 8-bit displacements by."""
+        at = raw.index(0x62) + 5
+        modrm = bytes((0x40 | raw[at] & 0x38 | 4, 0x20, 1))  # [rax + 1], or with a vector as index
+        return self.decode(raw[:at] + modrm).memory_displacement.bit_length() - 1
 
     def kind(self, i: Instruction, name: str) -> int:
         """Kind of form of a valid instruction."""
@@ -252,6 +262,7 @@ class Forms:
                     size = MemorySizeExt.size(i.memory_size)
                     role |= ROLE_READ if access == OpAccess.COND_WRITE else 0
                     found |= {"memory_access": role, "memory_size": size}
+                    found |= masked_fields(i, n)
                 continue
             if kind != OpKind.REGISTER or i.op_register(n) not in GPR:
                 continue
@@ -311,10 +322,11 @@ class Forms:
             f.startswith(("SSE", "SSSE", "AES", "PCLMUL", "GFNI", "SHA")) for f in features
         )
         avx = any(f.startswith(("AVX", "FMA", "F16C", "VAES", "VPCLMUL")) for f in features)
+        avx512 = any(f.startswith("AVX512") for f in features)
         legacy = name == "WAIT" or any(f.startswith(("FPU", "MMX", "FXSR")) for f in features)
         if name in NO_VECTOR_STATE:
             return ""
-        if avx and not mode & MODE_AVX:
+        if (avx and not mode & MODE_AVX) or (avx512 and not mode & MODE_AVX512):
             return "fx_ud"
         if vector and not avx and not mode & MODE_SSE:
             return "fx_ud"
@@ -348,8 +360,13 @@ def _samples(raw: bytes, key: int) -> list[bytes]:
     while raw[start] in _PREFIXES or raw[start] & 0xF0 == 0x40:
         start += 1
     made = [raw]
-    vex = {0xC4: 3, 0xC5: 2}.get(raw[start], 0)
-    if vex:
+    vex = {0xC4: 3, 0xC5: 2, 0x62: 4}.get(raw[start], 0)
+    if vex == 4:
+        opcode = start + 4
+        low, high = raw[start + 2], raw[start + 3]
+        for vvvv in (0x78, 0x48):  # not used; RSI, XMM6
+            made.append(raw[: start + 2] + bytes((low & 0x87 | vvvv, high | 8)) + raw[opcode:])
+    elif vex:
         at = start + vex - 1
         made.append(raw[:at] + bytes((raw[at] | 0x78,)) + raw[at + 1 :])  # vvvv not used
         made.append(raw[:at] + bytes((raw[at] & 0x87 | 0x48,)) + raw[at + 1 :])  # RSI, XMM6
@@ -361,9 +378,10 @@ def _samples(raw: bytes, key: int) -> list[bytes]:
         return made
     registers = 0xC0 if key & KEY_REGISTERS else 0
     group = key >> KEY_REG_SHIFT & 0xF
+    memory = (5, 4) if vex and key >> 8 & 3 == 2 else (5,)  # gathers need a SIB byte
     others = []
     for data in made:
         for reg in (group - 1,) if group else range(8):
-            for rm in (3, 6) if registers else (5,):
+            for rm in (3, 6) if registers else memory:
                 others.append(data[: opcode + 1] + bytes((registers | reg << 3 | rm,)) + _PADDING)
     return made + others

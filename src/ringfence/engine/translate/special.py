@@ -31,7 +31,9 @@ from ringfence.engine.translate.tables import (
     NO_ADDRESS,
     PLAIN,
 )
+from ringfence.engine.translate.thunks import THUNK
 from ringfence.engine.translate.x86 import Code, Instruction, MemorySizeExt, OpKind, Register
+from ringfence.memory.xstate import XSAVE, XSAVEC, XSAVEOPT
 
 KEEP = gs("scratch", 2)
 """Where a value waits while a second memory operand is prepared."""
@@ -477,20 +479,16 @@ def _rdtsc(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return Recipe(PLAIN, before=Piece(code), clobbers=True)
 
 
-@special("XSAVE", "XSAVE64", "XRSTOR", "XRSTOR64")
+_SAVES = {"XSAVE": XSAVE, "XSAVEOPT": XSAVEOPT, "XSAVEC": XSAVEC}
+
+
+@special("XRSTOR", "XRSTOR64", *_SAVES, *(f"{name}64" for name in _SAVES))
 def _xsave(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     # All vector state goes to the block first; the effect moves it to or from guest memory.
-    keep_rax, keep_rdx = gs("scratch", 3), gs("scratch", 4)
-    before = _EA + (
-        emit.gs_store(0, keep_rax)
-        + emit.gs_store(2, keep_rdx)
-        + b"\xb8\x07\0\0\0\xba\0\0\0\0"  # mov eax, 7; mov edx, 0
-        + b"\x65\x48\x0f\xae\x24\x25" + struct.pack("<i", gs("xsave"))
-        + emit.gs_load(0, keep_rax)
-        + emit.gs_load(2, keep_rdx)
-    )  # fmt: skip
-    effect = "fx_xsave" if name.startswith("XSAVE") else "fx_xrstor"
-    return r.effect(effect, before, LINEAR, op0=int(name.endswith("64")))
+    before = _EA + emit.gs_call(THUNK["save_vector"])
+    if name.startswith("XRSTOR"):
+        return r.effect("fx_xrstor", before, LINEAR)
+    return r.effect("fx_xsave", before, LINEAR, op0=_SAVES[name.removesuffix("64")])
 
 
 @special(*NOTHING)

@@ -106,6 +106,13 @@ class Form(Struct):
     move: Annotated[int, u8]
     operand_size: Annotated[int, u8]
     """Operand size of stack instructions in bytes."""
+    scale: Annotated[int, u8]
+    """log2 of the factor of an EVEX instruction's 8-bit displacement (SDM vol. 2, 2.7.5)."""
+    masking: Annotated[int, u8]
+    """MASK_… of the memory operand; 0 where all of it is accessed."""
+    element: Annotated[int, u8]
+    """log2 of the size of its elements in bytes."""
+    elements: Annotated[int, u8]
     implicit: Annotated[int, u16]
     """Mask of the guest registers used without being named by a field."""
     implicit_written: Annotated[int, u16]
@@ -192,9 +199,13 @@ class Insn(Struct):
     rex_at: Annotated[int, u8]
     """Position behind the legacy prefixes."""
     vex: Annotated[int, u8]
-    """0, 2 or 3."""
+    """Bytes of the VEX or EVEX prefix: 0, 2, 3 or 4."""
     vex_payload: Annotated[int, u8]
-    """W vvvv L pp, as in the last byte of a three-byte VEX prefix."""
+    """W vvvv L pp, as in the last byte of a three-byte VEX prefix; of EVEX, its third byte."""
+    evex_low: Annotated[int, u8]
+    """R X B R' mmm: the second byte of an EVEX prefix."""
+    evex_high: Annotated[int, u8]
+    """z L'L b V' aaa: the fourth."""
     map: Annotated[int, u8]
     opcode: Annotated[int, u8]
     mod: Annotated[int, u8]

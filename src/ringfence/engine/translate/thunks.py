@@ -11,7 +11,8 @@ code holds no absolute address. None but ``enter`` and ``leave`` touches vector 
 
 from __future__ import annotations
 
-from ringfence.cpu.state import EXIT, FAULT, OK, STATUS_FLAGS, XSAVE_BYTES
+from ringfence.cpu.components import MXCSR, XCOMP_BV
+from ringfence.cpu.state import EXIT, FAULT, OK, STATUS_FLAGS
 from ringfence.engine.translate.block import EXIT_HOST_FAULT, GS_BIAS, gs
 
 HOST_OF_GUEST = {
@@ -42,13 +43,14 @@ THUNKS = (
     "careful",
     "stack_miss",
     "link_careful",
+    "save_vector",
 )
 """Names in the order of the block's ``thunks`` array."""
 
 THUNK = {name: gs("thunks", number) for number, name in enumerate(THUNKS)}
 """Displacement from GS of each thunk's address."""
 
-assert XSAVE_BYTES <= 1024 and OK == 0
+assert OK == 0
 
 
 def _field(name: str, index: int = 0, size: str = "qword") -> str:
@@ -82,6 +84,29 @@ _FROM_STATUS = [
     "shr eax, 11",
     "and eax, 1",
     f"mov byte ptr gs:[{gs('parked')}], al",
+]
+# Vector state between the registers and the block; RAX, RCX and RDX are free.
+_SAVE_VECTOR = [
+    f"mov eax, {_field('xstate_mask', size='dword')}",
+    "xor edx, edx",
+    f"cmp {_field('xcomp_bv')}, 0",
+    "je 8f",
+    f"xsavec64 gs:[{gs('xsave')}]",
+    f"stmxcsr dword ptr gs:[{gs('xsave') + MXCSR}]",
+    f"mov qword ptr gs:[{gs('xsave') + XCOMP_BV}], 0",
+    "jmp 9f",
+    "8:",
+    f"xsave64 gs:[{gs('xsave')}]",
+    "9:",
+]
+_LOAD_VECTOR = [
+    f"mov eax, {_field('xstate_mask', size='dword')}",
+    "xor edx, edx",
+    f"mov rcx, {_field('xcomp_bv')}",
+    f"mov qword ptr gs:[{gs('xsave') + XCOMP_BV}], rcx",
+    f"xrstor64 gs:[{gs('xsave')}]",
+    f"ldmxcsr dword ptr gs:[{gs('xsave') + MXCSR}]",
+    f"mov qword ptr gs:[{gs('xsave') + XCOMP_BV}], 0",
 ]
 _PARK = ["mov r9, rax", "lahf", "seto al", f"mov word ptr gs:[{gs('parked')}], ax", "mov rax, r9"]
 
@@ -121,21 +146,15 @@ def assembly() -> str:
             *(f"push {r}" for r in ("rbx", "rbp", "r12", "r13", "r14", "r15")),
             "sub rsp, 8",
             f"mov {_field('host_rsp')}, rsp",
-            "mov eax, 7",
-            "xor edx, edx",
-            f"mov rdi, {_field('self_address')}",
-            f"xrstor64 [rdi + {gs('xsave') + GS_BIAS}]",
+            *_LOAD_VECTOR,
             *_FROM_STATUS,
             *go,
         ],
         # Guest registers are saved; return to the VMM.
         "leave": [
             f"mov rsp, {_field('host_rsp')}",
-            "mov eax, 7",
-            "xor edx, edx",
-            f"mov rdi, {_field('self_address')}",
-            f"xsave64 [rdi + {gs('xsave') + GS_BIAS}]",
-            f"xrstor64 [rdi + {gs('host_init') + GS_BIAS}]",
+            *_SAVE_VECTOR,
+            f"xrstor64 gs:[{gs('host_init')}]",
             "cld",
             "add rsp, 8",
             *(f"pop {r}" for r in ("r15", "r14", "r13", "r12", "rbp", "rbx")),
@@ -213,11 +232,17 @@ def assembly() -> str:
             f"call qword ptr [rdi + rax*8 + {gs('effects') + GS_BIAS}]",
             f"cmp eax, {FAULT}",
             "je rf_deliver",
-            "mov eax, 7",
-            "xor edx, edx",
-            f"mov rdi, {_field('self_address')}",
-            f"xrstor64 [rdi + {gs('xsave') + GS_BIAS}]",
+            *_LOAD_VECTOR,
             "jmp rf_follow",
+        ],
+        # Called before such an effect; clobbers R9, R10 and flags.
+        "save_vector": [
+            "mov r9, rax",
+            "mov r10, rdx",
+            *_SAVE_VECTOR,
+            "mov rax, r9",
+            "mov rdx, r10",
+            "ret",
         ],
         # R10: the number that the page after RIP's must have.
         "straddle": [*save_all, *_call("straddle", "mov rsi, r10"), "jmp rf_decide"],
