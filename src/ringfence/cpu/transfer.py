@@ -35,6 +35,7 @@ from ringfence.cpu.segments import (
     segment_fill,
     segment_null,
 )
+from ringfence.cpu.signals import unblock_nmi
 from ringfence.cpu.state import (
     ATTR_DPL_SHIFT,
     CS,
@@ -225,7 +226,7 @@ def fx_iret(cpu: Cpu) -> int:
     cpu.cpl = new_level
     cpu.rip = target
     cpu.gpr[RSP] = new_rsp
-    cpu.nmi_blocked = 0
+    unblock_nmi(cpu)
     set_rflags(cpu, (flags & mask) | (get_rflags(cpu) & ~mask & ~FLAG_VM))
     mode_changed(cpu)
     return OK
