@@ -32,6 +32,7 @@ class ScriptedCpu:
         self.input = b""
         self.stop = False
         self.pause = False
+        self.button = False
         self.closed = False
         self.counters = ExitCounters()
         self.trace: Callable[[TraceRecord], None] | None = None
@@ -137,6 +138,15 @@ def hang(guest: ScriptedCpu) -> Life:
         yield
 
 
+def obedient(guest: ScriptedCpu) -> Life:
+    guest.write(b"ready\n")
+    while not guest.button:
+        time.sleep(0.002)
+        yield
+    guest.write(b"bye\n")
+    return StopReason.POWER_OFF
+
+
 def flood(guest: ScriptedCpu) -> Life:
     while True:
         guest.write(b"x" * 1000)
@@ -167,7 +177,9 @@ def boom(guest: ScriptedCpu) -> Life:
     raise RuntimeError("a bug\nof ours")
 
 
-GUESTS = {each.__name__: each for each in (hello, echo, hang, flood, large, crash, reset, boom)}
+GUESTS = {
+    each.__name__: each for each in (hello, echo, hang, flood, large, crash, reset, boom, obedient)
+}
 
 
 class ScriptedMachine(Machine):
@@ -183,11 +195,16 @@ class ScriptedMachine(Machine):
 
         idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
         uart = SimpleNamespace(pending_input=lambda: len(engine.input))
+
+        def press_power_button() -> None:
+            engine.button = True
+
         board = SimpleNamespace(
             tsc=SimpleNamespace(read=lambda: 0),
             uart=uart,
             timers=idle,
             receive=receive,
+            press_power_button=press_power_button,
             flush=lambda: None,
             close=lambda: None,
         )

@@ -64,13 +64,26 @@ class Console:
         """How many of the bytes sent the guest has not read yet."""
         return self._unread()
 
-    def listen(self, listener: Listener) -> None:
-        """Have ``listener`` called with all further output.
+    @property
+    def ended(self) -> bool:
+        """Whether no more output will come."""
+        return bool(self._ended)
+
+    def listen(self, listener: Listener, *, history: int = 0) -> bytes:
+        """Have ``listener`` called with all further output, and with b"" when there won't be more.
 
         It runs in one of the machine's threads: while it takes its time, the guest stands still,
-        and so does whoever calls `send`.
+        and so does whoever calls `send`. The last ``history`` bytes of what was written before are
+        returned.
         """
-        self._listeners = (*self._listeners, listener)
+        with self._lock:
+            self._listeners = (*self._listeners, listener)
+            return bytes(self._kept[-history:]) if history else b""
+
+    def unlisten(self, listener: Listener) -> None:
+        """Call ``listener`` no more; one call may still be under way."""
+        with self._lock:
+            self._listeners = tuple(each for each in self._listeners if each != listener)
 
     def wait_for(
         self, pattern: str | re.Pattern[str] | re.Pattern[bytes], timeout: float | None = 60.0
@@ -121,15 +134,18 @@ class Console:
             if excess > KEEP // 4:
                 del self._kept[:excess]
                 self._dropped += excess
+            listeners = self._listeners
         if not self._news.is_set():
             self._news.set()
-        for listener in self._listeners:
+        for listener in listeners:
             listener(data)
 
     def end(self, why: str) -> None:
         """Say that no more output will come (called by the machine)."""
         self._ended = why
         self._news.set()
+        for listener in self._listeners:
+            listener(b"")
 
     def _take(self, search: re.Pattern[bytes]) -> str | None:
         with self._lock:

@@ -202,6 +202,8 @@ class Machine:
         )
         self.crash_report = ""
         """Register dump of a crash; empty as long as there was none."""
+        self.ended = threading.Event()
+        """Set when the machine has ended, for those who wait for other things, too."""
         self._change = threading.Condition()
         self._state = State.READY
         self._pause_wanted = False
@@ -240,6 +242,13 @@ class Machine:
         """What the guest ended with by a test device (`StopReason.GUEST_EXIT`); else None."""
         return self._parts.exit_status
 
+    @property
+    def seconds(self) -> float:
+        """Host time since the start, up to the end."""
+        if self._state in (State.RUNNING, State.PAUSED):
+            return time.monotonic() - self._started
+        return self._seconds
+
     def start(self) -> None:
         """Let the guest run; returns at once."""
         with self._change:
@@ -275,11 +284,24 @@ class Machine:
         with self._change:
             if self._state is State.READY:
                 self._state, self._outcome = State.ENDED, StopReason.STOPPED
+                self.ended.set()
                 return
             self._stop_wanted = True
             self._parts.engine.request_stop()
             self._change.notify_all()
             self._await(lambda: self._state is State.ENDED)
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down; it may take its time, or have no ear for it.
+
+        Raises
+        ------
+        UsageError
+            The machine does not run.
+        """
+        with self._change:
+            self._require(State.RUNNING, State.PAUSED)
+            self._parts.board.press_power_button()
 
     def wait(self, timeout: float | None = None) -> StopReason:
         """Wait until the machine ends, at most ``timeout`` seconds, and say why it did.
@@ -369,12 +391,9 @@ class Machine:
         """
         if self._closed and self._last_stats:
             return self._last_stats
-        seconds = self._seconds
-        if self._state in (State.RUNNING, State.PAUSED):
-            seconds = time.monotonic() - self._started
         about = {
             "outcome": self._outcome.value if self._outcome else self._state.value,
-            "seconds": seconds,
+            "seconds": self.seconds,
             "resets": self._resets,
             "engine": self.config.engine,
             "memory": self.config.memory,
@@ -465,6 +484,7 @@ class Machine:
             with self._change:
                 self._outcome = outcome
                 self._state = State.ENDED
+                self.ended.set()
                 watchers, self._watchers = self._watchers, []
                 self._change.notify_all()
             self.console.end(f"the machine ended ({outcome.value})")

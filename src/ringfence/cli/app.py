@@ -24,7 +24,7 @@ INTERNAL_ERROR = 70
 
 STATUSES = """\
 [bold]Exit status[/bold]
-0      the guest powered off, or you left with Ctrl-A x
+0      the guest powered off, or you ended it (Ctrl-A x, ringfence stop)
 2      wrong usage
 3      bad image (kernel, initrd, stored image)
 4      the guest crashed; its registers are on stderr
@@ -44,6 +44,7 @@ echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
 ringfence run builtin --stats - --trace exits
 ringfence run --net user --forward 8080:80
 ringfence run --kernel test.elf --test-devices --append "first second"
+ringfence run --name web --detach; ringfence console web; ringfence stop web
 
 The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
 On a terminal, Ctrl-A x leaves and Ctrl-A h lists the other keys.
@@ -112,6 +113,7 @@ def _root(
 CacheDir = Annotated[
     Path | None, typer.Option("--cache-dir", help="Folder of the engine's compiled code.")
 ]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A machine's name (see list).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -211,6 +213,13 @@ def run(
         str | None,
         typer.Option(metavar="FILE", help="Only the debug console, to a file; '-' is stderr."),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What list, stop and so on call it (default: the image's name)."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Print the name and leave it running.")
+    ] = False,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the engine's compiled code on disk.")
     ] = True,
@@ -248,8 +257,68 @@ def run(
             test_devices=test_devices,
             debug_exit=debug_exit,
             debug_console=debugcon,
+            name=name,
+            detach=detach,
         )
     )
+
+
+@app.command("list", epilog="[bold]Example[/bold]\nringfence list --json")
+def list_(json: Json = False) -> int:
+    """List the machines that run."""
+    from ringfence.cli.machines import show_machines
+
+    show_machines(as_json=json)
+    return 0
+
+
+@app.command(epilog="[bold]Examples[/bold]\nringfence stop web\nringfence stop --force web")
+def stop(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Pull the plug.")] = False,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds that the guest may take (status 5).")
+    ] = 60.0,
+) -> int:
+    """Press a machine's power button, and wait until it has shut down."""
+    from ringfence.cli import machines
+
+    machines.stop(name, force=force, timeout=timeout)
+    return 0
+
+
+@app.command()
+def pause(name: Name) -> int:
+    """Stop a machine's vCPUs and its time; 'resume' lets it go on."""
+    from ringfence.cli.machines import order
+
+    order(name, "pause")
+    return 0
+
+
+@app.command()
+def resume(name: Name) -> int:
+    """Let a paused machine go on."""
+    from ringfence.cli.machines import order
+
+    order(name, "resume")
+    return 0
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\nringfence console web\n"
+    "ringfence console web --history 0 < /dev/null"
+)
+def console(
+    name: Name,
+    history: Annotated[
+        int, typer.Option(min=0, help="Bytes to show of what was written before.")
+    ] = 16384,
+) -> int:
+    """Join a machine's console, beside others; Ctrl-A d detaches."""
+    from ringfence.cli.machines import attach
+
+    return attach(name, history=history)
 
 
 @pull_app.command("debian")

@@ -13,11 +13,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+from ringfence.api import names
+from ringfence.api.server import published
 from ringfence.assembly import NICS, TestDevices
 from ringfence.cli.session import Ending, Session
 from ringfence.devices.testing import EXIT_PORT
 from ringfence.engine import StopReason
-from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, UsageError
+from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, HostError, UsageError
 from ringfence.machine import Machine
 
 
@@ -52,6 +54,8 @@ class RunOptions:
     test_devices: bool = False
     debug_exit: str | None = None
     debug_console: str | None = None
+    name: str | None = None
+    detach: bool = False
 
 
 def run_guest(options: RunOptions) -> int:
@@ -62,12 +66,61 @@ def run_guest(options: RunOptions) -> int:
         from ringfence.cli.pull import ensure_image
 
         image = ensure_image(image)
+    claim = _claim(options, image)
+    if claim is None or not options.detach:
+        return _run_here(options, image, claim)
+    from ringfence.cli.detach import daemonize
+
+    ready = daemonize(claim.place.log)
+    if isinstance(ready, int):
+        if ready == 0:
+            print(claim.place.name)
+        return ready
+    claim.adopt()
+    status = _run_here(options, image, claim, ready)
+    if not claim.place.log.stat().st_size:
+        claim.place.log.unlink()
+    return status
+
+
+def _claim(options: RunOptions, image: str | None) -> names.Claim | None:
+    """Take the machine's name. Where none was asked for, it may do without."""
+    if options.name:
+        return names.claim(options.name)
+    try:
+        return names.claim_free(image or "machine")
+    except HostError as error:
+        if options.detach:
+            raise
+        print(f"ringfence: note: 'list' will not show this machine: {error}", file=sys.stderr)
+        return None
+
+
+def _run_here(
+    options: RunOptions,
+    image: str | None,
+    claim: names.Claim | None,
+    started: Callable[[], None] | None = None,
+) -> int:
+    """Run the guest in this process; ``started`` is told when it runs."""
     with ExitStack() as opened:
-        return _run_machine(options, image, opened)
+        place = opened.enter_context(claim) if claim is not None else None
+        machine = _make(options, image, opened)
+        opened.callback(machine.close)
+        if place is not None:
+            opened.enter_context(published(machine, place, image=image))
+        session = Session(machine, timeout=options.timeout, trace=options.trace, started=started)
+        try:
+            ending = session.run()
+        except GuestTimeout:
+            _report(machine.stats(), options.stats)
+            raise
+    _report(machine.stats(), options.stats)
+    return _status(machine, ending)
 
 
-def _run_machine(options: RunOptions, image: str | None, opened: ExitStack) -> int:
-    machine = Machine(
+def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
+    return Machine(
         image=image,
         kernel=options.kernel,
         initrd=options.initrd,
@@ -91,14 +144,6 @@ def _run_machine(options: RunOptions, image: str | None, opened: ExitStack) -> i
         modules=options.modules,
         test=_test_devices(options, opened),
     )
-    session = Session(machine, timeout=options.timeout, trace=options.trace)
-    try:
-        ending = session.run()
-    except GuestTimeout:
-        _report(machine.stats(), options.stats)
-        raise
-    _report(machine.stats(), options.stats)
-    return _status(machine, ending)
 
 
 def _test_devices(options: RunOptions, opened: ExitStack) -> TestDevices:
@@ -186,6 +231,8 @@ def _check(options: RunOptions) -> None:
         parse_port(options.debug_exit)
     if options.kernel is not None and options.image is not None:
         raise UsageError("both an image and --kernel were given: expected one of them")
+    if options.name is not None:
+        names.place_of(options.name)
     if options.timeout is not None and not (options.timeout > 0 and math.isfinite(options.timeout)):
         raise UsageError(f"--timeout {options.timeout:g}: expected seconds above 0")
     if options.stats not in (None, "-"):

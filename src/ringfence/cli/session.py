@@ -18,7 +18,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -125,10 +125,20 @@ class Session:
         Seconds of host time that the guest may take.
     trace : bool
         Whether to print each exit on stderr.
+    started : callable, optional
+        Called once the machine runs.
     """
 
-    def __init__(self, machine: Machine, *, timeout: float | None, trace: bool) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        timeout: float | None,
+        trace: bool,
+        started: Callable[[], None] | None = None,
+    ) -> None:
         self.machine = machine
+        self._started = started
         self.timeout = timeout
         self.terminal = RawTerminal(STDIN)
         self._escapes = EscapeFilter()
@@ -153,6 +163,8 @@ class Session:
                         if self.terminal.active:
                             self.terminal.say(GREETING)
                         machine.start()
+                        if self._started is not None:
+                            self._started()
                         return self._loop()
                 finally:
                     self._output.closing = self._errors.closing = True

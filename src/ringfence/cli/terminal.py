@@ -11,6 +11,7 @@ import os
 import sys
 import termios
 import tty
+from collections.abc import Sequence
 from enum import Enum
 from types import TracebackType
 from typing import Any
@@ -24,26 +25,41 @@ Ctrl-A s       show statistics
 Ctrl-A Ctrl-A  send Ctrl-A to the guest
 Ctrl-A h       this help
 """
+ATTACHED_HELP = """\
+Ctrl-A d       detach; the machine goes on
+Ctrl-A Ctrl-A  send Ctrl-A to the guest
+Ctrl-A h       this help
+"""
 
 
 class Escape(Enum):
     """What the user asks of Ringfence rather than of the guest."""
 
     QUIT = "x"
+    DETACH = "d"
     STATS = "s"
     HELP = "h"
 
 
-_KEYS = {ord("x"): Escape.QUIT, ord("s"): Escape.STATS, ord("h"): Escape.HELP}
-_KEYS |= {ord("X"): Escape.QUIT, ord("S"): Escape.STATS, ord("H"): Escape.HELP}
-_KEYS |= {ord("?"): Escape.HELP}
+IN_RUN = (Escape.QUIT, Escape.STATS, Escape.HELP)
+"""What there is to ask where the machine is in the same process."""
+ATTACHED = (Escape.DETACH, Escape.HELP)
+"""What there is to ask on the console of a machine elsewhere."""
 
 
 class EscapeFilter:
-    """Separates what is typed for the guest from what is meant for us."""
+    """Separates what is typed for the guest from what is meant for us.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    escapes : sequence of Escape
+        Those that mean something here.
+    """
+
+    def __init__(self, escapes: Sequence[Escape] = IN_RUN) -> None:
         self._prefixed = False
+        self._keys = {ord(key): each for each in escapes for key in each.value + each.value.upper()}
+        self._keys[ord("?")] = Escape.HELP
 
     def feed(self, data: bytes) -> list[bytes | Escape]:
         """Bytes for the guest and escapes, in the order they were typed.
@@ -62,11 +78,11 @@ class EscapeFilter:
             self._prefixed = False
             if byte == PREFIX:
                 plain.append(byte)
-            elif byte in _KEYS:
+            elif byte in self._keys:
                 if plain:
                     found.append(bytes(plain))
                     plain.clear()
-                found.append(_KEYS[byte])
+                found.append(self._keys[byte])
         if plain:
             found.append(bytes(plain))
         return found

@@ -21,8 +21,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from ringfence import sockets
 from ringfence.devices.virtio.vsock import BUFFER, MAX_CONNECTIONS, Key, Shut, VirtioVsock
-from ringfence.errors import HostError
 
 FIRST_HOST_PORT = 1 << 30
 """Ports of the host's for connections that the host begins."""
@@ -65,7 +65,8 @@ class UnixHost:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._listener = _listen(path)
+        self._listener = sockets.listen(path, BACKLOG)
+        self._listener.setblocking(False)
         self._device: VirtioVsock | None = None
         self._selector = selectors.DefaultSelector()
         self._streams: dict[Key, _Stream] = {}
@@ -200,12 +201,9 @@ class UnixHost:
     def _connect(self, key: Key) -> None:
         """Reach who listens for the guest; nobody may."""
         assert self._device is not None
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.setblocking(False)
         try:
-            connection.connect(f"{self._path}_{key[1]}")
+            connection = sockets.connect(Path(f"{self._path}_{key[1]}"), timeout=0)
         except OSError:
-            connection.close()
             self._device.end(key)
             return
         stream = _Stream(connection)
@@ -309,24 +307,3 @@ class UnixHost:
             if stream.socket in self._selector.get_map():
                 self._selector.unregister(stream.socket)
             stream.socket.close()
-
-
-def _listen(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                try:
-                    probe.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink()
-        listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise HostError(
-            f"socket {path} can't be made ({error.strerror or error}): choose another path"
-        ) from error
-    return listener
