@@ -30,7 +30,6 @@ from ringfence.cpu.state import (
     EXIT_PORT_IN,
     EXIT_PORT_OUT,
     EXIT_PORT_STRING,
-    EXIT_UNSUPPORTED,
     FAULT,
     FLAG_IF,
     FLAG_IOPL,
@@ -133,12 +132,22 @@ def test_cr0_drops_undefined_bits_and_keeps_et(machine: Any) -> None:
     assert (machine.cpu.mode_changes, machine.cpu.flushes_all) == (2, 1)
 
 
-def test_leaving_long_mode_is_for_the_vmm(machine: Any) -> None:
-    machine.cpu.seg_attr[1] = 0x49B
-    machine.cpu.gpr[RBX] = CR0 & ~(1 << 31)
-    assert machine.effect("fx_mov_to_cr", RBX, 0) == EXIT
-    assert machine.cpu.exit_reason == EXIT_UNSUPPORTED
-    assert (machine.cpu.rip, machine.cpu.cr0) == (0x1000, CR0)
+def test_leaving_long_mode_and_coming_back(machine: Any) -> None:
+    cpu = machine.cpu
+    to_cr(machine, 4, cpu.cr4 & ~(1 << 17))
+    cpu.seg_attr[1] = 0x49B
+    to_cr(machine, 0, CR0 & ~(1 << 31))
+    assert (cpu.cr0, cpu.efer & 0x500) == (CR0 & ~(1 << 31), 0x100)
+    to_cr(machine, 0, CR0)
+    assert (cpu.cr0, cpu.efer & 0x500) == (CR0, 0x500)
+    to_cr(machine, 0, CR0 & ~(1 << 31))
+    to_cr(machine, 0, CR0 & ~(1 << 31 | 1))
+    assert cpu.cr0 & 1 == 0
+    cpu.seg_attr[1] = 0xA9B
+    cr_refuses(machine, 0, CR0)  # into long mode with 64-bit code
+    cpu.seg_attr[1] = 0x49B
+    cpu.cr4 &= ~CR4_PAE
+    cr_refuses(machine, 0, CR0)
 
 
 @pytest.mark.parametrize("bit", [CR4_SMAP, 1 << 12, 1 << 13, 1 << 22, 1 << 23, 1 << 19, 1 << 63])

@@ -1,7 +1,7 @@
 """Control registers, the machine status word, extended control and segment bases.
 
 Each ``fx_*`` carries out one instruction (see ``cpu.system`` for the conventions); operands come
-in ``cpu.op`` and ``cpu.ea``. Only 64-bit mode is modelled, so paging is always on.
+in ``cpu.op`` and ``cpu.ea``.
 
 Sources: Intel SDM vol. 3, 2.5 (control registers), 4.10.4 (invalidation);
 AMD APM vol. 2, 3.1 and 5.5; SDM vol. 2 for each instruction's checks.
@@ -18,6 +18,7 @@ from ringfence.cpu.ports import (
     tlb_flush_all,
     tlb_flush_nonglobal,
 )
+from ringfence.cpu.stack import in_64bit
 from ringfence.cpu.state import (
     ATTR_L,
     CR0_AM,
@@ -49,10 +50,10 @@ from ringfence.cpu.state import (
     CR4_VME,
     CS,
     EFER_LMA,
+    EFER_LME,
     EXIT,
     EXIT_CR8_READ,
     EXIT_CR8_WRITE,
-    EXIT_UNSUPPORTED,
     FAULT,
     GP,
     GS,
@@ -132,12 +133,14 @@ def write_cr0(cpu: Cpu, value: int) -> int:
     value = (value & CR0_BITS) | CR0_ET
     if old & CR0_PG and not value & CR0_PG:
         # Paging can't be switched off under 64-bit code or with PCIDs; from compatibility mode
-        # it can, and leads out of long mode, where this CPU doesn't follow.
-        if cpu.seg_attr[CS] & ATTR_L or cpu.cr4 & CR4_PCIDE:
+        # it can, and leads out of long mode.
+        if in_64bit(cpu) or cpu.cr4 & CR4_PCIDE:
             return refused(cpu)
-        return leave(cpu, EXIT_UNSUPPORTED)
-    if value & CR0_PG and not old & CR0_PG:
-        return leave(cpu, EXIT_UNSUPPORTED)
+        cpu.efer = cpu.efer & ~EFER_LMA
+    if value & CR0_PG and not old & CR0_PG and cpu.efer & EFER_LME:
+        if not cpu.cr4 & CR4_PAE or cpu.seg_attr[CS] & ATTR_L:
+            return refused(cpu)
+        cpu.efer = cpu.efer | EFER_LMA
     cpu.cr0 = value
     if (old ^ value) & CR0_PAGING:
         tlb_flush_all(cpu)

@@ -1,4 +1,4 @@
-"""Delivery of exceptions and interrupts through the 64-bit IDT.
+"""Delivery of exceptions and interrupts; the way through the 64-bit IDT.
 
 A fault while an event is delivered becomes the next event, or a double fault, or shutdown; this
 is a loop, and the class of the event can only rise, so it ends. Sources: Intel SDM vol. 3, 6.12
@@ -8,7 +8,9 @@ is a loop, and the class of the event can only rise, so it ends. Sources: Intel 
 from __future__ import annotations
 
 from ringfence.cpu.flags import get_rflags, is_canonical, raise_fault
+from ringfence.cpu.gates import EXCEPTION, EXTERNAL, NOT_FAULTS, SOFTWARE, enter_protected
 from ringfence.cpu.ports import linear_read, linear_write, mode_changed, step_masked
+from ringfence.cpu.realmode import enter_real, iopl_refuses
 from ringfence.cpu.segments import (
     DESC_CODE,
     DESC_CONFORMING,
@@ -23,21 +25,23 @@ from ringfence.cpu.segments import (
     segment_null,
 )
 from ringfence.cpu.state import (
-    BP,
+    BR,
+    CR0_PE,
     CS,
     DB,
     DE,
     DF,
+    EFER_LMA,
     EXIT,
     EXIT_SHUTDOWN,
     FAULT,
     FLAG_NT,
+    FLAG_OF,
     FLAG_RF,
     FLAG_TF,
     FLAG_VM,
     GP,
     HAS_ERROR_CODE,
-    MC,
     NM,
     NMI,
     NO_EXCEPTION,
@@ -53,14 +57,9 @@ from ringfence.cpu.state import (
     UD,
     Cpu,
 )
-from ringfence.native.dialect import native, native_inline
-
-# What an event is: the origin decides error codes, RF and the gate's privilege check.
-EXCEPTION, EXTERNAL, SOFTWARE = range(3)
+from ringfence.native.dialect import native, native_inline, sext, slt
 
 CONTRIBUTORY = (1 << DE) | (1 << TS) | (1 << NP) | (1 << SS_FAULT) | (1 << GP)
-NOT_FAULTS = (1 << DB) | (1 << NMI) | (1 << BP) | (1 << OF) | (1 << MC)
-"""Exceptions that push RF as it is; faults push it set (SDM vol. 3, 6.8.3 and 17.3.1.1)."""
 TYPE_INTERRUPT_GATE, TYPE_TRAP_GATE = 14, 15
 MAX_ROUNDS = 8
 
@@ -86,8 +85,18 @@ def frame_fault(cpu: Cpu, external_event: int) -> int:
 
 
 @native
+def enter_event(cpu: Cpu, vector: int, error: int, origin: int, return_rip: int) -> int:
+    """Take one event to its handler; on FAULT nothing but the unused stack has changed."""
+    if cpu.efer & EFER_LMA:
+        return enter_gate(cpu, vector, error, origin, return_rip)
+    if cpu.cr0 & CR0_PE:
+        return enter_protected(cpu, vector, error, origin, return_rip)
+    return enter_real(cpu, vector, return_rip)
+
+
+@native
 def enter_gate(cpu: Cpu, vector: int, error: int, origin: int, return_rip: int) -> int:
-    """Take one event through its gate; on FAULT nothing but the unused stack has changed."""
+    """Take one event through a gate of the 64-bit IDT."""
     ext = 0 if origin == SOFTWARE else 1
     gate_error = (vector << 3) | 2 | ext
     at = vector << 4
@@ -190,7 +199,7 @@ def deliver_event(cpu: Cpu, vector: int, error: int, origin: int) -> int:
     """Deliver an event, or whatever its delivery leads to (SDM vol. 3, table 6-5)."""
     for _ in range(MAX_ROUNDS):
         cpu.delivering = vector
-        status = enter_gate(cpu, vector, error, origin, cpu.rip)
+        status = enter_event(cpu, vector, error, origin, cpu.rip)
         if status == OK:
             if origin == EXCEPTION:
                 cpu.exceptions[vector & 31] += 1
@@ -244,11 +253,46 @@ def deliver_nmi(cpu: Cpu) -> int:
 
 @native
 def fx_int(cpu: Cpu) -> int:
-    """INT n, INT3, INTO: op[0] the vector; the gate's DPL is checked (SDM vol. 2, INT n)."""
-    if enter_gate(cpu, cpu.op[0] & 0xFF, 0, SOFTWARE, cpu.next_rip):
+    """INT n, INT3: op[0] the vector, op[1] 1 for INT n; checks the gate's DPL (vol. 2, INT n)."""
+    if cpu.op[1] and iopl_refuses(cpu):
+        return raise_fault(cpu, GP, 0)
+    if enter_event(cpu, cpu.op[0] & 0xFF, 0, SOFTWARE, cpu.next_rip):
         return FAULT
     cpu.software_interrupts += 1
     step_masked(cpu)
+    return OK
+
+
+@native
+def fx_into(cpu: Cpu) -> int:
+    """INTO: #OF as a trap if OF is set (SDM vol. 2, INT n)."""
+    if not cpu.status & FLAG_OF:
+        cpu.rip = cpu.next_rip
+        return OK
+    if enter_event(cpu, OF, 0, SOFTWARE, cpu.next_rip):
+        return FAULT
+    cpu.software_interrupts += 1
+    step_masked(cpu)
+    return OK
+
+
+@native
+def fx_bound(cpu: Cpu) -> int:
+    """BOUND: op[0] general register, op[1] operand size, bounds at ea (SDM vol. 2, BOUND)."""
+    size = cpu.op[1]
+    user = cpu.cpl == 3
+    bits = size * 8
+    if linear_read(cpu, cpu.ea, size, user):
+        return FAULT
+    low = sext(cpu.value, 16) if size == 2 else sext(cpu.value, 32)
+    if linear_read(cpu, cpu.ea + size, size, user):
+        return FAULT
+    high = sext(cpu.value, 16) if size == 2 else sext(cpu.value, 32)
+    index = cpu.gpr[cpu.op[0]] & ((1 << bits) - 1)
+    index = sext(index, 16) if size == 2 else sext(index, 32)
+    if slt(index, low) or slt(high, index):
+        return raise_fault(cpu, BR, 0)
+    cpu.rip = cpu.next_rip
     return OK
 
 

@@ -1,4 +1,4 @@
-"""RFLAGS as one value, raising faults, and stack accesses, for the effects of this room.
+"""RFLAGS as one value, and raising faults, for the effects of this room.
 
 The flags live in four places of ``Cpu`` (see there); here they are put together and taken apart.
 Sources: Intel SDM vol. 1, 3.4.3 (RFLAGS) and 3.3.7.1 (canonical addresses); vol. 3, 6.15.
@@ -6,19 +6,18 @@ Sources: Intel SDM vol. 1, 3.4.3 (RFLAGS) and 3.3.7.1 (canonical addresses); vol
 
 from __future__ import annotations
 
-from ringfence.cpu.ports import interrupts_enabled, linear_read, linear_write, mode_changed
+from ringfence.cpu.ports import interrupts_enabled, mode_changed
 from ringfence.cpu.state import (
     FAULT,
     FLAG_TF,
+    FLAG_VM,
     FLAGS_FIXED,
-    GP,
     OK,
     OTHER_FLAGS,
-    SS_FAULT,
     STATUS_FLAGS,
     Cpu,
 )
-from ringfence.native.dialect import native, native_inline, sext
+from ringfence.native.dialect import native_inline, sext
 
 
 @native_inline
@@ -31,7 +30,7 @@ def get_rflags(cpu: Cpu) -> int:
 @native_inline
 def set_rflags(cpu: Cpu, value: int) -> int:
     """Take RFLAGS apart into their places; tell the engine what it must know."""
-    had_tf = cpu.other_flags & FLAG_TF
+    had = cpu.other_flags
     had_if = cpu.flag_if
     cpu.status = value & STATUS_FLAGS
     cpu.other_flags = value & OTHER_FLAGS
@@ -39,7 +38,7 @@ def set_rflags(cpu: Cpu, value: int) -> int:
     cpu.flag_df = (value >> 10) & 1
     if cpu.flag_if and not had_if:
         interrupts_enabled(cpu)
-    if (value & FLAG_TF) != had_tf:
+    if (value ^ had) & (FLAG_TF | FLAG_VM):
         mode_changed(cpu)
     return OK
 
@@ -56,28 +55,3 @@ def raise_fault(cpu: Cpu, vector: int, error: int) -> int:
 def is_canonical(address: int) -> int:
     """Whether bits 63-47 of an address are equal (SDM vol. 1, 3.3.7.1)."""
     return sext(address, 48) == address
-
-
-@native
-def stack_fault(cpu: Cpu) -> int:
-    """A stack access failed: what was #GP elsewhere is #SS on the stack (SDM vol. 3, 6.15)."""
-    if cpu.exc_vector == GP:
-        cpu.exc_vector = SS_FAULT
-        cpu.exc_error = 0
-    return FAULT
-
-
-@native_inline
-def stack_read(cpu: Cpu, address: int, size: int, user: int) -> int:
-    """Read the stack into ``cpu.value``; #SS(0) if the address is not canonical."""
-    if linear_read(cpu, address, size, user):
-        return stack_fault(cpu)
-    return OK
-
-
-@native_inline
-def stack_write(cpu: Cpu, address: int, size: int, value: int, user: int) -> int:
-    """Write the stack; #SS(0) if the address is not canonical."""
-    if linear_write(cpu, address, size, value, user):
-        return stack_fault(cpu)
-    return OK

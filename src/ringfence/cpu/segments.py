@@ -1,4 +1,4 @@
-"""Segment registers and descriptors as 64-bit mode sees them.
+"""Segment registers and descriptors, in every mode.
 
 Sources: Intel SDM vol. 3, 3.4 (selectors, descriptors), 5.2-5.6 (limit, type and privilege
 checks), 8.2.2 and 8.2.3 (LDT and TSS descriptors of 16 bytes); vol. 2, MOV, POP, LxS, LLDT, LTR,
@@ -7,12 +7,15 @@ LAR, LSL, VERR.
 
 from __future__ import annotations
 
-from ringfence.cpu.flags import is_canonical, raise_fault, stack_read, stack_write
-from ringfence.cpu.ports import linear_read, linear_write
+from ringfence.cpu.flags import is_canonical, raise_fault
+from ringfence.cpu.ports import linear_read, linear_write, mode_changed
+from ringfence.cpu.stack import in_64bit, is_protected, push, set_stack, stack_read
 from ringfence.cpu.state import (
     ATTR_DPL_SHIFT,
     CS,
+    EFER_LMA,
     FAULT,
+    FLAG_VM,
     FLAG_ZF,
     GP,
     GS,
@@ -44,9 +47,16 @@ DESC_TYPE_SHIFT = 40
 DESC_DPL_SHIFT = 45
 
 TYPE_LDT, TYPE_TSS, TYPE_TSS_BUSY, TYPE_CALL_GATE = 2, 9, 11, 12
+TYPE_TSS16, TYPE_TSS16_BUSY, TYPE_CALL_GATE16, TYPE_TASK_GATE = 1, 3, 4, 5
+TSS_BUSY = 2
+"""What a busy TSS's type has more."""
 LSL_TYPES = 0xFFFF0000 | (1 << TYPE_LDT) | (1 << TYPE_TSS) | (1 << TYPE_TSS_BUSY)
-"""Types, with S as their fifth bit, that LSL knows in 64-bit mode."""
+"""Types, with S as their fifth bit, that LSL knows in long mode."""
 LAR_TYPES = LSL_TYPES | (1 << TYPE_CALL_GATE)
+LSL_TYPES_LEGACY = LSL_TYPES | (1 << TYPE_TSS16) | (1 << TYPE_TSS16_BUSY)
+LAR_TYPES_LEGACY = LAR_TYPES | LSL_TYPES_LEGACY | (1 << TYPE_CALL_GATE16) | (1 << TYPE_TASK_GATE)
+ATTR_V86 = 0xF3
+"""Present, DPL 3, data, writable, accessed: what segment registers have in virtual-8086 mode."""
 NOWHERE = (1 << 64) - 1
 
 
@@ -155,15 +165,42 @@ def operand_store(cpu: Cpu, register: int, size: int, value: int) -> int:
     return OK
 
 
+@native_inline
+def segment_real(cpu: Cpu, sreg: int, selector: int) -> int:
+    """Load a segment register in real or virtual-8086 mode (SDM vol. 3, 20.1.1 and 20.2.1).
+
+    Real mode keeps limit and attributes as they are, from RESET or from protected mode.
+    """
+    cpu.seg_selector[sreg] = selector
+    cpu.seg_base[sreg] = (selector & 0xFFFF) << 4
+    if cpu.other_flags & FLAG_VM:
+        cpu.seg_limit[sreg] = 0xFFFF
+        cpu.seg_attr[sreg] = ATTR_V86
+    return OK
+
+
 @native
 def load_segment(cpu: Cpu, sreg: int, selector: int) -> int:
-    """Load ES, SS, DS, FS or GS with the checks of 64-bit mode (SDM vol. 2, MOV)."""
+    """Load ES, SS, DS, FS or GS (SDM vol. 2, MOV)."""
     selector = selector & 0xFFFF
+    if not is_protected(cpu):
+        segment_real(cpu, sreg, selector)
+        return mode_changed(cpu)
+    if load_checked(cpu, sreg, selector):
+        return FAULT
+    if not in_64bit(cpu):
+        mode_changed(cpu)
+    return OK
+
+
+@native
+def load_checked(cpu: Cpu, sreg: int, selector: int) -> int:
+    """The same where selectors select descriptors."""
     level = cpu.cpl
     rpl = selector & 3
     error = selector & 0xFFFC
     if error == 0:
-        if sreg == SS and (level == 3 or rpl != level):
+        if sreg == SS and (level == 3 or rpl != level or not in_64bit(cpu)):
             return raise_fault(cpu, GP, 0)
         return segment_null(cpu, sreg, selector, level if sreg == SS else 0)
     if descriptor_read(cpu, selector, GP, 0):
@@ -208,30 +245,39 @@ def fx_mov_to_sreg(cpu: Cpu) -> int:
 
 @native
 def fx_pop_sreg(cpu: Cpu) -> int:
-    """POP FS/GS: op[0] the segment register, op[1] the operand size (SDM vol. 2, POP)."""
+    """POP Sreg: op[0] the segment register, op[1] the operand size (SDM vol. 2, POP)."""
+    sreg = cpu.op[0]
+    top = cpu.gpr[RSP] + cpu.op[1]
     if stack_read(cpu, cpu.gpr[RSP], cpu.op[1], cpu.cpl == 3):
         return FAULT
-    if load_segment(cpu, cpu.op[0], cpu.value):
+    if sreg == SS:
+        # The new SS's width is not the one that the stack pointer moves by.
+        old = cpu.gpr[RSP]
+        set_stack(cpu, top)
+        if load_segment(cpu, SS, cpu.value):
+            cpu.gpr[RSP] = old
+            return FAULT
+        cpu.interrupt_shadow = 1
+    elif load_segment(cpu, sreg, cpu.value):
         return FAULT
-    cpu.gpr[RSP] += cpu.op[1]
+    else:
+        set_stack(cpu, top)
     cpu.rip = cpu.next_rip
     return OK
 
 
 @native
 def fx_push_sreg(cpu: Cpu) -> int:
-    """PUSH FS/GS: op[0] the segment register, op[1] the operand size (SDM vol. 2, PUSH)."""
-    at = cpu.gpr[RSP] - cpu.op[1]
-    if stack_write(cpu, at, cpu.op[1], cpu.seg_selector[cpu.op[0]], cpu.cpl == 3):
+    """PUSH Sreg: op[0] the segment register, op[1] the operand size (SDM vol. 2, PUSH)."""
+    if push(cpu, cpu.op[1], cpu.seg_selector[cpu.op[0]]):
         return FAULT
-    cpu.gpr[RSP] = at
     cpu.rip = cpu.next_rip
     return OK
 
 
 @native
 def fx_load_far_pointer(cpu: Cpu) -> int:
-    """LSS/LFS/LGS: op[0] the segment register, op[1] the destination, op[2] its size; memory at ea.
+    """LDS … LGS: op[0] the segment register, op[1] the destination, op[2] its size; memory at ea.
 
     The offset comes first, then the 16-bit selector (SDM vol. 2, LDS/LES/LFS/LGS/LSS).
     """
@@ -250,26 +296,33 @@ def fx_load_far_pointer(cpu: Cpu) -> int:
 
 
 @native
-def system_segment_load(cpu: Cpu, sreg: int, selector: int, wanted: int) -> int:
-    """Load LDTR or TR from a 16-byte descriptor of one type (SDM vol. 3, 8.2.3)."""
+def system_segment_load(cpu: Cpu, sreg: int, selector: int) -> int:
+    """Load LDTR or TR; descriptors have 16 bytes in long mode (SDM vol. 3, 8.2.2 and 8.2.3)."""
     error = selector & 0xFFFC
     if selector & 4:
         return raise_fault(cpu, GP, error)
     if descriptor_read(cpu, selector, GP, 0):
         return FAULT
     descriptor = cpu.value
-    if (descriptor >> DESC_TYPE_SHIFT) & 0x1F != wanted:
+    long = cpu.efer & EFER_LMA
+    kind = (descriptor >> DESC_TYPE_SHIFT) & 0x1F
+    if sreg == LDTR:
+        if kind != TYPE_LDT:
+            return raise_fault(cpu, GP, error)
+    elif kind != TYPE_TSS and (kind != TYPE_TSS16 or long):
         return raise_fault(cpu, GP, error)
     if not descriptor & DESC_P:
         return raise_fault(cpu, NP, error)
-    if descriptor_read_high(cpu, selector):
-        return FAULT
-    high = cpu.value
-    base = descriptor_base(descriptor) | (high << 32)
-    if (high >> 40) & 0x1F or not is_canonical(base):
-        return raise_fault(cpu, GP, error)
-    if wanted == TYPE_TSS:
-        descriptor = descriptor | (2 << DESC_TYPE_SHIFT)
+    base = descriptor_base(descriptor)
+    if long:
+        if descriptor_read_high(cpu, selector):
+            return FAULT
+        high = cpu.value
+        base = base | (high << 32)
+        if (high >> 40) & 0x1F or not is_canonical(base):
+            return raise_fault(cpu, GP, error)
+    if sreg == TR:
+        descriptor = descriptor | (TSS_BUSY << DESC_TYPE_SHIFT)
         at = cpu.gdtr_base + error + 5
         if linear_write(cpu, at, 1, (descriptor >> DESC_TYPE_SHIFT) & 0xFF, 0):
             return FAULT
@@ -284,11 +337,13 @@ def system_segment_load(cpu: Cpu, sreg: int, selector: int, wanted: int) -> int:
 def fx_lldt(cpu: Cpu) -> int:
     """LLDT: op[0] the selector (SDM vol. 2, LLDT)."""
     selector = cpu.op[0] & 0xFFFF
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
     if cpu.cpl:
         return raise_fault(cpu, GP, 0)
     if (selector & 0xFFFC) == 0:
         segment_null(cpu, LDTR, selector, 0)
-    elif system_segment_load(cpu, LDTR, selector, TYPE_LDT):
+    elif system_segment_load(cpu, LDTR, selector):
         return FAULT
     cpu.rip = cpu.next_rip
     return OK
@@ -298,9 +353,11 @@ def fx_lldt(cpu: Cpu) -> int:
 def fx_ltr(cpu: Cpu) -> int:
     """LTR: op[0] the selector; marks the TSS busy (SDM vol. 2, LTR)."""
     selector = cpu.op[0] & 0xFFFF
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
     if cpu.cpl or (selector & 0xFFFC) == 0:
         return raise_fault(cpu, GP, 0)
-    if system_segment_load(cpu, TR, selector, TYPE_TSS):
+    if system_segment_load(cpu, TR, selector):
         return FAULT
     cpu.rip = cpu.next_rip
     return OK
@@ -311,9 +368,11 @@ def descriptor_visible(cpu: Cpu, selector: int) -> int:
     """Read a descriptor for LAR, LSL, VERR, VERW into ``cpu.value``; 0 there if it is not visible.
 
     A selector that is null, outside its table or too privileged is no fault here. Returns FAULT
-    for page faults only (SDM vol. 2, LAR).
+    for page faults, and #UD where selectors select no descriptors (SDM vol. 2, LAR).
     """
     cpu.value = 0
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
     if (selector & 0xFFFC) == 0:
         return OK
     address = descriptor_address(cpu, selector, 8)
@@ -347,7 +406,8 @@ def fx_lar(cpu: Cpu) -> int:
     if descriptor_visible(cpu, cpu.op[2] & 0xFFFF):
         return FAULT
     descriptor = cpu.value
-    if not (LAR_TYPES >> ((descriptor >> DESC_TYPE_SHIFT) & 0x1F)) & 1:
+    types = LAR_TYPES if cpu.efer & EFER_LMA else LAR_TYPES_LEGACY
+    if not (types >> ((descriptor >> DESC_TYPE_SHIFT) & 0x1F)) & 1:
         return zero_flag_set(cpu, 0)
     operand_store(cpu, cpu.op[0], cpu.op[1], (descriptor >> 32) & 0x00FFFF00)
     return zero_flag_set(cpu, 1)
@@ -359,7 +419,8 @@ def fx_lsl(cpu: Cpu) -> int:
     if descriptor_visible(cpu, cpu.op[2] & 0xFFFF):
         return FAULT
     descriptor = cpu.value
-    if not (LSL_TYPES >> ((descriptor >> DESC_TYPE_SHIFT) & 0x1F)) & 1:
+    types = LSL_TYPES if cpu.efer & EFER_LMA else LSL_TYPES_LEGACY
+    if not (types >> ((descriptor >> DESC_TYPE_SHIFT) & 0x1F)) & 1:
         return zero_flag_set(cpu, 0)
     operand_store(cpu, cpu.op[0], cpu.op[1], descriptor_limit(descriptor))
     return zero_flag_set(cpu, 1)
@@ -381,3 +442,29 @@ def fx_verw(cpu: Cpu) -> int:
         return FAULT
     kind = cpu.value & (DESC_S | DESC_CODE | DESC_WRITABLE)
     return zero_flag_set(cpu, kind == (DESC_S | DESC_WRITABLE))
+
+
+@native
+def fx_arpl(cpu: Cpu) -> int:
+    """ARPL: op[0] general register plus 1, or 0 for memory at ea; op[1] the other selector.
+
+    Raises the first selector's RPL to the second's; ZF tells whether it had to (SDM vol. 2, ARPL).
+    """
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
+    user = cpu.cpl == 3
+    target = cpu.op[0]
+    rpl = cpu.gpr[cpu.op[1]] & 3
+    if target:
+        cpu.value = cpu.gpr[target - 1]
+    elif linear_read(cpu, cpu.ea, 2, user):
+        return FAULT
+    selector = cpu.value & 0xFFFF
+    if (selector & 3) >= rpl:
+        return zero_flag_set(cpu, 0)
+    selector = (selector & 0xFFFC) | rpl
+    if target:
+        operand_store(cpu, target - 1, 2, selector)
+    elif linear_write(cpu, cpu.ea, 2, selector, user):
+        return FAULT
+    return zero_flag_set(cpu, 1)

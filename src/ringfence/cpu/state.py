@@ -125,13 +125,6 @@ class Cpu(Struct):
     halted: Annotated[int, u8]
     kicked: Annotated[int, u8]
     """The next end of HLT needs no interrupt: another CPU has asked for it. Set by any thread."""
-    wait_for_sipi: Annotated[int, u8]
-    """Since INIT: nothing but a start-up message is heard (SDM vol. 3, 9.4.4)."""
-    nmi_pending: Annotated[int, u8]
-    init_pending: Annotated[int, u8]
-    sipi_pending: Annotated[int, u8]
-    sipi_vector: Annotated[int, u8]
-    """Messages that have come and are still to be seen to (see ``cpu.signals``)."""
 
     # Segment registers: selector, hidden base, limit (in bytes), attributes (ATTR_*).
     seg_base: Annotated[Array, u64, 8]
@@ -187,6 +180,8 @@ class Cpu(Struct):
     op: Annotated[Array, u64, 4]
     ea: Annotated[int, u64]
     """Linear address of an effect's memory operand."""
+    linear: Annotated[int, u64]
+    """Linear address of an offset that was checked against its segment (``cpu.stack``)."""
     value: Annotated[int, u64]
     """Result of a successful read."""
     exit_reason: Annotated[int, u64]

@@ -14,9 +14,8 @@ from ringfence.cpu.control import LOW32, advance, leave, refused, set_gpr, umip_
 from ringfence.cpu.flags import (
     get_rflags,
     is_canonical,
+    raise_fault,
     set_rflags,
-    stack_read,
-    stack_write,
 )
 from ringfence.cpu.ports import (
     interrupts_enabled,
@@ -26,6 +25,8 @@ from ringfence.cpu.ports import (
     tlb_flush_nonglobal,
     tlb_flush_page,
 )
+from ringfence.cpu.realmode import iopl_refuses
+from ringfence.cpu.stack import in_64bit, is_protected, push, set_stack, stack_read
 from ringfence.cpu.state import (
     CR4_PCIDE,
     CR4_TSD,
@@ -50,6 +51,7 @@ from ringfence.cpu.state import (
     SHADOW_STI,
     STATUS_FLAGS,
     TR,
+    UD,
     Cpu,
 )
 from ringfence.cpu.tsc import guest_tsc
@@ -62,19 +64,29 @@ POPF_WIDE = POPF_ALWAYS | FLAG_AC | FLAG_ID
 # --- descriptor tables --------------------------------------------------------------------------
 
 
+@native_inline
+def table_base_bytes(cpu: Cpu) -> int:
+    """Bytes of a base address in memory."""
+    return 8 if in_64bit(cpu) else 4
+
+
 @native
 def read_table_register(cpu: Cpu) -> int:
-    """The 10 bytes at ``ea``: base into ``op[0]``, limit into ``op[1]``, both checked."""
+    """The bytes at ``ea``: base into ``op[0]``, limit into ``op[1]``, both checked.
+
+    ``op[0]`` is the operand size: with 2 bytes the base has 24 bits (SDM vol. 2, LGDT).
+    """
+    narrow = cpu.op[0] == 2
     if cpu.cpl:
         return refused(cpu)
     if linear_read(cpu, cpu.ea, 2, 0):
         return FAULT
     limit = cpu.value
-    if linear_read(cpu, cpu.ea + 2, 8, 0):
+    if linear_read(cpu, cpu.ea + 2, table_base_bytes(cpu), 0):
         return FAULT
     if not is_canonical(cpu.value):
         return refused(cpu)
-    cpu.op[0] = cpu.value
+    cpu.op[0] = cpu.value & 0xFFFFFF if narrow and not in_64bit(cpu) else cpu.value
     cpu.op[1] = limit
     return OK
 
@@ -87,14 +99,14 @@ def write_table_register(cpu: Cpu, base: int, limit: int) -> int:
         return refused(cpu)
     if linear_write(cpu, cpu.ea, 2, limit, user):
         return FAULT
-    if linear_write(cpu, cpu.ea + 2, 8, base, user):
+    if linear_write(cpu, cpu.ea + 2, table_base_bytes(cpu), base, user):
         return FAULT
     return advance(cpu)
 
 
 @native
 def fx_lgdt(cpu: Cpu) -> int:
-    """LGDT: limit and base at ``ea``."""
+    """LGDT: limit and base at ``ea``, operand size in ``op[0]``."""
     if read_table_register(cpu):
         return FAULT
     cpu.gdtr_base = cpu.op[0]
@@ -104,7 +116,7 @@ def fx_lgdt(cpu: Cpu) -> int:
 
 @native
 def fx_lidt(cpu: Cpu) -> int:
-    """LIDT: limit and base at ``ea``."""
+    """LIDT: limit and base at ``ea``, operand size in ``op[0]``."""
     if read_table_register(cpu):
         return FAULT
     cpu.idtr_base = cpu.op[0]
@@ -146,24 +158,32 @@ def store_selector_mem(cpu: Cpu, segment: int) -> int:
 @native
 def fx_sldt(cpu: Cpu) -> int:
     """SLDT r: ``op[0]`` general register, ``op[1]`` operand size."""
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
     return store_selector(cpu, LDTR)
 
 
 @native
 def fx_str(cpu: Cpu) -> int:
     """STR r: ``op[0]`` general register, ``op[1]`` operand size."""
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
     return store_selector(cpu, TR)
 
 
 @native
 def fx_sldt_mem(cpu: Cpu) -> int:
     """SLDT m16 at ``ea``."""
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
     return store_selector_mem(cpu, LDTR)
 
 
 @native
 def fx_str_mem(cpu: Cpu) -> int:
     """STR m16 at ``ea``."""
+    if not is_protected(cpu):
+        return raise_fault(cpu, UD, 0)
     return store_selector_mem(cpu, TR)
 
 
@@ -257,34 +277,32 @@ def fx_sti(cpu: Cpu) -> int:
 
 @native
 def fx_pushf(cpu: Cpu) -> int:
-    """PUSHF, PUSHFQ: ``op[0]`` size (2 or 8); RF and VM read as 0."""
-    size = cpu.op[0]
-    flags = get_rflags(cpu) & ~(FLAG_RF | FLAG_VM)
-    if size == 2:
-        flags &= 0xFFFF
-    top = cpu.gpr[RSP] - size
-    if stack_write(cpu, top, size, flags, cpu.cpl == 3):
+    """PUSHF, PUSHFD, PUSHFQ: ``op[0]`` size; RF and VM read as 0."""
+    if iopl_refuses(cpu):
+        return refused(cpu)
+    if push(cpu, cpu.op[0], get_rflags(cpu) & ~(FLAG_RF | FLAG_VM)):
         return FAULT
-    cpu.gpr[RSP] = top
     return advance(cpu)
 
 
 @native
 def fx_popf(cpu: Cpu) -> int:
-    """POPF, POPFQ: ``op[0]`` size (2 or 8); IF needs CPL <= IOPL, IOPL needs CPL 0."""
+    """POPF, POPFD, POPFQ: ``op[0]`` size; IF needs CPL <= IOPL, IOPL needs CPL 0."""
     size = cpu.op[0]
     old = get_rflags(cpu)
+    if iopl_refuses(cpu):
+        return refused(cpu)
     if stack_read(cpu, cpu.gpr[RSP], size, cpu.cpl == 3):
         return FAULT
-    changeable = POPF_WIDE if size == 8 else POPF_ALWAYS
+    changeable = POPF_ALWAYS if size == 2 else POPF_WIDE
     if cpu.cpl == 0:
         changeable |= FLAG_IOPL
     if not below_iopl(cpu):
         changeable |= FLAG_IF
     value = (old & ~changeable) | (cpu.value & changeable)
-    cpu.gpr[RSP] = cpu.gpr[RSP] + size
+    set_stack(cpu, cpu.gpr[RSP] + size)
     cpu.rip = cpu.next_rip
-    set_rflags(cpu, value & ~FLAG_RF if size == 8 else value)
+    set_rflags(cpu, value if size == 2 else value & ~FLAG_RF)
     return OK
 
 

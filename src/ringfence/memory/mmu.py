@@ -106,6 +106,9 @@ class Mmu(Coherent):
     last_pa: Annotated[int, u64]
     xsave_header: Annotated[Array, u8, 64]
     """Header of an XSAVE area in guest memory, while XSAVE or XRSTOR works on it."""
+    string_source: Annotated[int, u64]
+    string_target: Annotated[int, u64]
+    """Linear addresses of a string instruction's element, outside 64-bit mode."""
     string_value: Annotated[int, u64]
     """Element that the VMM read from a device for an interrupted string instruction."""
     string_ready: Annotated[int, u8]

@@ -6,15 +6,18 @@ in the middle leaves the state that the SDM demands (vol. 2, REP). A call does a
 work and then returns with RIP unchanged, so that interrupts are seen between two calls.
 
 Operand convention (``cpu.op``): [0] element size in bytes; [1] the operation; [2] repeat prefix
-(0, 1 = REP/REPE, 2 = REPNE); [3] bit 0: 32-bit addresses, bits 8-15: segment register of the
-source plus one where its base counts (FS, GS), else 0.
+(0, 1 = REP/REPE, 2 = REPNE); [3] bits 0-1: width of addresses (0, 1, 2: 64, 32, 16 bits), bits
+8-15: segment register of the source plus one where its base counts, else 0, CHECKED: outside
+64-bit mode, where each element is checked against its segment and the target's is ES.
 """
 
 # ruff: noqa: SIM109 - the dialect has no membership test
 
 from __future__ import annotations
 
+from ringfence.cpu.stack import segment_linear, within_segment
 from ringfence.cpu.state import (
+    ES,
     EXIT,
     FAULT,
     FLAG_RF,
@@ -48,6 +51,7 @@ from ringfence.native.dialect import (
 )
 
 MOVS, STOS, LODS, SCAS, CMPS = range(5)
+CHECKED = 1 << 16
 BOUND = 1 << 16
 """Elements that one call handles at most."""
 EXIT_MMIO_STRING = 32
@@ -55,11 +59,52 @@ EXIT_MMIO_STRING = 32
 
 
 @native_inline
-def advance(mmu: Mmu, register: int, bytes_: int, narrow: int) -> int:
+def advance(mmu: Mmu, register: int, bytes_: int, mask: int) -> int:
     """Move an index register on, modulo its address size."""
-    value = mmu.gpr[register] + bytes_
-    mmu.gpr[register] = value & 0xFFFFFFFF if narrow else value
+    value = mmu.gpr[register]
+    # A 32-bit result clears the upper half; a 16-bit one leaves the rest alone.
+    kept = value & ~mask if mask == 0xFFFF else 0
+    mmu.gpr[register] = kept | ((value + bytes_) & mask)
     return 0
+
+
+@native_inline
+def uses_source(kind: int) -> int:
+    """Whether an operation reads where RSI points."""
+    return kind == MOVS or kind == LODS or kind == CMPS
+
+
+@native
+def check_element(mmu: Mmu, kind: int, size: int, source: int, target: int, sreg: int) -> int:
+    """Check an element's offsets against their segments; ``string_source`` and ``…_target``."""
+    if uses_source(kind):
+        if segment_linear(mmu, sreg, source, size, 0):
+            return FAULT
+        mmu.string_source = mmu.linear
+    if kind != LODS:
+        if segment_linear(mmu, ES, target, size, kind == MOVS or kind == STOS):
+            return FAULT
+        mmu.string_target = mmu.linear
+    return OK
+
+
+@native
+def elements_within(mmu: Mmu, kind: int, size: int, count: int, sreg: int, mask: int) -> int:
+    """How many of ``count`` elements from here on are within their segments, one at least."""
+    bytes_ = count * size
+    source = mmu.gpr[RSI] & mask
+    target = mmu.gpr[RDI] & mask
+    write = kind == MOVS or kind == STOS
+    while bytes_ > size:
+        fits = 1 if source + bytes_ - 1 <= mask and target + bytes_ - 1 <= mask else 0
+        if kind == MOVS and fits:
+            fits = within_segment(mmu, sreg, source, bytes_, 0)
+        if fits:
+            fits = within_segment(mmu, ES, target, bytes_, write)
+        if fits:
+            return bytes_ // size
+        bytes_ = (bytes_ >> 1) & ~(size - 1)
+    return 1
 
 
 @native_inline
@@ -211,14 +256,17 @@ def fx_string(mmu: Mmu) -> int:
     size = mmu.op[0]
     kind = mmu.op[1]
     repeat = mmu.op[2]
-    narrow = mmu.op[3] & 1
-    segment = mmu.op[3] >> 8
+    width = mmu.op[3] & 3
+    checked = mmu.op[3] & CHECKED
+    segment = (mmu.op[3] >> 8) & 0xFF
     user = 1 if mmu.cpl == 3 else 0
     base = mmu.seg_base[segment - 1] if segment else 0
     step = 0 - size if mmu.flag_df else size
     # Where traps may be due, they are between two elements (SDM vol. 3, 18.3.1.2 and .4).
     bound = 1 if mmu.debug_pending else BOUND
-    mask = 0xFFFFFFFF if narrow else 0xFFFFFFFFFFFFFFFF
+    mask = 0xFFFFFFFFFFFFFFFF
+    if width:
+        mask = 0xFFFFFFFF if width == 1 else 0xFFFF
     while 1:
         left = 1
         if repeat:
@@ -233,19 +281,26 @@ def fx_string(mmu: Mmu) -> int:
                 return OK
         source = (mmu.gpr[RSI] & mask) + base
         target = mmu.gpr[RDI] & mask
+        want = left if left < bound else bound
+        if checked:
+            if check_element(mmu, kind, size, mmu.gpr[RSI] & mask, target, segment - 1):
+                return FAULT
+            source = mmu.string_source
+            target = mmu.string_target
+            if repeat and not mmu.flag_df and (kind == MOVS or kind == STOS):
+                want = elements_within(mmu, kind, size, want, segment - 1, mask)
         done = 0
         if repeat and not mmu.flag_df and left > 1:
-            want = left if left < bound else bound
             if kind == MOVS:
                 done = block_move(mmu, source, target, want * size, size, user)
             elif kind == STOS:
                 done = block_store(mmu, target, want * size, size, user)
             done = done // size
         if kind == MOVS and done:
-            advance(mmu, RSI, done * size, narrow)
-            advance(mmu, RDI, done * size, narrow)
+            advance(mmu, RSI, done * size, mask)
+            advance(mmu, RDI, done * size, mask)
         elif kind == STOS and done:
-            advance(mmu, RDI, done * size, narrow)
+            advance(mmu, RDI, done * size, mask)
         else:
             done = 1
             status = element(mmu, kind, size, source, target, user)
@@ -254,15 +309,15 @@ def fx_string(mmu: Mmu) -> int:
             mmu.string_ready = 0
             if status != OK:
                 return status
-            if kind == MOVS or kind == LODS or kind == CMPS:
-                advance(mmu, RSI, step, narrow)
+            if uses_source(kind):
+                advance(mmu, RSI, step, mask)
             if kind != LODS:
-                advance(mmu, RDI, step, narrow)
+                advance(mmu, RDI, step, mask)
         if not repeat:
             mmu.rip = mmu.next_rip
             return OK
         left = (left - done) & mask
-        mmu.gpr[RCX] = left
+        mmu.gpr[RCX] = (mmu.gpr[RCX] & ~mask | left) if width == 2 else left
         bound = bound - done if bound > done else 0
         if kind == SCAS or kind == CMPS:
             zero = 1 if mmu.status & 0x40 else 0

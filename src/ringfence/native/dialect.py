@@ -84,7 +84,7 @@ def _stub(*_: Any) -> int:
 load8 = load16 = load32 = load64 = _stub
 store8 = store16 = store32 = store64 = _stub
 slt = sle = sar = sext = mulhi = popcount = ctz = _stub
-atomic_cas64 = atomic_or64 = atomic_and64 = _stub
+atomic_cas64 = atomic_cas32 = atomic_or64 = atomic_and64 = _stub
 rdtsc = rep_movsb = rep_stosb = address_of = _stub
 
 _BINARY = {
@@ -512,12 +512,14 @@ class _Function:
             return self.value(f"call i64 @llvm.cttz.i64(i64 {values[0]}, i1 false)")
         if name == "rdtsc":
             return self.value("call i64 @llvm.readcyclecounter()")
-        if name == "atomic_cas64":
+        if name in ("atomic_cas64", "atomic_cas32"):
+            kind = f"i{name[-2:]}"
             pointer = self.value(f"inttoptr i64 {values[0]} to ptr")
-            pair = self.value(
-                f"cmpxchg ptr {pointer}, i64 {values[1]}, i64 {values[2]} seq_cst seq_cst"
-            )
-            done = self.value(f"extractvalue {{i64, i1}} {pair}, 1")
+            old, new = values[1:]
+            if kind == "i32":
+                old, new = (self.value(f"trunc i64 {v} to i32") for v in (old, new))
+            pair = self.value(f"cmpxchg ptr {pointer}, {kind} {old}, {kind} {new} seq_cst seq_cst")
+            done = self.value(f"extractvalue {{{kind}, i1}} {pair}, 1")
             return self.value(f"zext i1 {done} to i64")
         if name in ("atomic_or64", "atomic_and64"):
             pointer = self.value(f"inttoptr i64 {values[0]} to ptr")

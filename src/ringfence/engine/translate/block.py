@@ -32,6 +32,14 @@ MODE_ENTERED = 0x300
 """Such traces are entered at their start by a look-up only: they have no checks."""
 MODE_SLOW = 0x100
 """Not a CPU mode: marks one-instruction traces whose memory accesses take the slow path."""
+MODE_CODE32 = 0x800
+"""Outside 64-bit mode: operands and addresses have 32 bits by default (CS.D)."""
+MODE_STACK32 = 0x1000
+"""Outside 64-bit mode: the stack is addressed by ESP, not SP (SS.B)."""
+MODE_FLAT = 0x2000
+"""Outside 64-bit mode: ES, CS, SS and DS are what 64-bit mode takes them to be, up to 4 GiB."""
+MODE_BASED = 0x4000
+"""Outside 64-bit mode: CS has a base or a limit, so that RIP is not the address of the code."""
 
 SLOW_READ, SLOW_WRITE, SLOW_STACK, SLOW_MASKED = 0x10000, 0x20000, 0x40000, 0x80000
 """Kinds of a memory access, beside its size in bytes. SLOW_MASKED: an opmask register says which
@@ -151,6 +159,11 @@ class Vcpu(Mmu):
     mode_kernel: Annotated[int, u32]
     mode_user: Annotated[int, u32]
     """The modes that the two jump tables were filled under."""
+    unknown_targets: Annotated[int, u8]
+    """The jump tables don't hold for the present mode (MODE_BASED): every target is looked up."""
+    seg_top: Annotated[Array, u64, 16]
+    """Outside 64-bit mode: the last byte of each segment that may be read, then of each that may be
+    written; what lies above is looked at by ``segment_access``."""
     links: Annotated[int, u64]
     lookups: Annotated[int, u64]
     lookup_misses: Annotated[int, u64]

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from typing import cast
 
-from ringfence.engine.translate.block import MODE_CPL, MODE_ENTERED, MODE_SLOW, MODE_STEP
+from ringfence.engine.translate.block import (
+    MODE_BASED,
+    MODE_CODE32,
+    MODE_CPL,
+    MODE_ENTERED,
+    MODE_FLAT,
+    MODE_LONG,
+    MODE_SLOW,
+    MODE_STACK32,
+    MODE_STEP,
+)
 from ringfence.engine.translate.decoding import ASK, DECODED, MORE_BYTES, STATUS, decode, to_effect
 from ringfence.engine.translate.groups import insn_at
 from ringfence.engine.translate.tables import (
+    CALL,
     CANONICAL,
     JCC,
     JMP,
@@ -20,6 +31,7 @@ from ringfence.engine.translate.tables import (
     NONE,
     PAGE,
     STI,
+    Form,
     Insn,
     TraceRow,
     Writer,
@@ -49,14 +61,20 @@ def line_mask(start: int, end: int) -> int:
 
 
 @native
-def set_mode(w: Writer, mode: int, wide: int) -> int:
-    """Prepare for a trace of a page in a mode."""
+def set_mode(w: Writer, mode: int, wide: int, start_rip: int) -> int:
+    """Prepare for a trace of a page, at whose first byte RIP would be ``start_rip``, in a mode."""
     w.mode = mode
     w.user = 1 if mode & MODE_CPL == 3 else 0
     w.slow = 1 if mode & MODE_SLOW else 0
     w.entered = 1 if mode & MODE_ENTERED else 0
     w.step = 1 if mode & MODE_STEP else 0
     w.wide = wide
+    w.long = 1 if mode & MODE_LONG else 0
+    w.width = 4 if mode & MODE_CODE32 else 2
+    w.stack = 8 if w.long else 4 if mode & MODE_STACK32 else 2
+    w.flat = 1 if mode & (MODE_FLAT | MODE_LONG) else 0
+    w.based = 1 if mode & MODE_BASED else 0
+    w.start_rip = start_rip
     return 0
 
 
@@ -64,7 +82,7 @@ def set_mode(w: Writer, mode: int, wide: int) -> int:
 def set_arrangement(w: Writer, swaps: int) -> int:
     """Where guest registers live inside the trace."""
     w.swaps = swaps
-    w.context = w.mode | w.wide << 12 | swaps << 16
+    w.context = w.mode | w.wide << 31 | swaps << 32
     for n in range(8):
         w.home[n] = HOMES_LOW >> (8 * n)
         w.home[n + 8] = HOMES_HIGH >> (8 * n)
@@ -78,10 +96,15 @@ def set_arrangement(w: Writer, swaps: int) -> int:
 # --- reading guest code ---------------------------------------------------------------------------
 
 
-@native_inline
-def place_insn(i: Insn, offset: int) -> int:
+@native
+def place_insn(w: Writer, i: Insn, offset: int) -> int:
     """Note where an instruction stands; its length."""
     i.offset = offset
+    if not w.long and i.kind in (JMP, JCC, CALL):
+        # The instruction pointer is as wide as the operand.
+        form: Form = cast(Form, i.form)
+        rip = (w.start_rip + offset) & 0xFFFFFFFF
+        i.value = ((rip + i.value) & (0xFFFF if form.operand_size == 2 else 0xFFFFFFFF)) - rip
     return i.length
 
 
@@ -131,7 +154,7 @@ def decode_trace(w: Writer, offset: int) -> int:
             return ASK
         if status == MORE_BYTES:
             break
-        offset += place_insn(cast(Insn, i), offset)
+        offset += place_insn(w, cast(Insn, i), offset)
         count += 1
         kind = kind_of(cast(Insn, i))
         if ends_trace(kind):
@@ -154,7 +177,8 @@ def decode_straddling(w: Writer, offset: int, following: int) -> int:
     at = address_of(w.straddle[0]) + TAIL - (PAGE - offset)
     i: Insn = cast(Insn, insn_at(w, 0))
     status = decode(w, i, at, PAGE - offset + TAIL)
-    i.offset = offset
+    if status == DECODED:
+        place_insn(w, i, offset)
     w.count = 1
     return status
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from ringfence.cpu.state import FS, RBP, RSP
+from ringfence.cpu.state import FS, RBP, RSP, SS
 from ringfence.engine.translate.assembling import (
     GS_MOVE_BYTE,
     T_READ,
@@ -32,8 +32,10 @@ from ringfence.engine.translate.assembling import (
     move_simm32,
     put,
     put_template,
+    set_rip,
 )
 from ringfence.engine.translate.block import SLOW_MASKED, SLOW_STACK, SLOW_WRITE, gs
+from ringfence.engine.translate.decoding import segment_of
 from ringfence.engine.translate.emit import R9, R10, R11
 from ringfence.engine.translate.tables import (
     ABSOLUTE,
@@ -59,7 +61,6 @@ from ringfence.engine.translate.tables import (
     FIX_MISS,
     LINEAR,
     NONE,
-    P67,
     ROLE_READ,
     ROLE_WRITE,
     Escape,
@@ -83,13 +84,15 @@ from ringfence.native.dialect import (
 _FS_OVERRIDE = FS + 1
 _KEEP = gs("scratch", 2)
 """Where a value waits while a second memory operand is prepared."""
-_SLOW, _COMMIT = THUNK["slow"], THUNK["commit"]
+_SLOW, _COMMIT, _SEGMENT = THUNK["slow"], THUNK["commit"], THUNK["segment"]
 _COMBINE = 0x110C8D4F
 """``lea r9, [r9 + r10]``"""
 _LOAD_R9 = 0x110C8B4F
 """``mov r9, [r9 + r10]``"""
 _TRUNCATE = 0xC98945
 """``mov r9d, r9d``"""
+_TRUNCATE_16 = 0xC9B70F45
+"""``movzx r9d, r9w``"""
 _STORE_R10 = 0x11894D
 """``mov [r9], r10``"""
 _STORE_R10W = 0x11894566
@@ -131,7 +134,9 @@ def set_guest(w: Writer, number: int, register: int) -> int:
 @native
 def effective_address(w: Writer, i: Insn) -> int:
     """R9 = effective address of the memory operand, without a segment; the flags survive."""
-    narrow = i.prefixes & P67
+    narrow = i.address < 8
+    if i.address == 2:
+        return narrow_address(w, i)
     if i.base == ABSOLUTE:
         load_address(w, R9, i.offset + i.value)
         if narrow:
@@ -163,10 +168,58 @@ def effective_address(w: Writer, i: Insn) -> int:
 
 
 @native
+def narrow_address(w: Writer, i: Insn) -> int:
+    """The same for a 16-bit address."""
+    if i.base == NONE:
+        return move_simm32(w, R9, i.displacement & 0xFFFF)
+    lea(w, R9, i.base, i.index, 0, i.displacement, 1)
+    return put(w, _TRUNCATE_16, 4)
+
+
+@native
+def stack_address(w: Writer, distance: int, size: int, write: int) -> int:
+    """R9 = linear address of a place on the stack, counted from RSP."""
+    if w.stack == 8:
+        return lea(w, R9, R11, NONE, 0, distance, 0)
+    lea(w, R9, R11, NONE, 0, distance, 1)
+    if w.stack == 2:
+        put(w, _TRUNCATE_16, 4)
+    if not w.flat:
+        through_segment(w, SS, size, write)
+    return 0
+
+
+@native
+def through_segment(w: Writer, number: int, size: int, write: int) -> int:
+    """R9 = linear address of offset R9 in a segment, checked; RIP is set. Clobbers the flags."""
+    move_r10(w, size | (number | write << 3) << 16)
+    gs_call(w, _SEGMENT)
+    return 0
+
+
+@native
 def operand_address(w: Writer, i: Insn) -> int:
-    """R9 = linear address of the operand whose look-up `before` does; the flags survive."""
+    """R9 = linear address of the operand whose look-up `before` does.
+
+    The flags survive in 64-bit mode, where shared look-ups count on it.
+    """
     kind = i.form_kind
-    if kind in (F_PUSH, F_PUSH_IMMEDIATE, F_CALL):
+    write = 1 if i.access & SLOW_WRITE else 0
+    size = i.access & 0xFFF
+    if not w.long:
+        if kind in (F_PUSH, F_PUSH_IMMEDIATE, F_CALL):
+            return stack_address(w, 0 - size, size, 1)
+        if kind in (F_POP, F_RET):
+            return stack_address(w, 0, size, 0)
+        if kind == F_LEAVE:
+            # With a 32-bit stack only; the other is an effect.
+            lea(w, R9, RBP, NONE, 0, 0, 1)
+            return 0 if w.flat else through_segment(w, SS, size, 0)
+        effective_address(w, i)
+        number = segment_of(i)
+        if not w.flat or number >= FS:
+            through_segment(w, number, size if size else 1, write)
+    elif kind in (F_PUSH, F_PUSH_IMMEDIATE, F_CALL):
         lea(w, R9, R11, NONE, 0, i.shared_displacement, 0)
     elif kind in (F_POP, F_RET):
         move(w, R9, R11)
@@ -222,7 +275,7 @@ def commit(w: Writer) -> int:
 @native
 def push_look_up(w: Writer, i: Insn, size: int) -> int:
     """R9 + R10 = where a push goes."""
-    lea(w, R9, R11, NONE, 0, 0 - size, 0)
+    stack_address(w, 0 - size, size, 1)
     look_up(w, i, size | SLOW_WRITE | SLOW_STACK)
     return 0
 
@@ -231,6 +284,8 @@ def push_look_up(w: Writer, i: Insn, size: int) -> int:
 def before(w: Writer, i: Insn) -> int:
     """What goes before the operation and may clobber the flags."""
     kind = i.form_kind
+    if not w.long and i.clobbers:
+        set_rip(w, i.offset)  # for the checks of segments
     if kind == F_RAW:
         recipe: RawRecipe = cast(RawRecipe, i.recipe)
         place(w, i, recipe.lead, recipe.lead_length, recipe.lead_fixes)
@@ -245,25 +300,30 @@ def before(w: Writer, i: Insn) -> int:
     if kind == F_CALL_REGISTER:
         load_target(w, i)
         return push_return_address(w, i)
+    form: Form = cast(Form, i.form)
+    size = form.operand_size
     operand_address(w, i)
     look_up(w, i, i.access)
     if kind == F_JMP_MEMORY:
-        put(w, _LOAD_R9, 4)
+        load_r9(w, size)
     elif kind == F_CALL_MEMORY:
-        put(w, _LOAD_R9, 4)
+        load_r9(w, size)
         push_return_address(w, i)
     elif kind == F_PUSH_MEMORY:
-        f: Form = cast(Form, i.form)
-        load_r9(w, f.operand_size)
+        load_r9(w, size)
         gs_store(w, R9, _KEEP)
-        push_look_up(w, i, f.operand_size)
+        push_look_up(w, i, size)
     return 0
 
 
 @native
 def load_target(w: Writer, i: Insn) -> int:
     """R9 = the guest register that a call or jump goes to."""
+    form: Form = cast(Form, i.form)
     host = guest(w, i.rm, R9)
+    if form.operand_size == 2:
+        # movzx r9d, host16
+        return put(w, 0xB70F44 | host >> 3 | (0xC8 | host & 7) << 24, 4)
     if host != R9:
         move(w, R9, host)
     return 0
@@ -272,28 +332,41 @@ def load_target(w: Writer, i: Insn) -> int:
 @native
 def push_return_address(w: Writer, i: Insn) -> int:
     """Keep R9, a call's target, and push the return address."""
+    form: Form = cast(Form, i.form)
     gs_store(w, R9, _KEEP)
-    push_look_up(w, i, 8)
+    push_look_up(w, i, form.operand_size)
+    return store_return_address(w, i, form.operand_size)
+
+
+@native
+def store_return_address(w: Writer, i: Insn, size: int) -> int:
+    """Push the return address at R9 + R10."""
     put(w, _COMBINE, 4)
     load_address(w, R10, i.offset + i.length)
-    put(w, _STORE_R10, 3)
+    store_r10(w, size)
     commit(w)
-    move_stack(w, 0 - 8)
+    move_stack(w, 0 - size)
     return 0
 
 
-@native_inline
+@native
 def move_stack(w: Writer, distance: int) -> int:
-    """RSP += distance; the flags survive."""
-    lea(w, R11, R11, NONE, 0, distance, 0)
+    """RSP += distance; the flags survive, R10 does not."""
+    if w.stack == 2:
+        lea(w, R10, R11, NONE, 0, distance, 1)
+        put(w, 0xD3894566, 4)  # mov r11w, r10w
+    else:
+        lea(w, R11, R11, NONE, 0, distance, w.stack == 4)
     return 0
 
 
 @native
 def load_r9(w: Writer, size: int) -> int:
-    """``mov r9, [r9 + r10]``, zero-extended from 2 or 8 bytes."""
+    """``mov r9, [r9 + r10]``, zero-extended from 2, 4 or 8 bytes."""
     if size == 8:
         put(w, _LOAD_R9, 4)
+    elif size == 4:
+        put(w, 0x110C8B47, 4)
     else:
         put(w, 0x110CB70F47, 5)
     return 0
@@ -319,6 +392,8 @@ def operation(w: Writer, i: Insn) -> int:
     elif kind == F_PUSH_IMMEDIATE:
         if f.operand_size == 8:
             put(w, 0x1104C74B | i.immediate << 32, 8)
+        elif f.operand_size == 4:
+            put(w, 0x1104C743 | i.immediate << 32, 8)
         else:
             put(w, 0x1104C74366, 5)
             put(w, i.immediate, 2)
@@ -333,18 +408,14 @@ def operation(w: Writer, i: Insn) -> int:
     elif kind == F_POP:
         pop_register(w, i, f.operand_size)
     elif kind == F_LEAVE:
-        put(w, _LOAD_R9, 4)
-        lea(w, R11, RBP, NONE, 0, 8, 0)
+        load_r9(w, f.operand_size)
+        lea(w, R11, RBP, NONE, 0, f.operand_size, f.operand_size == 4)
         move(w, RBP, R9)
     elif kind == F_RET:
-        put(w, _LOAD_R9, 4)
-        move_stack(w, 8 + (i.immediate & 0xFFFF))
+        load_r9(w, f.operand_size)
+        move_stack(w, f.operand_size + (i.immediate & 0xFFFF))
     elif kind == F_CALL:
-        put(w, _COMBINE, 4)
-        load_address(w, R10, i.offset + i.length)
-        put(w, _STORE_R10, 3)
-        commit(w)
-        move_stack(w, 0 - 8)
+        store_return_address(w, i, f.operand_size)
     elif kind == F_JMP_REGISTER:
         load_target(w, i)
     elif kind in (F_CALL_REGISTER, F_CALL_MEMORY):
@@ -380,9 +451,11 @@ def needs_after(w: Writer, i: Insn) -> int:
 
 @native
 def store_r10(w: Writer, size: int) -> int:
-    """``mov [r9], r10`` of 2 or 8 bytes."""
+    """``mov [r9], r10`` of 2, 4 or 8 bytes."""
     if size == 8:
         put(w, _STORE_R10, 3)
+    elif size == 4:
+        put(w, 0x118945, 3)
     else:
         put(w, _STORE_R10W, 4)
     return 0
@@ -443,7 +516,7 @@ def load_effective(w: Writer, i: Insn, f: Form) -> int:
     size = f.reg_role >> 2
     number = i.reg
     host = w.home[number]
-    if host != NONE and size != 2 and not i.prefixes & P67 and i.base not in (ABSOLUTE, NONE):
+    if host != NONE and size != 2 and i.address == 8 and i.base not in (ABSOLUTE, NONE):
         base = w.home[i.base]
         index = NONE if i.index == NONE else w.home[i.index]
         if base != NONE and (index != NONE or i.index == NONE):
@@ -490,7 +563,7 @@ def copy_instruction(w: Writer, i: Insn, f: Form) -> int:
         moved = moved | note_operand(w, i, f.rm_role, i.rm)
     if f.vvvv_role:
         moved = moved | note_operand(w, i, f.vvvv_role, i.vvvv)
-    if not memory and not moved:
+    if not memory and not moved and w.long:
         return copy_bytes(w, i.bytes, i.length)
     return substitute(w, i, f, memory, high)
 
@@ -653,6 +726,8 @@ def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
     else:
         for n in range(i.rex_at):
             put_prefix(w, load8(i.bytes + n))
+        if not w.long and f.prefix66:
+            put(w, 0x66, 1)
         if i.rex or extension or bare:
             put(w, 0x40 | i.rex & 8 | extension, 1)
         if i.map:
@@ -661,7 +736,7 @@ def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
             put(w, 0x38, 1)
         elif i.map == 3:
             put(w, 0x3A, 1)
-        put(w, i.opcode & 0xF8 | rm & 7 if f.low else i.opcode, 1)
+        put(w, i.opcode & 0xF8 | rm & 7 if f.low == 1 else i.opcode, 1)
     if i.mod != NONE:
         if address == R10:
             put(w, 0x1104 | (reg & 7) << 3, 2)
@@ -695,6 +770,8 @@ def needs_rex(role: int, host: int) -> int:
 @native_inline
 def put_prefix(w: Writer, byte: int) -> int:
     """Keep a legacy prefix, unless it was about the address."""
+    if byte == 0x66 and not w.long:
+        return 0
     if byte == 0x66 or byte == 0xF2 or byte == 0xF3 or byte == 0xF0:
         put(w, byte, 1)
     return 0

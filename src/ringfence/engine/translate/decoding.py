@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from typing import cast
 
-from ringfence.cpu.state import FS, RBP, RSP, SS
+from ringfence.cpu.state import DS, FS, RBP, RBX, RDI, RSI, RSP, SS
 from ringfence.engine.translate.block import (
     MODE_AVX512,
+    MODE_CODE32,
     MODE_CPL,
+    MODE_LONG,
+    MODE_STACK32,
     SLOW_MASKED,
     SLOW_READ,
     SLOW_STACK,
@@ -50,6 +53,7 @@ from ringfence.engine.translate.tables import (
     JCC,
     JMP,
     LOCK,
+    LOW_INC,
     MOVE_ADD,
     MOVE_DEC,
     MOVE_INC,
@@ -106,8 +110,10 @@ _HIGH_BYTE_FIXED = 0xE0
 
 @native_inline
 def mode_of_key(mode: int) -> int:
-    """The bits of a mode that forms depend on: what vector instructions there are."""
-    return ((mode >> 3) & 7) | (8 if mode & MODE_AVX512 else 0)
+    """The bits of a mode that forms depend on: the shape of code, and vector instructions."""
+    shape = (0x10 if mode & MODE_LONG else 0) | (0x20 if mode & MODE_CODE32 else 0)
+    shape = shape | (0x40 if mode & MODE_STACK32 else 0)
+    return shape | ((mode >> 3) & 7) | (8 if mode & MODE_AVX512 else 0)
 
 
 @native_inline
@@ -237,6 +243,8 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
             return too_long(w, i, available)
         byte = load8(at + n)
         if byte & 0xF0 == 0x40:
+            if not w.long:
+                break
             rex = byte
         else:
             if byte == 0x66:
@@ -253,7 +261,7 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
                 segment = byte - 0x64 + _FS_OVERRIDE
             elif byte & 0xE7 == 0x26:
                 # ES, CS, SS, DS: without effect in 64-bit mode, but for what a fault is called.
-                if segment < _FS_OVERRIDE:
+                if segment < _FS_OVERRIDE or not w.long:
                     segment = ((byte >> 3) & 3) + 1
             else:
                 break
@@ -269,6 +277,11 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
     i.index = NONE
     i.recipe = 0
     i.displacement_size = 0
+    i.address = 8
+    if not w.long:
+        i.address = w.width ^ 6 if prefixes & P67 else w.width
+    elif prefixes & P67:
+        i.address = 4
     map = 0
     w_bit = (rex >> 3) & 1
     key = 0
@@ -284,7 +297,7 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
             if n >= limit:
                 return too_long(w, i, available)
             byte = load8(at + n)
-    elif byte == 0xC4 or byte == 0xC5:
+    elif (byte == 0xC4 or byte == 0xC5) and is_vector_prefix(w, at + n):
         i.vex = 2 if byte == 0xC5 else 3
         if n + i.vex >= limit:
             return too_long(w, i, available)
@@ -301,12 +314,16 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
         n += i.vex
         if map == 0 or map > 3 or prefixes & (P66 | PF2 | PF3 | LOCK) or i.rex:
             return invalid(w, i, n)
-        i.vex_payload = payload
         i.vvvv = ((payload >> 3) & 15) ^ 15
+        if not w.long:
+            # Eight registers: the bits for more are ignored, or were part of the prefix's ModRM.
+            rex = 0
+            i.vvvv = i.vvvv & 7
+        i.vex_payload = payload
         prefixes = vex_prefix(payload)
         key = KEY_VEX | (KEY_L if payload & 4 else 0)
         byte = load8(at + n)
-    elif byte == 0x62:
+    elif byte == 0x62 and is_vector_prefix(w, at + n):
         if n + 4 >= limit:
             return too_long(w, i, available)
         i.vex = 4
@@ -325,6 +342,9 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
             return invalid(w, i, n)
         w_bit = payload >> 7
         i.vvvv = (((payload >> 3) & 15) ^ 15) | ((high & 8 ^ 8) << 1)
+        if not w.long:
+            rex = 0
+            i.vvvv = i.vvvv & 7
         prefixes = vex_prefix(payload)
         key = KEY_VEX | KEY_EVEX | evex_key(high) | (KEY_MAP4 if map & 4 else 0)
         byte = load8(at + n)
@@ -333,6 +353,8 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
             return too_long(w, i, available)
         if load8(at + n + 1) & 0x1F >= 8:
             return invalid(w, i, n + 1)  # XOP
+    elif byte == 0x82 and not w.long:
+        byte = 0x80  # the same group, once more
     n += 1
     i.map = map
     i.opcode = byte
@@ -342,7 +364,10 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
     i.reg = 0
     i.rm = (byte & 7) | ((rex & 1) << 3)
     reg_field = 0
-    if map > 1 or i.vex == 4 or (i.vex and byte != 0x77) or w.has_modrm[(map << 8) | byte]:
+    modrm_follows = w.has_modrm[(map << 8) | byte]
+    if byte == 0x62 and map == 0:
+        modrm_follows = 1  # BOUND
+    if map > 1 or i.vex == 4 or (i.vex and byte != 0x77) or modrm_follows:
         if n >= limit:
             return too_long(w, i, available)
         modrm = load8(at + n)
@@ -357,6 +382,14 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
         i.rm = rm | ((rex & 1) << 3)
         if mod == 3:
             key = key | KEY_REGISTERS
+        elif i.address == 2:
+            size = narrow_operand(i, mod, rm)
+            if n + size > limit:
+                return too_long(w, i, available)
+            i.displacement = load_signed(at + n, size)
+            i.displacement_at = n
+            i.displacement_size = size
+            n += size
         else:
             size = 1 if mod == 1 else 4 if mod == 2 else 0
             i.base = i.rm
@@ -374,7 +407,7 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
                     i.base = NONE
                     size = 4
             elif rm == 5 and mod == 0:
-                i.base = ABSOLUTE
+                i.base = ABSOLUTE if w.long else NONE
                 size = 4
             if n + size > limit:
                 return too_long(w, i, available)
@@ -399,6 +432,36 @@ def decode(w: Writer, i: Insn, at: int, available: int) -> int:
     return apply_form(w, i, cast(Form, form), n, limit, available)
 
 
+@native_inline
+def is_vector_prefix(w: Writer, at: int) -> int:
+    """Whether C4, C5 or 62 is the prefix of a vector instruction, not LES, LDS or BOUND.
+
+    Those have a memory operand, which only 64-bit mode needn't tell apart.
+    """
+    return w.long or load8(at + 1) >= 0xC0
+
+
+@native
+def narrow_operand(i: Insn, mod: int, rm: int) -> int:
+    """The registers of a memory operand with a 16-bit address; bytes of displacement."""
+    i.base = RBX
+    if rm == 2 or rm == 3 or rm == 6:
+        i.base = RBP
+    elif rm == 4:
+        i.base = RSI
+    elif rm == 5:
+        i.base = RDI
+    if rm < 4:
+        i.index = RDI if rm & 1 else RSI
+        i.scale = 0
+    if mod == 0:
+        if rm == 6:
+            i.base = NONE
+            return 2
+        return 0
+    return mod
+
+
 @native
 def apply_form(w: Writer, i: Insn, f: Form, n: int, limit: int, available: int) -> int:
     """The second half of decoding: what the form says of an instruction parsed up to ``n``."""
@@ -418,8 +481,13 @@ def apply_form(w: Writer, i: Insn, f: Form, n: int, limit: int, available: int) 
         if i.prefixes & P67:
             i.value = sext(i.value, 32)
     i.form_kind = f.kind
+    i.access = f.memory_size
     if f.kind == F_RAW:
         return apply_recipe(w, i)
+    if f.low == LOW_INC:
+        i.reg = (i.opcode >> 3) & 1
+        i.opcode = 0xFF
+        i.mod = 3
     i.reads = f.reads
     i.writes = f.writes
     i.kills = f.kills
@@ -450,7 +518,18 @@ def apply_form(w: Writer, i: Insn, f: Form, n: int, limit: int, available: int) 
         note_move(i, f)
     if f.kind != F_COPY:
         describe_special(w, i, f)
+    if not w.long:
+        i.shared_base = NONE
+        i.adjusted = NONE
     return DECODED
+
+
+@native_inline
+def segment_of(i: Insn) -> int:
+    """The segment register that a memory operand goes through, outside 64-bit mode."""
+    if i.segment:
+        return i.segment - 1
+    return SS if i.base == RSP or i.base == RBP else DS
 
 
 @native
@@ -486,7 +565,7 @@ def describe_access(i: Insn, f: Form) -> int:
     if i.segment == _SS_OVERRIDE or (i.segment == 0 and (i.base == RSP or i.base == RBP)):
         access = access | SLOW_STACK
     i.access = access
-    if i.index != NONE or i.base == NONE or i.segment >= _FS_OVERRIDE or i.prefixes & P67:
+    if i.index != NONE or i.base == NONE or i.segment >= _FS_OVERRIDE or i.address != 8:
         return 0
     i.shared_base = i.base
     i.shared_displacement = i.displacement
@@ -543,7 +622,7 @@ def describe_special(w: Writer, i: Insn, f: Form) -> int:
     kind = f.kind
     size = f.operand_size
     if kind == F_LEA:
-        if i.base == i.reg and i.index == NONE and f.reg_role >> 2 == 8 and not i.prefixes & P67:
+        if i.base == i.reg and i.index == NONE and f.reg_role >> 2 == 8 and i.address == 8:
             i.adjusted = i.base
             i.adjustment = i.displacement
     elif kind == F_DROP:
@@ -559,15 +638,15 @@ def describe_special(w: Writer, i: Insn, f: Form) -> int:
         if i.rm != RSP:
             moves_stack(i, size)
     elif kind == F_LEAVE:
-        stack_slot(i, RBP, 0, 8, 0)
+        stack_slot(i, RBP, 0, size, 0)
         i.fixed = i.fixed | (1 << RBP)
         i.written = i.written | (1 << RBP) | (1 << RSP)
     elif kind == F_RET:
-        stack_slot(i, RSP, 0, 8, 0)
+        stack_slot(i, RSP, 0, size, 0)
         i.kind = INDIRECT
         i.written = 1 << RSP
     elif kind == F_CALL:
-        stack_slot(i, RSP, 0 - 8, 8, 1)
+        stack_slot(i, RSP, 0 - size, size, 1)
         i.kind = CALL
         i.written = 1 << RSP
     elif kind == F_JMP:

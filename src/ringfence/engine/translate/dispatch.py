@@ -10,19 +10,33 @@ from typing import cast
 
 from ringfence.cpu.components import AVX512_STATE
 from ringfence.cpu.exceptions import deliver_exception
+from ringfence.cpu.flags import raise_fault
+from ringfence.cpu.stack import (
+    TYPE_CODE,
+    TYPE_DOWN,
+    TYPE_WRITABLE,
+    in_64bit,
+    is_protected,
+    segment_linear,
+)
 from ringfence.cpu.state import (
+    ATTR_DB,
+    ATTR_P,
     CR0_EM,
     CR0_TS,
     CR4_OSFXSR,
     CR4_OSXSAVE,
     CR4_TSD,
     CS,
+    DS,
+    ES,
     EXIT,
     FAULT,
     FLAG_RF,
     GP,
     NO_EXCEPTION,
     OK,
+    SS,
     SS_FAULT,
 )
 from ringfence.engine.translate.block import (
@@ -35,13 +49,17 @@ from ringfence.engine.translate.block import (
     MASK_PACKED,
     MODE_AVX,
     MODE_AVX512,
+    MODE_BASED,
     MODE_CAREFUL,
+    MODE_CODE32,
     MODE_CPL,
     MODE_ENTERED,
+    MODE_FLAT,
     MODE_LONG,
     MODE_NO_FPU,
     MODE_SLOW,
     MODE_SSE,
+    MODE_STACK32,
     MODE_STEP,
     MODE_TSD,
     SLOW_MASKED,
@@ -52,6 +70,8 @@ from ringfence.engine.translate.block import (
 )
 from ringfence.engine.translate.debugging import boundary, interrupted, undo_begin, wants_step
 from ringfence.engine.translate.pages import (
+    LOW32,
+    code_address,
     drop_stale_code,
     entry_of,
     go_to,
@@ -109,17 +129,56 @@ def jump_forget(vcpu: Vcpu) -> int:
     return 0
 
 
+@native
+def segment_top(vcpu: Vcpu, sreg: int, write: int) -> int:
+    """One more than the last byte of a segment that may be accessed without another look."""
+    attr = vcpu.seg_attr[sreg]
+    top = vcpu.seg_limit[sreg] + 1
+    if not is_protected(vcpu):
+        return top
+    if not attr & ATTR_P:
+        return 0
+    if attr & TYPE_CODE:
+        return 0 if write or not attr & TYPE_WRITABLE else top
+    if attr & TYPE_DOWN or (write and not attr & TYPE_WRITABLE):
+        return 0
+    return top
+
+
+@native_inline
+def is_flat(vcpu: Vcpu, sreg: int, write: int) -> int:
+    """Whether a segment is all of the linear address space."""
+    return vcpu.seg_top[sreg + write * 8] == 1 << 32 and vcpu.seg_base[sreg] == 0
+
+
+@native
+def segment_mode(vcpu: Vcpu) -> int:
+    """What segments add to the mode outside 64-bit mode; fills ``seg_top``."""
+    for n in range(6):
+        vcpu.seg_top[n] = segment_top(vcpu, n, 0)
+        vcpu.seg_top[n + 8] = segment_top(vcpu, n, 1)
+    mode = MODE_CODE32 if vcpu.seg_attr[CS] & ATTR_DB else 0
+    if vcpu.seg_attr[SS] & ATTR_DB:
+        mode = mode | MODE_STACK32
+    if vcpu.seg_base[CS] or vcpu.seg_limit[CS] != LOW32:
+        mode = mode | MODE_BASED
+    flat = is_flat(vcpu, ES, 1) and is_flat(vcpu, SS, 1) and is_flat(vcpu, DS, 1)
+    return mode | MODE_FLAT if flat and is_flat(vcpu, CS, 0) else mode
+
+
 @native_inline
 def current_mode(vcpu: Vcpu) -> int:
     """The mode word of the CPU's present state."""
     mode = vcpu.cpl & MODE_CPL
-    if vcpu.seg_attr[CS] & 0x200:
+    if in_64bit(vcpu):
         mode = mode | MODE_LONG
+    else:
+        mode = mode | segment_mode(vcpu)
     if vcpu.cr0 & (CR0_TS | CR0_EM):
         mode = mode | MODE_NO_FPU
     if vcpu.cr4 & CR4_OSFXSR:
         mode = mode | MODE_SSE
-    if vcpu.cr4 & CR4_OSXSAVE and vcpu.xcr0 & 6 == 6:
+    if vcpu.cr4 & CR4_OSXSAVE and vcpu.xcr0 & 6 == 6 and is_protected(vcpu):
         mode = mode | MODE_AVX
         if vcpu.xcr0 & AVX512_STATE == AVX512_STATE:
             mode = mode | MODE_AVX512
@@ -137,10 +196,17 @@ def mode_changed(cpu: Vcpu) -> int:
     MODE_STEP doesn't use the tables, so they are kept over it.
     """
     mode = current_mode(cpu)
+    if cpu.mode & MODE_LONG and not mode & MODE_LONG:
+        # Code that is not 64-bit never sees the upper halves, and translated so counts on zeros.
+        for i in range(8):
+            cpu.gpr[i] = cpu.gpr[i] & LOW32
     cpu.mode = mode
     step = mode & MODE_STEP
     if step or (cpu.other_flags & FLAG_RF and cpu.break_count):
         cpu.debug_pending = cpu.debug_pending | PENDING_LOOK
+    cpu.unknown_targets = 1 if mode & MODE_BASED else 0
+    if mode & MODE_BASED:
+        return OK
     if cpu.cpl == 3:
         cpu.jump_current = address_of(cpu.jump_user[0])
         if cpu.mode_user != mode and not step:
@@ -165,7 +231,7 @@ def mode_changed(cpu: Vcpu) -> int:
 @native
 def interrupts_enabled(cpu: Vcpu) -> int:
     """See ``cpu.ports.interrupts_enabled``."""
-    if cpu.irq_request or cpu.nmi_pending:
+    if cpu.irq_request:
         cpu.attention = 1
     return 0
 
@@ -173,9 +239,9 @@ def interrupts_enabled(cpu: Vcpu) -> int:
 @native
 def find_known(vcpu: Vcpu, mode: int, physical: int) -> int:
     """Find the trace at ``rip`` if there is one: OK with ``jump_target`` set, or EXIT."""
-    address = vcpu.rip
+    address = code_address(vcpu, mode)
     user = 4 if vcpu.cpl == 3 else 0
-    number = page_find(vcpu, (address & PAGE_MASK) | mode, physical & PAGE_MASK)
+    number = page_find(vcpu, address & PAGE_MASK, physical & PAGE_MASK, mode)
     if number == 0:
         return EXIT
     if not mode & MODE_ENTERED:
@@ -191,7 +257,7 @@ def find_known(vcpu: Vcpu, mode: int, physical: int) -> int:
     if trace == 0:
         return EXIT
     row = trace_at(cast(Writer, vcpu.writer), trace)
-    if not mode & (MODE_ENTERED | MODE_STEP):
+    if not mode & (MODE_ENTERED | MODE_STEP | MODE_BASED):
         store64(vcpu.jump_current + (address & 0xFFFF) * 8, entry_of(cast(TraceRow, row)))
     return go_to(vcpu, cast(TraceRow, row))
 
@@ -199,8 +265,10 @@ def find_known(vcpu: Vcpu, mode: int, physical: int) -> int:
 @native
 def find_code(vcpu: Vcpu, mode: int) -> int:
     """Find or make the translation of ``rip``: OK with ``jump_target`` set, FAULT or EXIT."""
-    address = vcpu.rip
+    address = code_address(vcpu, mode)
     user = 4 if vcpu.cpl == 3 else 0
+    if mode & MODE_BASED and vcpu.rip > vcpu.seg_limit[CS]:
+        return raise_fault(vcpu, GP, 0)
     if walk(vcpu, address, user | 16) != OK:
         return FAULT
     physical = vcpu.walk_pa
@@ -250,12 +318,13 @@ def variant_key(vcpu: Vcpu, which: int) -> int:
 
     Guest code at ``rip`` is running, so the identity of its page is the one in the table.
     """
-    index = (vcpu.rip >> 12) & (ITLB_ENTRIES - 1)
+    address = code_address(vcpu, vcpu.mode)
+    index = (address >> 12) & (ITLB_ENTRIES - 1)
     number = vcpu.itlb_user[index] if vcpu.cpl == 3 else vcpu.itlb_kernel[index]
     if number == 0:
         return 0
     variant = load32(vcpu.variants + number * 8 + (4 if which == MODE_SLOW else 0))
-    return trace_key(variant, vcpu.rip & OFFSET_MASK) if variant else 0
+    return trace_key(variant, address & OFFSET_MASK) if variant else 0
 
 
 @native
@@ -302,7 +371,7 @@ def link(vcpu: Vcpu, site: int, within: int) -> int:
     in the same code page, whose local entry needs no check.
     """
     wanted = vcpu.rip
-    index = (wanted >> 12) & (ITLB_ENTRIES - 1)
+    index = (code_address(vcpu, vcpu.mode) >> 12) & (ITLB_ENTRIES - 1)
     page = vcpu.itlb_user[index] if vcpu.cpl == 3 else vcpu.itlb_kernel[index]
     status = lookup(vcpu)
     if status != OK:
@@ -337,13 +406,9 @@ def link_careful(vcpu: Vcpu, site: int) -> int:
 @native_inline
 def wanted(vcpu: Vcpu) -> int:
     """Whether the VMM has something to do for which guest code must be left."""
-    if vcpu.stop_request or vcpu.service_request or vcpu.init_pending:
+    if vcpu.stop_request or vcpu.service_request:
         return 1
-    if vcpu.owner_step:
-        return 0
-    if vcpu.nmi_pending and not vcpu.nmi_blocked:
-        return 1
-    return 1 if vcpu.irq_request and vcpu.flag_if else 0
+    return 1 if vcpu.irq_request and vcpu.flag_if and not vcpu.owner_step else 0
 
 
 @native
@@ -594,23 +659,41 @@ def deliver_and_lookup(vcpu: Vcpu) -> int:
     return lookup(vcpu)
 
 
+@native_inline
+def next_page(vcpu: Vcpu) -> int:
+    """The linear page behind the one that RIP is in."""
+    page = (code_address(vcpu, vcpu.mode) & PAGE_MASK) + 4096
+    return page if vcpu.mode & MODE_LONG else page & LOW32
+
+
+@native
+def segment_access(vcpu: Vcpu, offset: int, kind: int) -> int:
+    """An access that ``seg_top`` doesn't allow at once: OK with its address, or FAULT.
+
+    ``kind``: size in bytes, the segment's number << 16, 1 << 19 for a write.
+    """
+    status = segment_linear(vcpu, kind >> 16 & 7, offset, kind & 0xFFFF, kind >> 19)
+    vcpu.slow_address = vcpu.linear
+    return status
+
+
 @native
 def straddle(vcpu: Vcpu, wanted: int) -> int:
     """A trace across a page boundary found one of its two pages unknown: look both up.
 
     ``wanted`` is the identity that the second page had when the trace was made.
     """
-    address = (vcpu.rip & PAGE_MASK) + 4096
+    address = next_page(vcpu)
     user = 4 if vcpu.cpl == 3 else 0
     status = lookup(vcpu)
-    if status != OK or (vcpu.rip & PAGE_MASK) + 4096 != address:
+    if status != OK or next_page(vcpu) != address:
         return status
     if walk(vcpu, address, user | 16) != OK:
         return deliver_and_lookup(vcpu)
-    number = page_find(vcpu, address | vcpu.mode, vcpu.walk_pa & PAGE_MASK)
+    number = page_find(vcpu, address, vcpu.walk_pa & PAGE_MASK, vcpu.mode)
     if number != wanted:
         # The page changed: translate anew, which replaces the trace.
-        walk(vcpu, vcpu.rip, user | 16)
+        walk(vcpu, code_address(vcpu, vcpu.mode), user | 16)
         status = translate(vcpu, vcpu.walk_pa, vcpu.mode)
         return deliver_and_lookup(vcpu) if status == FAULT else status
     code = (address >> 12) & (ITLB_ENTRIES - 1)

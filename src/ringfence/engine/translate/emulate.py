@@ -24,7 +24,8 @@ from ringfence.cpu.components import (
     ZMM_HI256,
 )
 from ringfence.cpu.reset import FCW_RESET
-from ringfence.cpu.state import EXIT, FAULT, FS, GP, GS, OK, SS_FAULT
+from ringfence.cpu.state import CS, EXIT, FAULT, FS, GP, GS, OK, SS_FAULT
+from ringfence.engine.translate.recipe import SEGMENTS
 from ringfence.engine.translate.x86 import (
     Decoder,
     Instruction,
@@ -71,9 +72,12 @@ class _Fault(Exception):
 class _Emulation:
     """One instruction on its way; see ``emulate``."""
 
-    def __init__(self, view: Any, i: Instruction, read: Read, write: Write, probe: Probe) -> None:
+    def __init__(
+        self, view: Any, i: Instruction, bits: int, read: Read, write: Write, probe: Probe
+    ) -> None:
         self.view = view
         self.i = i
+        self.bits = bits
         self.area = memoryview(view.xsave).cast("B")
         if not self.area[HEADER] & 1:
             struct.pack_into("<H22x", self.area, 0, FCW_RESET)
@@ -157,6 +161,8 @@ class _Emulation:
     def linear(self, offset: int, narrow: bool, segment: Reg) -> int:
         """Linear address of an effective address."""
         offset &= 0xFFFFFFFF if narrow else _M64
+        if self.bits != 64:
+            return (offset + int(self.view.seg_base[SEGMENTS[segment]])) & 0xFFFFFFFF
         number = {Register.FS: FS, Register.GS: GS}.get(segment)
         base = int(self.view.seg_base[number]) if number is not None else 0
         return (offset + base) & _M64
@@ -312,13 +318,15 @@ class _Emulation:
         return True
 
 
-def emulate(view: Any, read: Read, write: Write, probe: Probe) -> int:
+def emulate(view: Any, bits: int, read: Read, write: Write, probe: Probe) -> int:
     """Carry out the instruction at ``rip`` on the saved state.
 
     Parameters
     ----------
     view : Cpu
-        The state, vector registers in ``xsave``; ``next_rip`` is set.
+        The state, vector registers in ``xsave``.
+    bits : int
+        Default size of code: 64, 32 or 16. Segments' limits are not checked here.
     read, write : callable
         ``read(address, size)`` leaves up to 8 bytes in ``view.value``, ``write(address, size,
         value)`` stores them; both return ``OK``, or ``FAULT`` with the exception pending.
@@ -331,14 +339,15 @@ def emulate(view: Any, read: Read, write: Write, probe: Probe) -> int:
         OK, FAULT with the exception pending, or EXIT for an instruction that is not known here.
     """
     code = b""
+    start = view.rip if bits == 64 else view.rip + view.seg_base[CS]
     while len(code) < 15:
-        if read((view.rip + len(code)) & _M64, 1) != OK:
+        if read((start + len(code)) & (_M64 if bits == 64 else 0xFFFFFFFF), 1) != OK:
             break
         code += bytes((view.value & 0xFF,))
-    i = Decoder(64, code, ip=view.rip).decode()
+    i = Decoder(bits, code, ip=view.rip).decode()
     view.next_rip = i.next_ip
     try:
-        return OK if _Emulation(view, i, read, write, probe).run() else EXIT
+        return OK if _Emulation(view, i, bits, read, write, probe).run() else EXIT
     except _Fault:
         if i.memory_segment == Register.SS and view.exc_vector == GP:
             view.exc_vector = SS_FAULT

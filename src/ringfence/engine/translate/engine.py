@@ -11,6 +11,7 @@ Longer than most files here: the handlers are short, many, and share the loop's 
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import threading
 import time
@@ -19,7 +20,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu import components, cpuid, reset, state
-from ringfence.cpu import signals as cpu_signals
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
@@ -31,6 +31,7 @@ from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, debugging, natives, pages, signals
 from ringfence.engine.translate.block import GS_BIAS, Vcpu
 from ringfence.engine.translate.emulate import emulate
+from ringfence.engine.translate.recipe import bits_of
 from ringfence.engine.translate.siblings import Siblings
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
@@ -106,13 +107,12 @@ class TranslateEngine:
         self._enter = library.function("rf_enter", 1)
         self._set_gs = library.function("rf_set_gs", 1)
         self._deliver_interrupt = library.function("deliver_interrupt", 2)
-        self._deliver_nmi = library.function("deliver_nmi", 1)
-        self._flush_all = library.function("tlb_flush_all", 1)
         self._mode_changed = library.function("mode_changed", 1)
         self._linear_read = library.function("linear_read", 4)
         self._linear_write = library.function("linear_write", 5)
         self._walk = library.function("walk", 3)
         self._string = library.function("fx_string", 1)
+        self._segment_linear = library.function("segment_linear", 5)
         self._natives.use(self._adopt)
         view.gather_write, view.gather_read = board.gathered.write, board.gathered.read
         self._gather_timer = False
@@ -155,7 +155,6 @@ class TranslateEngine:
         view.cpuid_rows = len(rows)
         view.reserved_bits = ((1 << 52) - 1) & ~((1 << cpuid.PHYSICAL_BITS) - 1)
         reset.reset(view)
-        view.wait_for_sipi = index != 0
         self.translator = Translator(
             memory, view, library, lambda feature: cpuid.offers(feature, rows)
         )
@@ -192,7 +191,6 @@ class TranslateEngine:
             state.EXIT_MSR_WRITE: self._on_msr_write,
             state.EXIT_HYPERCALL: self._on_hypercall,
             state.EXIT_SHUTDOWN: self._on_shutdown,
-            state.EXIT_UNSUPPORTED: self._on_unsupported,
             state.EXIT_CR8_READ: self._on_cr8_read,
             state.EXIT_CR8_WRITE: self._on_cr8_write,
             strings.EXIT_MMIO_STRING: self._on_mmio_string,
@@ -243,11 +241,7 @@ class TranslateEngine:
     def set_boot_state(self, boot: EntryState | None) -> None:
         """See ``Engine``."""
         reset.set_boot_state(self.view, boot)
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        """The state was replaced: nothing that was derived from the old one holds."""
-        self._flush_all(self.block)
+        self.library.function("tlb_flush_all", 1)(self.block)
         self._mode_changed(self.block)
         self.view.jump_target = self._find
 
@@ -270,11 +264,11 @@ class TranslateEngine:
             self.block,
             time.perf_counter_ns,
         )
+        # Translating keeps what it makes, so frequent collections only cost time.
+        thresholds = gc.get_threshold()
+        gc.set_threshold(200_000, 20, 100)
         left = clock()
         try:
-            outcome = self._rest()
-            if outcome is not None:
-                return outcome
             while True:
                 self.inside = True
                 if self.orders:
@@ -295,6 +289,7 @@ class TranslateEngine:
         finally:
             self.inside = False
             self._tell_awaiting()
+            gc.set_threshold(*thresholds)
             self._set_gs(0)
 
     def _obey(self) -> None:
@@ -337,12 +332,6 @@ class TranslateEngine:
         self._pause = True
         self._call_attention()
 
-    def signal(self, kind: int, vector: int) -> None:
-        """See ``VirtualCpu``."""
-        if cpu_signals.note(self.view, kind, vector):
-            self.view.attention = 1
-            self._wake.set()
-
     def forget_pause(self) -> None:
         """See ``VirtualCpu``."""
         self._pause = False
@@ -374,7 +363,6 @@ class TranslateEngine:
         for name, value in values.items():
             set_named_register(self.view, name, value)
         if "rip" in values:
-            self.view.halted = 0
             self.view.jump_target = self._find
 
     def read_virtual(self, address: int, length: int) -> bytes:
@@ -500,12 +488,7 @@ class TranslateEngine:
         view.service_request = 0
         with self.board.lock:
             view.attention = 0
-            if view.init_pending:
-                self._initialize()
-            elif view.nmi_pending and not view.nmi_blocked:
-                view.nmi_pending = 0
-                vector = state.NMI
-            elif self.board.interrupt_pending(self.index) and view.flag_if:
+            if self.board.interrupt_pending(self.index) and view.flag_if:
                 vector = self.board.acknowledge(self.index)
             if self.board.interrupt_pending(self.index):
                 view.irq_request = view.attention = 1
@@ -513,10 +496,10 @@ class TranslateEngine:
                 view.irq_request = 0
         if view.stop_request or view.service_request or view.stale_code:
             view.attention = 1
-        if vector >= 0 and self._deliver_event(vector) != state.OK:
+        if vector >= 0 and self._deliver_interrupt(self.block, vector) != state.OK:
             return self._on_shutdown()
         self._count(Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector))
-        return self._rest()
+        return None
 
     def _stopped(self) -> StopReason | None:
         if not self.view.stop_request:
@@ -530,56 +513,22 @@ class TranslateEngine:
         return None
 
     def _on_halt(self) -> StopReason | None:
-        self.view.jump_target = self._find
-        outcome = self._rest()
-        self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
-        return outcome if outcome is not None else self._on_attention()
-
-    def _rest(self) -> StopReason | None:
-        """Sleep for as long as the CPU does: behind HLT, or until a SIPI starts it.
-
-        A pause doesn't end the guest's sleep: it goes on with the next `run`.
-        """
-        view = self.view
-        if not (view.halted or view.wait_for_sipi):
-            return None
         began = time.perf_counter_ns()
-        outcome = None
-        while outcome is None:
+        view = self.view
+        view.jump_target = self._find
+        while True:
             self._wake.clear()
-            outcome = self._stopped()
+            if view.stop_request or view.kicked:
+                break
             with self.board.lock:
-                if outcome is not None or self._is_roused():
+                if view.flag_if and self.board.interrupt_pending(self.index):
                     break
             self._wake.wait()
-        self._idle_ns += time.perf_counter_ns() - began
-        return outcome
-
-    def _is_roused(self) -> bool:
-        """Whether the CPU sleeps no longer (the board's lock is held)."""
-        view = self.view
-        if view.init_pending:
-            self._initialize()
-        if view.wait_for_sipi:
-            return cpu_signals.start(view)
-        if (
-            view.kicked
-            or (view.nmi_pending and not view.nmi_blocked)
-            or (view.flag_if and self.board.interrupt_pending(self.index))
-        ):
-            view.halted = view.kicked = 0
-        return not view.halted
-
-    def _initialize(self) -> None:
-        """INIT has come (the board's lock is held)."""
-        cpu_signals.initialize(self.view, boot=self.index == 0)
-        self._start_anew()
-
-    def _deliver_event(self, vector: int) -> int:
-        """Take an interrupt, or an NMI, through the IDT; a status."""
-        if vector == state.NMI:
-            return int(self._deliver_nmi(self.block))
-        return int(self._deliver_interrupt(self.block, vector))
+        elapsed = time.perf_counter_ns() - began
+        self._idle_ns += elapsed
+        view.halted = view.kicked = 0
+        self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
+        return self._on_attention()
 
     def _gather_ports(self) -> None:
         """After an access to the board: may the console's ports be served without it?"""
@@ -654,16 +603,24 @@ class TranslateEngine:
         view = self.view
         port, size, outward, repeat = (view.exit_data[n] for n in range(4))
         flags = view.op[3]
-        mask = 0xFFFFFFFF if flags & 1 else MASK64
-        base = view.seg_base[(flags >> 8) - 1] if flags >> 8 else 0
+        mask = (MASK64, 0xFFFFFFFF, 0xFFFF)[flags & 3]
+        checked = flags & strings.CHECKED
+        segment = (flags >> 8 & 0xFF) - 1 if outward else state.ES
+        base = view.seg_base[segment] if outward and segment >= 0 else 0
         user = int(view.cpl == 3)
         index = state.RSI if outward else state.RDI
         step = -size if view.flag_df else size
         left = view.gpr[state.RCX] & mask if repeat else 1
         for _ in range(min(left, 1 if view.debug_pending else 4096)):
-            address = view.gpr[index] & mask
+            offset = view.gpr[index] & mask
+            address = (offset + base) & MASK64
+            if checked:
+                if self._segment_linear(self.block, segment, offset, size, int(not outward)):
+                    view.jump_target = self._deliver
+                    return None
+                address = view.linear
             if outward:
-                if self._linear_read(self.block, (address + base) & MASK64, size, user):
+                if self._linear_read(self.block, address, size, user):
                     view.jump_target = self._deliver
                     return None
                 self.board.port_write(port, size, view.value & (1 << 8 * size) - 1)
@@ -675,10 +632,11 @@ class TranslateEngine:
                     return None
                 value = self.board.port_read(port, size)
                 self._linear_write(self.block, address, size, value, user)
-            view.gpr[index] = (address + step) & mask
+            kept = 0xFFFF if mask == 0xFFFF else MASK64
+            view.gpr[index] = view.gpr[index] & ~kept | (offset + step) & mask
             left -= 1
             if repeat:
-                view.gpr[state.RCX] = left
+                view.gpr[state.RCX] = view.gpr[state.RCX] & ~kept | left
         reason = Reason.PORT_OUT if outward else Reason.PORT_IN
         self._count(
             reason,
@@ -832,6 +790,7 @@ class TranslateEngine:
         user = int(view.cpl == 3)
         status = emulate(
             view,
+            bits_of(view.mode),
             lambda address, size: int(self._linear_read(block, address, size, user)),
             lambda address, size, value: int(self._linear_write(block, address, size, value, user)),
             lambda address: int(self._walk(block, address, user << 2 | state.PF_WRITE)),
@@ -849,9 +808,6 @@ class TranslateEngine:
         self._count(Reason.SHUTDOWN, time.perf_counter_ns(), lambda: vocabulary.Shutdown(vector))
         self._crash = "triple fault"
         return StopReason.CRASH
-
-    def _on_unsupported(self) -> StopReason | None:
-        return self._unsupported("a CPU mode that the translator lacks (only 64-bit mode so far)")
 
     def _unsupported(self, what: str) -> StopReason:
         self._count(

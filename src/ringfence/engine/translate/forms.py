@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ringfence.engine.translate.block import MODE_AVX, MODE_AVX512, MODE_NO_FPU, MODE_SSE
+from ringfence.engine.translate.block import (
+    MODE_AVX,
+    MODE_AVX512,
+    MODE_LONG,
+    MODE_NO_FPU,
+    MODE_SSE,
+    MODE_STACK32,
+)
 from ringfence.engine.translate.decoding import KEY_EVEX, KEY_REG_SHIFT, KEY_REGISTERS, KEY_VEX
 from ringfence.engine.translate.masking import masked_fields
 from ringfence.engine.translate.recipe import (
@@ -19,6 +26,7 @@ from ringfence.engine.translate.recipe import (
     GPR,
     IMMEDIATES,
     MNEMONIC_NAME,
+    NEAR_BRANCHES,
     NO_VECTOR_STATE,
     NOTHING,
     PARTIAL_VECTOR,
@@ -26,6 +34,7 @@ from ringfence.engine.translate.recipe import (
     SPECIAL,
     STATUS,
     WRITES,
+    bits_of,
 )
 from ringfence.engine.translate.tables import (
     F_CALL,
@@ -50,6 +59,7 @@ from ringfence.engine.translate.tables import (
     F_RAW,
     F_RET,
     F_STI,
+    LOW_INC,
     MOVE_ADD,
     MOVE_DEC,
     MOVE_INC,
@@ -65,6 +75,7 @@ from ringfence.engine.translate.x86 import (
     FlowControl,
     Instruction,
     InstructionInfoFactory,
+    MandatoryPrefix,
     MemorySizeExt,
     Mnemonic,
     OpAccess,
@@ -98,6 +109,9 @@ _IMMEDIATE_BYTES = {
     OpCodeOperandKind.IMM32SEX64: 4, OpCodeOperandKind.IMM64: 8, OpCodeOperandKind.BR64_1: 1,
     OpCodeOperandKind.BR64_4: 4, OpCodeOperandKind.XBEGIN_2: 2, OpCodeOperandKind.XBEGIN_4: 4,
     OpCodeOperandKind.XMM_IS4: 1, OpCodeOperandKind.YMM_IS4: 1,
+    OpCodeOperandKind.BR16_1: 1, OpCodeOperandKind.BR32_1: 1,
+    OpCodeOperandKind.BR16_2: 2, OpCodeOperandKind.BR32_4: 4,
+    OpCodeOperandKind.FARBR2_2: 4, OpCodeOperandKind.FARBR4_2: 6,
 }  # fmt: skip
 _SHIFTS = {"SHL", "SHR", "SAR", "SAL", "ROL", "ROR", "RCL", "RCR", "SHLD", "SHRD"}
 _MOVES = {
@@ -108,6 +122,11 @@ _BRANCHES = {
     FlowControl.UNCONDITIONAL_BRANCH: F_JMP,
     FlowControl.CALL: F_CALL,
 }
+_TRANSFERS = {
+    F_CALL, F_JMP, F_JCC, F_RET, F_CALL_REGISTER, F_CALL_MEMORY, F_JMP_REGISTER, F_JMP_MEMORY,
+    F_LEAVE,
+}  # fmt: skip
+_SHORT_INC = {Code.INC_R16, Code.INC_R32, Code.DEC_R16, Code.DEC_R32}
 _ODD = {(1, 0x01), (1, 0x1A), (1, 0x1B), (1, 0x1E), (0, 0x8C), (0, 0x8E)} | {
     (1, n) for n in range(0x20, 0x24)
 }
@@ -146,7 +165,7 @@ class Forms:
         """Fields of the `Form` for the key of an instruction that begins with ``raw``."""
         where = (key >> 8 & 3, key & 0xFF)
         odd = where in _ODD and not key & KEY_VEX
-        samples = [(self.decode(data), data) for data in _samples(raw, key)]
+        samples = [(self.decode(data, mode), data) for data in _samples(raw, key, mode)]
         valid = [i for i, _ in samples if not i.is_invalid]
         if not valid and not odd:
             return {"kind": F_INVALID}
@@ -154,6 +173,7 @@ class Forms:
         if group and not key >> KEY_REG_SHIFT & 0xF and not odd:
             return {"kind": F_GROUP}
         found = {"kind": F_RAW, "immediate": max((_immediate(i) for i in valid), default=0)}
+        found["memory_size"] = max((MemorySizeExt.size(i.memory_size) for i in valid), default=0)
         if key & KEY_EVEX and not key & KEY_REGISTERS:
             found["scale"] = self.scale(next(data for i, data in samples if not i.is_invalid))
         if odd or any(i.op_code().op_code > 0xFF for i in valid):
@@ -165,37 +185,46 @@ class Forms:
             return {"kind": F_INVALID}
         if effect:
             return found
-        kind = self.kind(i, name)
+        kind = self.kind(i, name, mode)
         if kind == F_RAW:
             return found
         found["kind"] = kind
+        del found["memory_size"]
         for sample in valid:
             for field, value in self.operands(sample).items():
                 found[field] = found.get(field, 0) | value
+        if kind in _TRANSFERS:
+            found["operand_size"] = i.op_code().operand_size // 8 or bits_of(mode) // 8
+        opcode = i.op_code()
+        found["prefix66"] = int(
+            opcode.mandatory_prefix == MandatoryPrefix.P66 or opcode.operand_size == 16
+        )
+        if i.code in _SHORT_INC:
+            found["low"] = LOW_INC
         return found | self.flags(valid[-1], name)
 
     @staticmethod
-    def decode(data: bytes) -> Instruction:
+    def decode(data: bytes, mode: int) -> Instruction:
         """The instruction that ``data`` begins with."""
-        return Decoder(64, data + _PADDING, ip=0).decode()
+        return Decoder(bits_of(mode), data + _PADDING, ip=0).decode()
 
     def scale(self, raw: bytes) -> int:
         """log2 of what an EVEX instruction multiplies 8-bit displacements by."""
         at = raw.index(0x62) + 5
         modrm = bytes((0x40 | raw[at] & 0x38 | 4, 0x20, 1))  # [rax + 1], or with a vector as index
-        return self.decode(raw[:at] + modrm).memory_displacement.bit_length() - 1
+        return self.decode(raw[:at] + modrm, MODE_LONG).memory_displacement.bit_length() - 1
 
-    def kind(self, i: Instruction, name: str) -> int:
+    def kind(self, i: Instruction, name: str, mode: int) -> int:
         """Kind of form of a valid instruction."""
         flow = i.flow_control
         first = i.op_kind(0) if i.op_count else None
-        if first == OpKind.NEAR_BRANCH64 and name not in SPECIAL:
+        if first in NEAR_BRANCHES and name not in SPECIAL:
             return _BRANCHES.get(flow, F_RAW)
         memory = first == OpKind.MEMORY
         if name in ("CALL", "JMP"):
-            if first == OpKind.NEAR_BRANCH64:
+            if first in NEAR_BRANCHES:
                 return F_CALL if name == "CALL" else F_JMP
-            if memory and MemorySizeExt.size(i.memory_size) == 8:
+            if memory and (i.is_call_near_indirect or i.is_jmp_near_indirect):
                 return F_CALL_MEMORY if name == "CALL" else F_JMP_MEMORY
             if first == OpKind.REGISTER:
                 return F_CALL_REGISTER if name == "CALL" else F_JMP_REGISTER
@@ -210,7 +239,7 @@ class Forms:
             if memory:
                 return F_PUSH_MEMORY if name == "PUSH" else F_RAW
             return F_PUSH_IMMEDIATE
-        if i.code == Code.LEAVEQ:
+        if i.code == Code.LEAVEQ or (i.code == Code.LEAVED and mode & MODE_STACK32):
             return F_LEAVE
         simple = {"CLI": F_CLI, "STI": F_STI, "CLD": F_DIRECTION, "STD": F_DIRECTION}.get(name)
         if simple is not None:
@@ -347,20 +376,20 @@ def _immediate(i: Instruction) -> int:
     opcode = i.op_code()
     kinds = [opcode.op_kind(n) for n in range(opcode.op_count)]
     if OpCodeOperandKind.MEM_OFFS in kinds:
-        return 4 if i.memory_displ_size == 4 else 8
+        return i.memory_displ_size
     return sum(_IMMEDIATE_BYTES.get(kind, 0) for kind in kinds)
 
 
-def _samples(raw: bytes, key: int) -> list[bytes]:
+def _samples(raw: bytes, key: int, mode: int) -> list[bytes]:
     """Instructions with the same key: as it came, and with other operands.
 
     One of them is valid if any is, and each implicit operand is one that some sample doesn't name.
     """
     start = 0
-    while raw[start] in _PREFIXES or raw[start] & 0xF0 == 0x40:
+    while raw[start] in _PREFIXES or (mode & MODE_LONG and raw[start] & 0xF0 == 0x40):
         start += 1
     made = [raw]
-    vex = {0xC4: 3, 0xC5: 2, 0x62: 4}.get(raw[start], 0)
+    vex = {0xC4: 3, 0xC5: 2, 0x62: 4}.get(raw[start], 0) if key & KEY_VEX else 0
     if vex == 4:
         opcode = start + 4
         low, high = raw[start + 2], raw[start + 3]

@@ -13,6 +13,7 @@ from typing import Any
 
 from ringfence.cpu import library as cpu_library
 from ringfence.cpu.exceptions import deliver_exception, deliver_interrupt, deliver_nmi
+from ringfence.cpu.stack import segment_linear
 from ringfence.engine.translate import (
     assembling,
     block,
@@ -86,6 +87,7 @@ _ROOTS = (
     dispatch.stack_miss,
     dispatch.tlb_reset,
     dispatch.straddle,
+    dispatch.segment_access,
     dispatch.deliver_and_lookup,
     dispatch.find_code,
     dispatch.jump_forget,
@@ -111,6 +113,7 @@ _ROOTS = (
     deliver_exception,
     deliver_interrupt,
     deliver_nmi,
+    segment_linear,
 )
 
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from typing import cast
 
-from ringfence.cpu.state import EXIT, FAULT, OK, UD
+from ringfence.cpu.state import CS, EXIT, FAULT, OK, UD
 from ringfence.engine.translate.block import (
     EXIT_ASK,
     EXIT_FLUSH,
     EXIT_WRITERS,
+    MODE_BASED,
     MODE_CAREFUL,
     MODE_CPL,
     MODE_ENTERED,
+    MODE_LONG,
     MODE_SLOW,
     MODE_STEP,
     Vcpu,
@@ -72,7 +74,10 @@ from ringfence.native.dialect import (
 )
 
 ROW_BYTES = 32
-"""Of a row of the page table: linear page | mode in the low bits, physical page, number."""
+"""Of a row of the page table: the two words of its key, see `key_low`, and the number."""
+MODE_BITS = 12
+"""Of a mode, in each word of a code page's key."""
+LOW32 = 0xFFFFFFFF
 SLOT_BYTES = 8
 """Of a slot of the trace table: key, number of the trace's row, 32 bits each."""
 DEAD_LED = 3
@@ -98,32 +103,62 @@ def mix(value: int) -> int:
 # --- the two tables that guest code is found by ---------------------------------------------------
 
 
+@native_inline
+def code_base(vcpu: Vcpu, mode: int) -> int:
+    """Linear address of code minus RIP."""
+    return vcpu.seg_base[CS] & LOW32 if mode & MODE_BASED else 0
+
+
+@native_inline
+def code_address(vcpu: Vcpu, mode: int) -> int:
+    """Linear address of RIP."""
+    if mode & MODE_LONG:
+        return vcpu.rip
+    return (vcpu.rip + code_base(vcpu, mode)) & LOW32
+
+
+@native_inline
+def key_low(linear: int, mode: int, base: int) -> int:
+    """First word of a code page's key: addresses with a base have 32 bits."""
+    return linear | mode & ((1 << MODE_BITS) - 1) | base << 32
+
+
+@native_inline
+def key_high(physical: int, mode: int) -> int:
+    """Second word of a code page's key."""
+    return physical | mode >> MODE_BITS
+
+
 @native
-def page_find(vcpu: Vcpu, linear_mode: int, physical: int) -> int:
-    """Number of a code page, or 0."""
+def page_find(vcpu: Vcpu, linear: int, physical: int, mode: int) -> int:
+    """Number of the code page of a linear and a physical page in a mode, or 0."""
+    low = key_low(linear, mode, code_base(vcpu, mode))
+    high = key_high(physical, mode)
     mask = vcpu.page_rows - 1
-    slot = mix(linear_mode ^ mix(physical)) & mask
+    slot = mix(low ^ mix(high)) & mask
     while 1:
         row = vcpu.page_table + slot * ROW_BYTES
         number = load64(row + 16)
         if number == 0:
             return 0
-        if load64(row) == linear_mode and load64(row + 8) == physical:
+        if load64(row) == low and load64(row + 8) == high:
             return number
         slot = (slot + 1) & mask
     return 0
 
 
 @native
-def page_insert(vcpu: Vcpu, linear_mode: int, physical: int, number: int) -> int:
+def page_insert(vcpu: Vcpu, linear: int, physical: int, mode: int, number: int) -> int:
     """Enter a code page."""
+    low = key_low(linear, mode, code_base(vcpu, mode))
+    high = key_high(physical, mode)
     mask = vcpu.page_rows - 1
-    slot = mix(linear_mode ^ mix(physical)) & mask
+    slot = mix(low ^ mix(high)) & mask
     while load64(vcpu.page_table + slot * ROW_BYTES + 16):
         slot = (slot + 1) & mask
     row = vcpu.page_table + slot * ROW_BYTES
-    store64(row, linear_mode)
-    store64(row + 8, physical)
+    store64(row, low)
+    store64(row + 8, high)
     store64(row + 16, number)
     return 0
 
@@ -192,10 +227,18 @@ def entry_of(row: TraceRow) -> int:
     return row.start
 
 
+@native_inline
+def start_rip(page: PageRow) -> int:
+    """RIP of a code page's first byte; with a base it may lie before 0, modulo 2**32."""
+    if page.mode & MODE_LONG:
+        return page.linear
+    return (page.linear - page.base) & LOW32
+
+
 @native
 def code_page(vcpu: Vcpu, w: Writer, linear: int, physical: int, mode: int) -> int:
     """The number of the code page of an address, made if it is new."""
-    number = page_find(vcpu, linear | mode, physical)
+    number = page_find(vcpu, linear, physical, mode)
     if number:
         return number
     number = w.page_count
@@ -205,15 +248,17 @@ def code_page(vcpu: Vcpu, w: Writer, linear: int, physical: int, mode: int) -> i
     page.linear = linear
     page.index = index
     page.mode = mode
-    page.wide = 1 if linear >= LOW_2G and linear < TOP_2G else 0
+    page.base = code_base(vcpu, mode)
+    start = start_rip(page)
+    page.wide = 1 if start >= LOW_2G and start < TOP_2G else 0
     page.live = 0
     page.dead = 0
     page.across = 0
     page.next_of_index = load32(w.page_of_index + index * 4)
     store32(w.page_of_index + index * 4, number)
-    page_insert(vcpu, linear | mode, physical, number)
+    page_insert(vcpu, linear, physical, mode, number)
     if mode & MODE_ENTERED:
-        normal = page_find(vcpu, linear | (mode & ~MODE_ENTERED), physical)
+        normal = page_find(vcpu, linear, physical, mode & ~MODE_ENTERED)
         if normal:
             slow = 4 if mode & MODE_SLOW else 0
             store32(vcpu.variants + normal * 8 + slow, number)
@@ -270,6 +315,8 @@ def relocate(w: Writer, page: PageRow, number: int) -> int:
         addend = sext(pair >> 32, 32) + (1 << 32 if pair & RELOC_FAR else 0)
         kind = pair & 3
         value = page.linear + addend
+        if not page.mode & MODE_LONG:
+            value = (value if kind == RELOC_ITLB else value - page.base) & LOW32
         if kind == RELOC_VA32:
             if sext(value, 32) != value:
                 bad = 1
@@ -511,7 +558,7 @@ def translate(vcpu: Vcpu, physical: int, mode: int) -> int:
     w: Writer = cast(Writer, vcpu.writer)
     if is_full(vcpu, w):
         return leave(vcpu, EXIT_FLUSH, mode)
-    linear = vcpu.rip & PAGE_MASK
+    linear = code_address(vcpu, mode) & PAGE_MASK
     number = code_page(vcpu, w, linear, physical & PAGE_MASK, mode)
     status = translate_in(vcpu, w, cast(PageRow, page_at(w, number)), number, mode)
     end_reading(vcpu)
@@ -531,8 +578,8 @@ def translate_in(vcpu: Vcpu, w: Writer, page: PageRow, number: int, mode: int) -
     w.breaks = 0
     if vcpu.break_count and not mode & MODE_STEP:
         w.breaks = count_breaks(w, page.linear)
-    offset = vcpu.rip & OFFSET_MASK
-    set_mode(w, mode, page.wide)
+    offset = code_address(vcpu, mode) & OFFSET_MASK
+    set_mode(w, mode, page.wide, start_rip(page))
     set_arrangement(w, 0)
     w.second = 0
     status = decode_trace(w, offset)
@@ -559,6 +606,8 @@ def fetch_across(vcpu: Vcpu, w: Writer, page: PageRow, offset: int, mode: int) -
     FAULT if that can't be fetched, WRITERS if others may write to that page.
     """
     address = page.linear + PAGE
+    if not mode & MODE_LONG:
+        address = address & LOW32
     user = 4 if mode & MODE_CPL == 3 else 0
     if walk(vcpu, address, user | 16) != OK:
         return FAULT

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ringfence.engine.translate import emit
 from ringfence.engine.translate.block import (
+    MODE_CODE32,
     MODE_CPL,
+    MODE_LONG,
     MODE_STEP,
     SLOW_READ,
     SLOW_STACK,
@@ -150,6 +152,7 @@ class Recipes:
         self.scaled_tsc = scaled_tsc
         self.mode = mode
         self.cpl = mode & MODE_CPL
+        self.bits = bits_of(mode)
         self.user = self.cpl == 3
         self.slow = slow
         self.step = bool(mode & MODE_STEP)
@@ -198,12 +201,14 @@ class Recipes:
             return emit.gs_store(register, self.slot(number))
         return emit.mov(host, register)
 
-    @staticmethod
-    def segment_base(register: Reg) -> bytes:
-        """R9 += the base of a segment register, where it counts."""
+    def to_linear(self, register: Reg, size: int, write: bool = False) -> bytes:
+        """R9 = linear address of offset R9 in a segment, for an access of ``size`` bytes."""
+        number = SEGMENTS[register]
+        if self.bits != 64:
+            kind = size | (number | write << 3) << 16
+            return emit.mov_imm32(R10, kind) + emit.gs_call(THUNK["segment"])
         if register not in (Register.FS, Register.GS):
             return b""
-        number = SEGMENTS[register]
         return emit.gs_load(R10, gs("seg_base", number)) + emit.lea(R9, R9, R10)
 
     @staticmethod
@@ -230,8 +235,9 @@ class Recipes:
             recipe = special.make(self, i, name, raw)
         elif self.is_plain(i):
             flags = i.rflags_modified & STATUS
+            code = raw if self.bits == 64 else self.encode(i)
             recipe = Recipe(
-                PLAIN, reads=i.rflags_read & STATUS, writes=flags, kills=flags, op=Piece(raw)
+                PLAIN, reads=i.rflags_read & STATUS, writes=flags, kills=flags, op=Piece(code)
             )
         else:
             return self.emulate()
@@ -288,6 +294,12 @@ class Recipes:
         return Recipe(EFFECT, reads=STATUS, clobbers=True, effect="emulate")
 
 
+def bits_of(mode: int) -> int:
+    """Default size of code in a mode."""
+    return 64 if mode & MODE_LONG else 32 if mode & MODE_CODE32 else 16
+
+
+NEAR_BRANCHES = {OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64}
 IMMEDIATES = {
     OpKind.IMMEDIATE8,
     OpKind.IMMEDIATE8_2ND,

@@ -7,8 +7,9 @@ Each function makes the recipe of some mnemonics and registers itself in the tab
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
-from ringfence.cpu.state import FS, GS
+from ringfence.cpu.state import DS, ES, FS, GS, SS
 from ringfence.engine.translate import emit
 from ringfence.engine.translate.block import MODE_TSD, gs
 from ringfence.engine.translate.emit import R9, R10, R11
@@ -32,23 +33,37 @@ from ringfence.engine.translate.tables import (
     PLAIN,
 )
 from ringfence.engine.translate.thunks import THUNK
-from ringfence.engine.translate.x86 import Code, Instruction, MemorySizeExt, OpKind, Register
+from ringfence.engine.translate.x86 import (
+    Code,
+    Instruction,
+    MemorySizeExt,
+    OpKind,
+    Register,
+    RegisterExt,
+)
+from ringfence.memory.strings import CHECKED
 from ringfence.memory.xstate import XSAVE, XSAVEC, XSAVEOPT
+
+if TYPE_CHECKING:
+    from ringfence.engine.translate.x86 import RegisterType as Reg
 
 KEEP = gs("scratch", 2)
 """Where a value waits while a second memory operand is prepared."""
 _TRUNCATE = b"\x45\x89\xc9"  # mov r9d, r9d
+_TRUNCATE_16 = b"\x45\x0f\xb7\xc9"  # movzx r9d, r9w
 _STORE_R10 = b"\x4d\x89\x11"  # mov [r9], r10
 _EA = Piece(emit.gs_store(R9, gs("ea")))
 """The memory operand's address for an effect."""
 
 
-def _operand_size(i: Instruction, raw: bytes) -> int:
-    """Operand size of an instruction without operands that show it (8, 4 or 2 bytes)."""
-    prefixes = raw[: len(raw) - 1]
-    if any(0x48 <= b <= 0x4F for b in prefixes[-2:]):
-        return 8
-    return 2 if 0x66 in prefixes else 4
+def _operand_size(i: Instruction) -> int:
+    """Operand size in bytes, where it is an attribute of the instruction."""
+    return i.op_code().operand_size // 8
+
+
+def _truncate(register: Reg) -> bytes:
+    """Cut R9 to the width of an address that this register is part of."""
+    return {8: b"", 4: _TRUNCATE, 2: _TRUNCATE_16}[RegisterExt.size(register)]
 
 
 def _load_r9(size: int) -> bytes:
@@ -71,14 +86,17 @@ def _pop(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     size = i.stack_pointer_increment
     if i.op0_kind == OpKind.REGISTER:
         return r.effect("fx_pop_sreg", op0=SEGMENTS[i.op0_register], op1=size)
+    if r.bits != 64:
+        based = i.memory_base == Register.ESP
+        return r.effect("fx_pop_memory", _EA, LINEAR, op0=size, op1=int(based))
     load = Piece(emit.mov(R9, R11)) + r.access(size, False, stack=True)
     before = Piece()
     addressing = LINEAR
     if i.memory_base in (Register.RSP, Register.ESP):
         # The address is computed with RSP already incremented (SDM vol. 2, POP).
         addressing = EFFECTIVE
-        narrow = _TRUNCATE if i.memory_base == Register.ESP else b""
-        before = Piece(emit.lea(R9, R9, disp=size) + narrow + r.segment_base(i.memory_segment))
+        code = emit.lea(R9, R9, disp=size) + _truncate(i.memory_base)
+        before = Piece(code + r.to_linear(i.memory_segment, size))
     store = _STORE_R10 if size == 8 else b"\x66\x45\x89\x11"
     code = emit.COMBINE + emit.gs_load(R10, KEEP) + store + r.commit()
     return Recipe(
@@ -93,7 +111,9 @@ def _pop(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 
 @special("LEAVE")
 def _leave(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
-    """With a 16-bit operand; the other is written natively."""
+    """With a 16-bit operand, or a 16-bit stack; the others are written natively."""
+    if r.bits != 64:
+        return r.effect("fx_leave", op0=_operand_size(i))
     before = Piece(emit.mov(R9, 5)) + r.access(2, False, stack=True)
     code = _load_r9(2) + emit.lea(R11, 5, disp=2) + b"\x66\x44\x89\xcd"  # mov bp, r9w
     return Recipe(PLAIN, before=before, op=Piece(code), clobbers=True)
@@ -101,20 +121,32 @@ def _leave(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 
 @special("ENTER")
 def _enter(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
-    size = 2 if raw[0] == 0x66 else 8
-    return r.effect("fx_enter", op0=size, op1=i.immediate16, op2=i.immediate8_2nd)
+    return r.effect("fx_enter", op0=_operand_size(i), op1=i.immediate16, op2=i.immediate8_2nd)
 
 
 @special("CALL", "JMP")
 def _far(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    if i.op0_kind in (OpKind.FAR_BRANCH16, OpKind.FAR_BRANCH32):
+        narrow = i.op0_kind == OpKind.FAR_BRANCH16
+        return r.effect(
+            f"fx_{name.lower()}_far_direct",
+            op0=2 if narrow else 4,
+            op1=i.far_branch_selector,
+            op2=i.far_branch16 if narrow else i.far_branch32,
+        )
     if i.op0_kind != OpKind.MEMORY:
         return r.emulate()
     size = MemorySizeExt.size(i.memory_size) - 2
     return r.effect("fx_call_far" if name == "CALL" else "fx_jmp_far", _EA, LINEAR, op0=size)
 
 
-@special("JRCXZ", "JECXZ", "LOOP", "LOOPE", "LOOPNE")
+@special("JRCXZ", "JECXZ", "JCXZ", "LOOP", "LOOPE", "LOOPNE")
 def _counted(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    if r.bits != 64:
+        counter = (2 if r.bits == 16 else 4) ^ (6 if 0x67 in raw[:-2] else 0)
+        return r.effect(
+            "fx_counted", op0=raw[-2] & 3, op1=counter, op2=raw[-1], op3=_operand_size(i)
+        )
     # No other prefix: with 66, AMD's CPUs cut the host's own RIP to 16 bits.
     short = (b"\x67" if 0x67 in raw[:-2] else b"") + raw[-2:-1]
     return Recipe(LOOP, reads=i.rflags_read & STATUS, op=Piece(short))
@@ -123,9 +155,7 @@ def _counted(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 @special("XLATB")
 def _xlat(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     code = b"\x44\x0f\xb6\xc8" + emit.lea(R9, 3, R9)  # movzx r9d, al; lea r9, [rbx + r9]
-    if i.memory_base == Register.EBX:
-        code += _TRUNCATE
-    code += r.segment_base(i.memory_segment)
+    code += _truncate(i.memory_base) + r.to_linear(i.memory_segment, 1)
     before = Piece(code) + r.access(1, False)
     return Recipe(PLAIN, before=before, op=Piece(b"\x43\x8a\x04\x11"), clobbers=True)
 
@@ -134,8 +164,12 @@ def _xlat(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 def _clzero(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     """Zeroes the cache line that RAX points at (AMD APM vol. 3)."""
     move = emit.mov(R9, 0) + (_TRUNCATE if i.code == Code.CLZEROD else b"")
-    base = r.segment_base(i.segment_prefix)
-    before = Piece(move + base + b"\x49\x83\xe1\xc0") + r.access(64, True, read=False)
+    if i.code == Code.CLZEROW:
+        move += _TRUNCATE_16
+    align = b"\x49\x83\xe1\xc0"  # and r9, -64
+    segment = i.segment_prefix if i.segment_prefix != Register.NONE else Register.DS
+    base = align + r.to_linear(segment, 64, True)
+    before = Piece(move + base + align) + r.access(64, True, read=False)
     code = emit.gs_store(0, KEEP) + emit.lea(0, R9, R10) + b"\x0f\x01\xfc"
     code += emit.gs_load(0, KEEP) + r.commit()
     return Recipe(PLAIN, before=before, op=Piece(code), clobbers=True)
@@ -159,10 +193,14 @@ def _bit(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     adjust = load + move + b"\x49\xc1\xfa" + bytes((shift,))  # sar r10, shift
     before = Piece(adjust + emit.lea(R9, R9, R10, size))
     parts = [n for n in (i.memory_base, i.memory_index) if n in GPR]
-    if any(GPR[n][1] == 4 for n in parts) or i.memory_base == Register.EIP:
-        before = before + _TRUNCATE
-    before = before + r.segment_base(i.memory_segment)
+    if parts:
+        before = before + _truncate(parts[0])
+    elif i.memory_base == Register.EIP or i.memory_displ_size == 4:
+        before = before + (_TRUNCATE if r.bits != 64 or i.memory_base == Register.EIP else b"")
+    elif i.memory_displ_size == 2:
+        before = before + _TRUNCATE_16
     write = name != "BT"
+    before = before + r.to_linear(i.memory_segment, size, write)
     mask = load + (emit.mov(R10, host) if host != R10 else b"")
     mask += b"\x41\x83\xe2" + bytes((size * 8 - 1,))  # and r10d, mask
     before = before + r.access(size, write, stack=r.on_stack(i)) + emit.COMBINE + mask
@@ -219,7 +257,8 @@ def _mov(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 
 def _absolute(r: Recipes, i: Instruction) -> Recipe:
     size, write = _MOFFS[i.code]
-    before = emit.mov_imm64(R9, i.memory_displacement) + r.segment_base(i.memory_segment)
+    before = emit.mov_imm64(R9, i.memory_displacement)
+    before += r.to_linear(i.memory_segment, size, write)
     prefix = b"\x66" if size == 2 else b""
     opcode = (0x88 if write else 0x8A) + (size > 1)
     return Recipe(
@@ -283,7 +322,7 @@ def _store_system(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 
 @special("LGDT", "LIDT", "SGDT", "SIDT", "INVLPG")
 def _table(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
-    return r.effect(f"fx_{name.lower()}", _EA, LINEAR)
+    return r.effect(f"fx_{name.lower()}", _EA, LINEAR, op0=_operand_size(i))
 
 
 @special("INVPCID")
@@ -291,10 +330,10 @@ def _invpcid(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return r.effect("fx_invpcid", _EA, LINEAR, op0=GPR[i.op0_register][0])
 
 
-@special("LFS", "LGS", "LSS")
+@special("LDS", "LES", "LFS", "LGS", "LSS")
 def _far_pointer(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     number, size = GPR[i.op0_register]
-    segment = {"LSS": 2, "LFS": FS, "LGS": GS}[name]
+    segment = {"LDS": DS, "LES": ES, "LSS": SS, "LFS": FS, "LGS": GS}[name]
     return r.effect("fx_load_far_pointer", _EA, LINEAR, op0=segment, op1=number, op2=size)
 
 
@@ -311,7 +350,9 @@ def _base(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 def _interrupt(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     if name == "INT1":
         return r.effect("fx_int1")
-    return r.effect("fx_int", op0=3 if name == "INT3" else i.immediate8)
+    if name == "INT3":
+        return r.effect("fx_int", op0=3, op1=0)
+    return r.effect("fx_int", op0=i.immediate8, op1=1)
 
 
 @special("IRET", "IRETD", "IRETQ")
@@ -326,15 +367,13 @@ def _sysret(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 
 @special("RETF")
 def _retf(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
-    body = raw if not i.op_count else raw[:-2]
-    size = _operand_size(i, body)
-    return r.effect("fx_ret_far", op0=size, op1=i.immediate16 if i.op_count else 0)
+    return r.effect("fx_ret_far", op0=_operand_size(i), op1=i.immediate16 if i.op_count else 0)
 
 
-@special("PUSHF", "PUSHFQ", "POPF", "POPFQ")
+@special("PUSHF", "PUSHFD", "PUSHFQ", "POPF", "POPFD", "POPFQ")
 def _flags(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
-    return r.effect(f"fx_{name.lower()[:-1] if name[-1] == 'Q' else name.lower()}",
-                    op0=8 if name.endswith("Q") else 2)  # fmt: skip
+    effect = "fx_pushf" if name.startswith("PUSH") else "fx_popf"
+    return r.effect(effect, op0=_operand_size(i))
 
 
 @special("IN", "OUT")
@@ -348,19 +387,22 @@ def _port(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
 _STRING = {"MOVS": 0, "STOS": 1, "LODS": 2, "SCAS": 3, "CMPS": 4}
 
 
-def _string_flags(i: Instruction) -> int:
-    narrow = 0
-    segment = 0
-    for n in range(i.op_count):
-        kind = i.op_kind(n)
-        if kind in (OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_ESEDI, OpKind.MEMORY_SEG_EDI):
-            narrow = 1
-        if kind in (OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_SEG_RSI) and i.memory_segment in (
-            Register.FS,
-            Register.GS,
-        ):
-            segment = SEGMENTS[i.memory_segment] + 1
-    return narrow | segment << 8
+_NARROW = {
+    OpKind.MEMORY_SEG_ESI: 1, OpKind.MEMORY_ESEDI: 1, OpKind.MEMORY_SEG_EDI: 1,
+    OpKind.MEMORY_SEG_SI: 2, OpKind.MEMORY_ESDI: 2, OpKind.MEMORY_SEG_DI: 2,
+}  # fmt: skip
+"""Operands of string instructions with 32-bit and with 16-bit addresses."""
+_SOURCES = {OpKind.MEMORY_SEG_RSI, OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_SEG_SI}
+
+
+def _string_flags(r: Recipes, i: Instruction) -> int:
+    """As ``memory.strings`` wants them."""
+    kinds = {i.op_kind(n) for n in range(i.op_count)}
+    narrow = max(_NARROW.get(kind, 0) for kind in kinds)
+    segment = SEGMENTS[i.memory_segment] if kinds & _SOURCES else 0
+    if r.bits != 64:
+        return narrow | (segment + 1) << 8 | CHECKED
+    return narrow | (segment + 1) << 8 if segment in (FS, GS) else narrow
 
 
 def _repeat(i: Instruction) -> int:
@@ -373,7 +415,7 @@ def _repeat(i: Instruction) -> int:
 )
 def _string(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     size = {"B": 1, "W": 2, "D": 4, "Q": 8}[name[-1]]
-    flags = _string_flags(i)
+    flags = _string_flags(r, i)
     recipe = r.effect("fx_string", op0=size, op1=_STRING[name[:-1]], op2=_repeat(i), op3=flags)
     whole = not (flags or r.slow or r.step)
     if name[:4] in ("MOVS", "STOS") and _repeat(i) and whole:
@@ -460,7 +502,7 @@ def _port_string(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
         op0=size,
         op1=int(name[0] == "O"),
         op2=_repeat(i),
-        op3=_string_flags(i),
+        op3=_string_flags(r, i),
     )
 
 
@@ -496,7 +538,37 @@ def _nothing(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return Recipe(DROP)
 
 
+@special("PUSHA", "PUSHAD", "POPA", "POPAD")
+def _all_registers(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    return r.effect("fx_pusha" if name.startswith("PUSH") else "fx_popa", op0=_operand_size(i))
+
+
+@special("DAA", "DAS", "AAA", "AAS")
+def _decimal(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    return r.effect(f"fx_{name[:2].lower()}a", op0=int(name[2] == "S"))
+
+
+@special("AAM", "AAD")
+def _decimal_base(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    return r.effect(f"fx_{name.lower()}", op0=i.immediate8)
+
+
+@special("BOUND")
+def _bound(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    number, size = GPR[i.op0_register]
+    return r.effect("fx_bound", _EA, LINEAR, op0=number, op1=size)
+
+
+@special("ARPL")
+def _arpl(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    number = GPR[i.op1_register][0]
+    if i.op0_kind == OpKind.MEMORY:
+        return r.effect("fx_arpl", _EA, LINEAR, op0=0, op1=number)
+    return r.effect("fx_arpl", op0=GPR[i.op0_register][0] + 1, op1=number)
+
+
 _PLAIN_EFFECTS = {
+    "INTO": "fx_into", "SALC": "fx_salc",
     "SYSCALL": "fx_syscall", "SYSENTER": "fx_sysenter", "SYSEXIT": "fx_sysexit",
     "SYSEXITQ": "fx_sysexit", "RDMSR": "fx_rdmsr", "WRMSR": "fx_wrmsr", "CPUID": "fx_cpuid",
     "HLT": "fx_hlt", "CLTS": "fx_clts", "WBINVD": "fx_wbinvd", "INVD": "fx_wbinvd",

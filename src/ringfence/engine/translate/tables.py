@@ -72,6 +72,9 @@ P66, PF2, PF3, LOCK, P67 = 1, 2, 4, 8, 16
 """F_GROUP: the form depends on ModRM.reg, too. F_RAW: Python writes a recipe for each such
 instruction. The others are handled in `copying`, by name."""
 
+LOW_INC = 2
+"""INC and DEC by the opcodes that are REX prefixes in 64-bit mode: FF /0 and FF /1 there."""
+
 # Roles of operand fields: access in the low bits, size in bytes above.
 ROLE_READ, ROLE_WRITE, ROLE_SIZE = 1, 2, 4
 
@@ -94,7 +97,7 @@ class Form(Struct):
     vvvv_role: Annotated[int, u8]
     vvvv_used: Annotated[int, u8]
     low: Annotated[int, u8]
-    """Whether the opcode's low bits are a register."""
+    """Whether the opcode's low bits are a register; LOW_INC for INC and DEC."""
     memory_access: Annotated[int, u8]
     """ROLE_READ and ROLE_WRITE."""
     memory_size: Annotated[int, u16]
@@ -105,7 +108,9 @@ class Form(Struct):
     """Kills flags only if the immediate, a shift count, is not 0."""
     move: Annotated[int, u8]
     operand_size: Annotated[int, u8]
-    """Operand size of stack instructions in bytes."""
+    """Operand size of stack instructions and of jumps in bytes."""
+    prefix66: Annotated[int, u8]
+    """Whether the host's encoding has the prefix 66, which 16-bit code means the other way."""
     scale: Annotated[int, u8]
     """log2 of the factor of an EVEX instruction's 8-bit displacement (SDM vol. 2, 2.7.5)."""
     masking: Annotated[int, u8]
@@ -195,6 +200,8 @@ class Insn(Struct):
     prefixes: Annotated[int, u8]
     segment: Annotated[int, u8]
     """Number of the segment register overriding, plus 1; 0 for none."""
+    address: Annotated[int, u8]
+    """Bytes of an address: 8, 4 or 2."""
     rex: Annotated[int, u8]
     rex_at: Annotated[int, u8]
     """Position behind the legacy prefixes."""
@@ -306,6 +313,8 @@ class PageRow(Struct):
     mode: Annotated[int, u32]
     wide: Annotated[int, u32]
     """Whether addresses of code need 64-bit constants here."""
+    base: Annotated[int, u32]
+    """CS's base: linear address minus RIP. 0 in 64-bit mode."""
     next_of_index: Annotated[int, u32]
     """The next code page of the same RAM page."""
     live: Annotated[int, u32]
@@ -395,6 +404,16 @@ class Writer(Struct):
     entered: Annotated[int, u8]
     step: Annotated[int, u8]
     wide: Annotated[int, u8]
+    long: Annotated[int, u8]
+    """64-bit mode."""
+    width: Annotated[int, u8]
+    """Outside 64-bit mode: default size of operands and addresses in bytes, 2 or 4."""
+    stack: Annotated[int, u8]
+    """Bytes of the stack pointer."""
+    flat: Annotated[int, u8]
+    based: Annotated[int, u8]
+    start_rip: Annotated[int, u64]
+    """RIP of the page's first byte."""
     context: Annotated[int, u64]
     """Mode, width of addresses and arrangement: what recipes depend on."""
     swaps: Annotated[int, u32]

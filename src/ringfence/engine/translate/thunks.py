@@ -44,6 +44,7 @@ THUNKS = (
     "stack_miss",
     "link_careful",
     "save_vector",
+    "segment",
 )
 """Names in the order of the block's ``thunks`` array."""
 
@@ -176,6 +177,25 @@ def assembly() -> str:
         "decide": ["test eax, eax", "jnz rf_leave", *go],
         "miss": [*miss("tlb_miss")],
         "stack_miss": [*miss("stack_miss")],
+        # R9: offset, R10: size, segment << 16, 1 << 19 for a write. Comes back with R9 = address.
+        "segment": [
+            f"mov {_field('scratch', 6)}, rax",
+            "movzx eax, r10w",
+            "shr r10d, 16",
+            "add rax, r9",
+            f"cmp rax, qword ptr gs:[r10*8 + {gs('seg_top')}]",
+            "ja 2f",
+            "and r10d, 7",
+            f"add r9d, dword ptr gs:[r10*8 + {gs('seg_base')}]",
+            f"mov rax, {_field('scratch', 6)}",
+            "ret",
+            "2:",
+            "sub rax, r9",
+            "shl r10d, 16",
+            "or r10d, eax",
+            f"mov rax, {_field('scratch', 6)}",
+            *miss("segment_access"),
+        ],
         "deliver": [
             *_call("deliver_and_lookup"),
             "mov edx, eax",
@@ -250,6 +270,8 @@ def assembly() -> str:
         "follow": [
             *_FROM_STATUS,
             f"cmp {_field('stale_code')}, 0",  # and debug_pending behind it
+            "jne rf_find",
+            f"cmp byte ptr gs:[{gs('unknown_targets')}], 0",
             "jne rf_find",
             f"mov r9, {_field('rip')}",
             "movzx eax, r9w",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu.state import TSC_RATIO_ONE
 from ringfence.engine.translate import pages, special, templates
-from ringfence.engine.translate.block import MODE_CAREFUL, MODE_SLOW
+from ringfence.engine.translate.block import MODE_CAREFUL, MODE_LONG, MODE_SLOW
 from ringfence.engine.translate.codecache import CodeCache
 from ringfence.engine.translate.forms import Forms, no_modrm, write_form
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
@@ -144,13 +144,13 @@ class Translator:
             ctypes.memset(self.writer.recipes, 0, RECIPE_ROWS * 8)
             self._recipes_used = self.recipe_count = 0
             self._makers.clear()
-        plain, swaps = mode & ~MODE_CAREFUL, context >> 16
+        plain, swaps = mode & ~MODE_CAREFUL, context >> 32
         maker = self._makers.get((plain, swaps))
         if maker is None:
             scaled = self.view.tsc_ratio != TSC_RATIO_ONE
             maker = Recipes(plain, bool(mode & MODE_SLOW), swaps, scaled)
             self._makers[plain, swaps] = maker
-        i = Decoder(64, raw, ip=0).decode()
+        i = Decoder(maker.bits, raw, ip=0).decode()
         unavailable = "" if i.is_invalid else self.forms.unavailable(i, mode)
         recipe = maker.build(i, raw, unavailable)
         at = self._recipes_at + self._recipes_used
@@ -219,7 +219,8 @@ class Translator:
         if at < 0:
             return None
         page = PageRow.at(w.pages + row.page * PageRow.size)
-        rip = (page.linear + (marks[at] & 0x7FFF)) & ((1 << 64) - 1)
+        rip = page.linear + (marks[at] & 0x7FFF) - page.base
+        rip &= (1 << 64) - 1 if page.mode & MODE_LONG else 0xFFFFFFFF
         return rip, bool(marks[at] & 0x8000), row.swaps
 
     def _trace(self, number: int) -> Any:

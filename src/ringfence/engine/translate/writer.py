@@ -37,6 +37,7 @@ from ringfence.engine.translate.assembling import (
     gs_call,
     gs_jump,
     gs_load,
+    gs_store,
     gs_store_immediate,
     jump_back,
     load_address,
@@ -312,8 +313,7 @@ def write_jump(w: Writer, target: int, live: int) -> int:
         if live:
             park(w, live)
         load_address(w, R9, target)
-        put_template(w, T_CHECKED + w.user)
-        return 0
+        return go_to_r9(w, T_CHECKED)
     if loops(w, target):
         put(w, 0xE9, 5)
         add_back_edge(w)
@@ -336,11 +336,18 @@ def leave_indirect(w: Writer) -> int:
     swap_out(w)
     if w.step and not w.slow:
         gs_jump(w, _T_INDIRECT_MISS)
-    elif w.slow:
-        put_template(w, T_CHECKED + w.user)
     else:
-        put_template(w, T_INDIRECT + w.user)
+        go_to_r9(w, T_CHECKED if w.slow else T_INDIRECT)
     return 0
+
+
+@native
+def go_to_r9(w: Writer, template: int) -> int:
+    """Go on at the guest address in R9: by the jump table, if it holds for this mode."""
+    if w.based:
+        gs_store(w, R9, _RIP)
+        return gs_jump(w, _T_LOOKUP)
+    return put_template(w, template + w.user)
 
 
 @native_inline
@@ -435,8 +442,7 @@ def link_stub(w: Writer, link: Link) -> int:
         aim(w, site, w.out)
     if w.slow:
         load_address(w, R9, link.target)
-        put_template(w, T_INDIRECT + w.user)
-        return 0
+        return go_to_r9(w, T_INDIRECT)
     if w.step:
         set_rip(w, link.target)
         if link.within:
