@@ -84,6 +84,9 @@ class ScriptedCpu:
     def request_pause(self) -> None:
         self.pause = True
 
+    def signal(self, kind: int, vector: int) -> None:
+        """The scripted guest hears nothing."""
+
     def forget_pause(self) -> None:
         self.pause = False
 
@@ -208,7 +211,7 @@ class ScriptedMachine(Machine):
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
         devices = Devices(card=SimpleNamespace(receive=lambda frame: True))
-        return Parts(memory, clock, board, Engine([engine]), devices)  # type: ignore[arg-type]
+        return Parts(memory, clock, board, Engine([engine], board), devices)  # type: ignore[arg-type]
 
 
 def scripted(script: Script, **options: Any) -> ScriptedMachine:

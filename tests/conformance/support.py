@@ -43,6 +43,8 @@ PML4, PDPT, PD, PT, WINDOW_PT, HIGH_PD = 0x1000, 0x2000, 0x3000, 0x4000, 0x5000,
 GDT, TSS, IDT = 0x7000, 0x7800, 0x8000
 KSTACK, IST1, USTACK = 0xC000, 0xD000, 0xE000
 CODE, MAIN, LOG, DATA = 0x10000, 0x11000, 0x40000, 0x60000
+STACKS = 0x80000
+"""Of vCPUs beside the boot CPU: two pages each, growing down, its log growing up."""
 WINDOW = 0x200000
 LARGE = 0x400000
 """A 2 MiB page that maps physical 0 on."""
@@ -197,10 +199,13 @@ def program(source: str) -> bytes:
     return assemble(text)
 
 
-def run(engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"") -> Outcome:
+def run(
+    engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"", cpus: int = 1
+) -> Outcome:
     """Run a program to its end; after ``timeout`` seconds it is asked to stop.
 
-    ``rom`` lies below 4 GiB; the last 2 MiB there are mapped.
+    ``rom`` lies below 4 GiB; the last 2 MiB there are mapped. Further vCPUs begin at the same place
+    and time, with their number in RDI, a stack of their own, and R15 at a log that nobody reads.
     """
     memory = GuestMemory(RAM, rom)
     code = program(source)
@@ -220,11 +225,12 @@ def run(engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"") ->
         clock=time.clock,
         tsc=time.tsc,
         memory_size=RAM,
+        cpus=cpus,
         console_sink=console.extend,
         on_power_off=lambda: end(StopReason.POWER_OFF),
         on_reset=lambda: end(StopReason.RESET),
     )
-    made = engines.create(engine, memory, board, EngineConfig())
+    made = engines.create(engine, memory, board, EngineConfig(cpus=cpus))
     machine.append(made)
     functions = Functions()
     functions.add(WEIGHTS, lambda call: sum(10**n * each for n, each in enumerate(call.arguments)))
@@ -237,6 +243,10 @@ def run(engine: str, source: str, timeout: float = TIMEOUT, rom: bytes = b"") ->
     try:
         made.set_boot_state(_boot_state())
         made.set_registers({"r15": LOG})
+        for n in range(1, cpus):
+            made.vcpus[n].set_boot_state(_boot_state())
+            where = {"rdi": n, "rsp": STACKS + n * 2 * PAGE, "r15": STACKS + n * 2 * PAGE}
+            made.set_registers(where, n)
         watchdog.start()
         board.timers.start()
         reason = made.run()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from ringfence.cpu.flags import get_rflags, raise_fault, set_rflags
 from ringfence.cpu.ports import linear_read, mode_changed
 from ringfence.cpu.segments import ATTR_V86, segment_real
+from ringfence.cpu.signals import unblock_nmi
 from ringfence.cpu.stack import set_stack, stack_read, stack_write
 from ringfence.cpu.state import (
     CS,
@@ -106,7 +107,7 @@ def iret_real(cpu: Cpu, size: int) -> int:
     set_stack(cpu, at + size * 3)
     segment_real(cpu, CS, selector)
     cpu.rip = target
-    cpu.nmi_blocked = 0
+    unblock_nmi(cpu)
     set_rflags(cpu, (flags & mask) | (get_rflags(cpu) & ~mask))
     return mode_changed(cpu)
 
@@ -187,6 +188,6 @@ def iret_to_v86(cpu: Cpu, target: int, selector: int, flags: int) -> int:
     cpu.cpl = 3
     cpu.rip = target
     cpu.gpr[RSP] = stack
-    cpu.nmi_blocked = 0
+    unblock_nmi(cpu)
     set_rflags(cpu, flags)
     return mode_changed(cpu)

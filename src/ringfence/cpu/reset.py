@@ -88,6 +88,29 @@ def reset(cpu: Any) -> None:
     struct.pack_into("<II", cpu.xsave, 24, MXCSR_RESET, MXCSR_MASK)
 
 
+_KEPT_BY_INIT = {
+    "cr0", "xcr0", "xsave", "star", "lstar", "cstar", "sfmask", "kernel_gs_base", "sysenter_cs",
+    "sysenter_esp", "sysenter_eip", "pat", "tsc_aux", "tsc_adjust", "misc_enable", "mtrr_def_type",
+    "mtrr_fixed", "mtrr_base", "mtrr_mask", "mcg_status",
+}  # fmt: skip
+"""What table 10-1 calls unchanged: vector state and registers that are no part of the mode."""
+
+
+def initialize(cpu: Any) -> None:
+    """Do what INIT does to a ``Cpu`` view: a reset, but for `_KEPT_BY_INIT` (CR0: CD and NW)."""
+    kept: dict[str, Any] = {
+        name: list(getattr(cpu, name)) if Cpu.fields[name].is_array else getattr(cpu, name)
+        for name in _KEPT_BY_INIT
+    }
+    reset(cpu)
+    kept["cr0"] = kept["cr0"] & (CR0_CD | CR0_NW) | CR0_ET
+    for name, value in kept.items():
+        if Cpu.fields[name].is_array:
+            getattr(cpu, name)[:] = value
+        else:
+            setattr(cpu, name, value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EntryState:
     """The registers to enter a guest with: 64-bit mode if EFER.LMA is set, else protected mode.

@@ -125,6 +125,13 @@ class Cpu(Struct):
     halted: Annotated[int, u8]
     kicked: Annotated[int, u8]
     """The next end of HLT needs no interrupt: another CPU has asked for it. Set by any thread."""
+    wait_for_sipi: Annotated[int, u8]
+    """Since INIT: nothing but a start-up message is heard (SDM vol. 3, 9.4.4)."""
+    nmi_pending: Annotated[int, u8]
+    init_pending: Annotated[int, u8]
+    sipi_pending: Annotated[int, u8]
+    sipi_vector: Annotated[int, u8]
+    """Messages that have come and are still to be seen to (see ``cpu.signals``)."""
 
     # Segment registers: selector, hidden base, limit (in bytes), attributes (ATTR_*).
     seg_base: Annotated[Array, u64, 8]

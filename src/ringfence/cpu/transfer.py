@@ -35,6 +35,7 @@ from ringfence.cpu.segments import (
     segment_fill,
     segment_null,
 )
+from ringfence.cpu.signals import unblock_nmi
 from ringfence.cpu.stack import (
     in_64bit,
     is_protected,
@@ -264,7 +265,7 @@ def iret_protected(cpu: Cpu, size: int) -> int:
     if pops_stack:
         stack_fill(cpu, stack_selector, stack, new_level)
     set_stack(cpu, new_rsp)
-    cpu.nmi_blocked = 0
+    unblock_nmi(cpu)
     set_rflags(cpu, (flags & mask) | (get_rflags(cpu) & ~mask & ~FLAG_VM))
     mode_changed(cpu)
     return OK

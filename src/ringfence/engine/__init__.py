@@ -138,4 +138,4 @@ def create(name: str, memory: GuestMemory, board: Any, config: EngineConfig) -> 
     if isinstance(factory, str):
         module, _, attribute = factory.partition(":")
         factory = getattr(importlib.import_module(module), attribute)
-    return Engine(factory(memory, board, config))
+    return Engine(factory(memory, board, config), board)

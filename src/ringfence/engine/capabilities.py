@@ -49,5 +49,5 @@ class Capabilities:
     hypercalls: bool = False
 
 
-TRANSLATE = Capabilities(breakpoints=True, scaled_tsc=True, hypercalls=True)
+TRANSLATE = Capabilities(vcpus=32, breakpoints=True, scaled_tsc=True, hypercalls=True)
 KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)

@@ -8,6 +8,7 @@ A pause begins when the last vCPU has come back.
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ class Engine:
     ----------
     vcpus : sequence of VirtualCpu
         In order of their numbers.
+    board : Board
+        It is told where messages for CPUs go.
 
     Attributes
     ----------
@@ -33,8 +36,9 @@ class Engine:
         For whoever wants something of a single one.
     """
 
-    def __init__(self, vcpus: Sequence[VirtualCpu]) -> None:
+    def __init__(self, vcpus: Sequence[VirtualCpu], board: Any) -> None:
         self.vcpus = tuple(vcpus)
+        board.on_signal = self._signal
         self._lock = threading.Lock()
         self._pause = False
         self._ended: tuple[VirtualCpu, StopReason] | None = None
@@ -46,6 +50,19 @@ class Engine:
 
     def run(self) -> StopReason:
         """Run all vCPUs, the boot CPU in the calling thread, until something in `StopReason`."""
+        # Translating keeps what it makes, so frequent collections only cost time.
+        thresholds = gc.get_threshold()
+        gc.set_threshold(200_000, 20, 100)
+        try:
+            self._run_all()
+        finally:
+            gc.set_threshold(*thresholds)
+        if self._failure is not None:
+            raise self._failure
+        return self._ended[1] if self._ended is not None else StopReason.PAUSED
+
+    def _run_all(self) -> None:
+        """Run all vCPUs until each has come back."""
         threads = [
             threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
             for vcpu in self.vcpus[1:]
@@ -59,11 +76,6 @@ class Engine:
             self._pause = False
             for vcpu in self.vcpus:
                 vcpu.forget_pause()
-        if self._failure is not None:
-            raise self._failure
-        if self._ended is not None:
-            return self._ended[1]
-        return StopReason.PAUSED
 
     def _run(self, vcpu: VirtualCpu) -> None:
         """Run one vCPU, and see to it that the others come back, too."""
@@ -79,6 +91,10 @@ class Engine:
         with self._lock:
             self._ended = self._ended or (vcpu, reason)
         self.request_stop()
+
+    def _signal(self, cpu: int, kind: int, vector: int) -> None:
+        """The board has a message for a CPU (any thread, the board's lock held)."""
+        self.vcpus[cpu].signal(kind, vector)
 
     def request_stop(self) -> None:
         """Make `run` return STOPPED soon (any thread; remembered if `run` is not active)."""

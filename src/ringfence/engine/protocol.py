@@ -98,6 +98,9 @@ class VirtualCpu(Protocol):
     def request_pause(self) -> None:
         """Make `run` return PAUSED soon (any thread); a later `run` goes on from there."""
 
+    def signal(self, kind: int, vector: int) -> None:
+        """Take a message for the CPU itself (``cpu.signals``; any thread, one at a time)."""
+
     def forget_pause(self) -> None:
         """Drop a request to pause that `run` has not seen; the vCPU is not running."""
 

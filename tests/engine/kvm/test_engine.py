@@ -49,7 +49,7 @@ class Rig:
             on_power_off=lambda: self.engine.request_stop(),
         )
         self.vcpu = KvmEngine(self.memory, self.board, EngineConfig(), self.kernel)
-        self.engine = Engine([self.vcpu])
+        self.engine = Engine([self.vcpu], self.board)
         boot = EntryState(
             rip=0x1000, rsp=0, rsi=0, cr0=0x80000011, cr3=0, cr4=0x20, efer=0x500,
             gdt_base=0, gdt_limit=0, cs=8, ds=16,

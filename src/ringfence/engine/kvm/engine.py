@@ -223,6 +223,9 @@ class KvmEngine:
         self.view.kicked = 1
         self._wake.set()
 
+    def signal(self, kind: int, vector: int) -> None:
+        """See ``VirtualCpu``."""
+
     def forget_pause(self) -> None:
         """See ``VirtualCpu``."""
         self._pause = False

@@ -231,7 +231,7 @@ def mode_changed(cpu: Vcpu) -> int:
 @native
 def interrupts_enabled(cpu: Vcpu) -> int:
     """See ``cpu.ports.interrupts_enabled``."""
-    if cpu.irq_request:
+    if cpu.irq_request or cpu.nmi_pending:
         cpu.attention = 1
     return 0
 
@@ -406,9 +406,13 @@ def link_careful(vcpu: Vcpu, site: int) -> int:
 @native_inline
 def wanted(vcpu: Vcpu) -> int:
     """Whether the VMM has something to do for which guest code must be left."""
-    if vcpu.stop_request or vcpu.service_request:
+    if vcpu.stop_request or vcpu.service_request or vcpu.init_pending:
         return 1
-    return 1 if vcpu.irq_request and vcpu.flag_if and not vcpu.owner_step else 0
+    if vcpu.owner_step:
+        return 0
+    if vcpu.nmi_pending and not vcpu.nmi_blocked:
+        return 1
+    return 1 if vcpu.irq_request and vcpu.flag_if else 0
 
 
 @native

@@ -11,7 +11,6 @@ Longer than most files here: the handlers are short, many, and share the loop's 
 from __future__ import annotations
 
 import ctypes
-import gc
 import mmap
 import threading
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu import components, cpuid, reset, state
+from ringfence.cpu import signals as cpu_signals
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
@@ -107,6 +107,8 @@ class TranslateEngine:
         self._enter = library.function("rf_enter", 1)
         self._set_gs = library.function("rf_set_gs", 1)
         self._deliver_interrupt = library.function("deliver_interrupt", 2)
+        self._deliver_nmi = library.function("deliver_nmi", 1)
+        self._flush_all = library.function("tlb_flush_all", 1)
         self._mode_changed = library.function("mode_changed", 1)
         self._linear_read = library.function("linear_read", 4)
         self._linear_write = library.function("linear_write", 5)
@@ -155,6 +157,7 @@ class TranslateEngine:
         view.cpuid_rows = len(rows)
         view.reserved_bits = ((1 << 52) - 1) & ~((1 << cpuid.PHYSICAL_BITS) - 1)
         reset.reset(view)
+        view.wait_for_sipi = index != 0
         self.translator = Translator(
             memory, view, library, lambda feature: cpuid.offers(feature, rows)
         )
@@ -241,7 +244,11 @@ class TranslateEngine:
     def set_boot_state(self, boot: EntryState | None) -> None:
         """See ``Engine``."""
         reset.set_boot_state(self.view, boot)
-        self.library.function("tlb_flush_all", 1)(self.block)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """The state was replaced: nothing that was derived from the old one holds."""
+        self._flush_all(self.block)
         self._mode_changed(self.block)
         self.view.jump_target = self._find
 
@@ -264,11 +271,11 @@ class TranslateEngine:
             self.block,
             time.perf_counter_ns,
         )
-        # Translating keeps what it makes, so frequent collections only cost time.
-        thresholds = gc.get_threshold()
-        gc.set_threshold(200_000, 20, 100)
         left = clock()
         try:
+            outcome = self._rest()
+            if outcome is not None:
+                return outcome
             while True:
                 self.inside = True
                 if self.orders:
@@ -289,7 +296,6 @@ class TranslateEngine:
         finally:
             self.inside = False
             self._tell_awaiting()
-            gc.set_threshold(*thresholds)
             self._set_gs(0)
 
     def _obey(self) -> None:
@@ -332,6 +338,12 @@ class TranslateEngine:
         self._pause = True
         self._call_attention()
 
+    def signal(self, kind: int, vector: int) -> None:
+        """See ``VirtualCpu``."""
+        if cpu_signals.note(self.view, kind, vector):
+            self.view.attention = 1
+            self._wake.set()
+
     def forget_pause(self) -> None:
         """See ``VirtualCpu``."""
         self._pause = False
@@ -363,6 +375,7 @@ class TranslateEngine:
         for name, value in values.items():
             set_named_register(self.view, name, value)
         if "rip" in values:
+            self.view.halted = 0
             self.view.jump_target = self._find
 
     def read_virtual(self, address: int, length: int) -> bytes:
@@ -488,7 +501,12 @@ class TranslateEngine:
         view.service_request = 0
         with self.board.lock:
             view.attention = 0
-            if self.board.interrupt_pending(self.index) and view.flag_if:
+            if view.init_pending:
+                self._initialize()
+            elif view.nmi_pending and not view.nmi_blocked:
+                view.nmi_pending = 0
+                vector = state.NMI
+            elif self.board.interrupt_pending(self.index) and view.flag_if:
                 vector = self.board.acknowledge(self.index)
             if self.board.interrupt_pending(self.index):
                 view.irq_request = view.attention = 1
@@ -496,10 +514,10 @@ class TranslateEngine:
                 view.irq_request = 0
         if view.stop_request or view.service_request or view.stale_code:
             view.attention = 1
-        if vector >= 0 and self._deliver_interrupt(self.block, vector) != state.OK:
+        if vector >= 0 and self._deliver_event(vector) != state.OK:
             return self._on_shutdown()
         self._count(Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector))
-        return None
+        return self._rest()
 
     def _stopped(self) -> StopReason | None:
         if not self.view.stop_request:
@@ -513,22 +531,56 @@ class TranslateEngine:
         return None
 
     def _on_halt(self) -> StopReason | None:
-        began = time.perf_counter_ns()
+        self.view.jump_target = self._find
+        outcome = self._rest()
+        self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
+        return outcome if outcome is not None else self._on_attention()
+
+    def _rest(self) -> StopReason | None:
+        """Sleep for as long as the CPU does: behind HLT, or until a SIPI starts it.
+
+        A pause doesn't end the guest's sleep: it goes on with the next `run`.
+        """
         view = self.view
-        view.jump_target = self._find
-        while True:
+        if not (view.halted or view.wait_for_sipi):
+            return None
+        began = time.perf_counter_ns()
+        outcome = None
+        while outcome is None:
             self._wake.clear()
-            if view.stop_request or view.kicked:
-                break
+            outcome = self._stopped()
             with self.board.lock:
-                if view.flag_if and self.board.interrupt_pending(self.index):
+                if outcome is not None or self._is_roused():
                     break
             self._wake.wait()
-        elapsed = time.perf_counter_ns() - began
-        self._idle_ns += elapsed
-        view.halted = view.kicked = 0
-        self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
-        return self._on_attention()
+        self._idle_ns += time.perf_counter_ns() - began
+        return outcome
+
+    def _is_roused(self) -> bool:
+        """Whether the CPU sleeps no longer (the board's lock is held)."""
+        view = self.view
+        if view.init_pending:
+            self._initialize()
+        if view.wait_for_sipi:
+            return cpu_signals.start(view)
+        if (
+            view.kicked
+            or (view.nmi_pending and not view.nmi_blocked)
+            or (view.flag_if and self.board.interrupt_pending(self.index))
+        ):
+            view.halted = view.kicked = 0
+        return not view.halted
+
+    def _initialize(self) -> None:
+        """INIT has come (the board's lock is held)."""
+        cpu_signals.initialize(self.view, boot=self.index == 0)
+        self._start_anew()
+
+    def _deliver_event(self, vector: int) -> int:
+        """Take an interrupt, or an NMI, through the IDT; a status."""
+        if vector == state.NMI:
+            return int(self._deliver_nmi(self.block))
+        return int(self._deliver_interrupt(self.block, vector))
 
     def _gather_ports(self) -> None:
         """After an access to the board: may the console's ports be served without it?"""
