@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-from ringfence.assembly import Devices, Parts
+from ringfence.assembly import Devices, Origin, Parts
 from ringfence.engine import Engine, StopReason
 from ringfence.engine.exits import ExitCounters, PortOut, Reason, TraceRecord
 from ringfence.machine import Machine
@@ -187,7 +187,7 @@ class ScriptedMachine(Machine):
 
     script: Script = staticmethod(hello)
 
-    def _assemble(self) -> Parts:
+    def _assemble(self, origin: Origin | None = None) -> Parts:
         engine = ScriptedCpu(type(self).script, self.console.feed)
 
         def receive(data: bytes) -> None:
@@ -211,7 +211,7 @@ class ScriptedMachine(Machine):
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
         devices = Devices(card=SimpleNamespace(receive=lambda frame: True))
-        return Parts(memory, clock, board, Engine([engine], board), devices)  # type: ignore[arg-type]
+        return Parts(memory, clock, board, Engine([engine], board), None, None, devices)  # type: ignore[arg-type]
 
 
 def scripted(script: Script, **options: Any) -> ScriptedMachine:

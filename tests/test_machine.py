@@ -54,7 +54,7 @@ def test_more_than_the_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cpus": 2}, "vCPUs"),
+        ({"cpus": 99}, "vCPUs"),
         ({"cpus": 0}, "vCPUs"),
         ({"engine": "trap"}, "not available yet"),
         ({"engine": "warp"}, "unknown engine"),

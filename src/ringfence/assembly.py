@@ -7,21 +7,23 @@ have on the host's side (open disks, sockets, the network) outlives that: `HostS
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
+from ringfence.boot.source import ImageSource
+from ringfence.chipset.state import check_version
 from ringfence.engine import Engine, EngineConfig, StopReason
+from ringfence.errors import HostError, ImageError
 from ringfence.memory.ram import GuestMemory
 from ringfence.network.config import open_network
 from ringfence.storage import Storage
 from ringfence.storage.options import DiskOptions
 
 if TYPE_CHECKING:
-    from ringfence.boot.source import ImageSource
     from ringfence.chipset.board import Board
     from ringfence.chipset.timekeeping import Timekeeper
     from ringfence.devices.virtio.balloon import VirtioBalloon
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 GUEST_CID = 3
 """The guest's address for sockets between it and the host."""
+STATE_VERSION = 1
+"""Of what `Parts.save` returns."""
 NICS = ("virtio", "e1000")
 """Network cards that a machine may have; the first is what it has unless told otherwise."""
 
@@ -100,6 +104,12 @@ class MachineConfig:
         What the guest's time does over a pause: ``stop`` or ``run``.
     test : TestDevices
         What there is for test kernels.
+    network : str or None
+        What its cable leads to, by name (`network.config`).
+    forwards : tuple of str
+        Ports of the host's that lead to the guest's.
+    capture : Path or None
+        File for all frames.
     """
 
     kernel: ImageSource
@@ -122,6 +132,17 @@ class MachineConfig:
     boot: str = "auto"
     modules: tuple[str, ...] = ()
     test: TestDevices = TestDevices()
+    network: str | None = None
+    forwards: tuple[str, ...] = ()
+    capture: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a machine comes from that has lived before: its RAM, and what `Parts.save` gave."""
+
+    memory: GuestMemory
+    state: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -149,18 +170,12 @@ class HostSide:
     Parameters
     ----------
     config : MachineConfig
-        Whose disks and socket are opened.
-    network : str, NetworkBackend or None
-        As `Machine` takes it, with its ``forwards`` and ``capture``.
+        Whose disks, socket and network are opened.
+    network : NetworkBackend, optional
+        The caller's own, instead of one by name.
     """
 
-    def __init__(
-        self,
-        config: MachineConfig,
-        network: str | NetworkBackend | None,
-        forwards: Sequence[str],
-        capture: str | Path | None,
-    ) -> None:
+    def __init__(self, config: MachineConfig, network: NetworkBackend | None = None) -> None:
         from ringfence.devices.virtio.vsock_unix import UnixHost
         from ringfence.paravirt.hypercalls import Functions
 
@@ -171,7 +186,7 @@ class HostSide:
             self.vsock = UnixHost(config.vsock) if config.vsock else None
             if self.vsock is not None:
                 opened.callback(self.vsock.close)
-            self.network = open_network(network, forwards, capture)
+            self.network = open_network(network or config.network, config.forwards, config.capture)
             if self.network is not None:
                 opened.callback(self.network.close)
             self._opened = opened.pop_all()
@@ -189,11 +204,50 @@ class Parts:
     time: Timekeeper
     board: Board
     engine: Engine
+    paravirtual: Paravirtual
+    offered: EngineConfig
+    """What the engine was made with."""
     devices: Devices = field(default_factory=Devices)
     ending: StopReason | None = None
-    paravirtual: Paravirtual | None = None
     exit_status: int | None = None
     """What the guest wrote to a test device's exit port, as an exit status."""
+
+    def save(self) -> dict[str, Any]:
+        """State of all but RAM, as plain data; the machine stands still."""
+        self.board.quiesce()
+        return {
+            "version": STATE_VERSION,
+            "engine": self.engine.save(),
+            "time": self.time.save(len(self.engine.vcpus)),
+            "board": self.board.save(),
+            "paravirtual": self.paravirtual.save(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `save` returned; time stands still until the machine runs.
+
+        Raises
+        ------
+        ImageError
+            The state is of another version, or not of such a machine.
+        """
+        check_version("machine", state, STATE_VERSION)
+        parts = ("engine", "time", "board", "paravirtual")
+        if not all(isinstance(state.get(part), dict) for part in parts):
+            raise ImageError("the saved machine lacks a part: it is damaged")
+        try:
+            self.engine.restore(state["engine"])
+            self.time.restore(state["time"])  # behind vCPUs, which it gives their counters
+            self.board.restore(state["board"])  # behind time, by which timers are set
+            self.paravirtual.restore(state["paravirtual"])
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ImageError(f"the saved machine is damaged ({error!r})") from error
+
+    def log_dirty(self, enabled: bool) -> None:
+        """Note in RAM's `dirty` log all writes from now on, or none; the machine stands still."""
+        self.memory.dirty.enabled = enabled
+        self.engine.log_dirty(enabled)
+        self.memory.dirty.clear()
 
     def close(self) -> None:
         """Stop the devices, then free the engine and RAM."""
@@ -210,8 +264,12 @@ def assemble(
     on_power_off: Callable[[], None],
     on_reset: Callable[[], None],
     on_exit: Callable[[int], None],
+    origin: Origin | None = None,
 ) -> Parts:
-    """Build RAM, board and engine and load the guest, as after power-on."""
+    """Build RAM, board and engine and load the guest, as after power-on.
+
+    With an ``origin``, whose RAM belongs to the machine then, the guest goes on from there instead.
+    """
     from ringfence.boot.loader import load_guest
     from ringfence.chipset import acpi
     from ringfence.chipset.board import Board
@@ -222,7 +280,7 @@ def assemble(
     from ringfence.paravirt import services
 
     loading = engines.preload(config.engine, config.engine_config)
-    memory = GuestMemory(config.memory)
+    memory = GuestMemory(config.memory) if origin is None else origin.memory
     try:
         time = Timekeeper(HostClock(), Tsc(config.tsc_hz), PauseClock(config.pause_clock))
         board = Board(
@@ -238,19 +296,23 @@ def assemble(
         for device in devices.all():
             board.plug(VirtioPci(device, memory, packed=config.packed))
         devices.card = _plug_card(config, host, memory, board)
-        tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
-        memory.write(acpi.ADDRESS, tables)
         _attach_test_devices(config, memory, board, on_exit)
-        boot = load_guest(
-            memory,
-            kernel=config.kernel,
-            boot=config.boot,
-            initrd=config.initrd,
-            modules=config.modules,
-            cmdline=config.cmdline,
-            rsdp=acpi.ADDRESS,
-        )
+        boot = None
+        if origin is None:
+            tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
+            memory.write(acpi.ADDRESS, tables)
+            boot = load_guest(
+                memory,
+                kernel=config.kernel,
+                boot=config.boot,
+                initrd=config.initrd,
+                modules=config.modules,
+                cmdline=config.cmdline,
+                rsdp=acpi.ADDRESS,
+            )
         features = services.features(engines.capabilities(config.engine).hypercalls)
+        if origin is not None:
+            features = _promised(config.engine_config.paravirtual, features)
         offered = replace(config.engine_config, paravirtual=features)
         loading.join()
         engine = engines.create(config.engine, memory, board, offered)
@@ -259,11 +321,25 @@ def assemble(
         for vcpu, offers in zip(engine.vcpus, paravirtual.vcpus, strict=True):
             vcpu.attach_msrs(services.MSRS, offers)
             vcpu.attach_services(offers)
-        engine.set_boot_state(boot)
+        parts = Parts(memory, time, board, engine, paravirtual, offered, devices)
+        if origin is None:
+            engine.set_boot_state(boot)
+        else:
+            parts.restore(origin.state)
     except BaseException:
         memory.close()
         raise
-    return Parts(memory, time, board, engine, devices, paravirtual=paravirtual)
+    return parts
+
+
+def _promised(promised: int, offered: int) -> int:
+    """Paravirtual services for a guest that was promised some; HostError where one is missing."""
+    if promised & ~offered:
+        raise HostError(
+            f"the guest uses paravirtual services ({promised & ~offered:#x}) that this engine"
+            " lacks: use --engine translate"
+        )
+    return promised
 
 
 def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], None]) -> Devices:

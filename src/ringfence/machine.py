@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
-from ringfence.assembly import NICS, HostSide, MachineConfig, Parts, TestDevices, assemble
+from ringfence.assembly import NICS, HostSide, MachineConfig, Origin, Parts, TestDevices, assemble
 from ringfence.console import Console
 from ringfence.engine import EngineConfig, StopReason, VirtualCpu
 from ringfence.errors import GuestTimeout, HostError, UsageError
@@ -174,9 +176,9 @@ class Machine:
             raise UsageError("both an image and a kernel were given: expected one of them")
         else:
             cmdline = DEFAULT_APPEND if append is None else append
-        self.config = MachineConfig(
-            kernel,
-            initrd,
+        config = MachineConfig(
+            Path(kernel) if isinstance(kernel, str) else kernel,
+            Path(initrd) if isinstance(initrd, str) else initrd,
             cmdline,
             size,
             engine,
@@ -195,7 +197,17 @@ class Machine:
             boot,
             tuple(modules),
             test or TestDevices(),
+            network if isinstance(network, str) else None,
+            tuple(forwards),
+            Path(capture) if capture is not None else None,
         )
+        self._build(config, None if isinstance(network, str) else network)
+
+    def _build(
+        self, config: MachineConfig, network: NetworkBackend | None, origin: Origin | None = None
+    ) -> None:
+        """Make the machine that was asked for, or go on with one that has lived before."""
+        self.config = config
         self.console = Console(
             send=lambda data: self._parts.board.receive(data),
             unread=lambda: self._parts.board.uart.pending_input(),
@@ -217,13 +229,68 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._host = HostSide(self.config, network, forwards, capture)
+        self._saving = threading.Lock()
+        self._last_snapshot: str | None = None
+        """Identity of the snapshot since which all writes to RAM are noted."""
+        self._host = HostSide(config, network)
         try:
-            self._parts = self._assemble()
+            self._parts = self._assemble(origin)
         except BaseException:
             self._host.close()
             raise
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | Path,
+        *,
+        engine: str = "auto",
+        ports: Mapping[str, Callable[[bytes], None]] | None = None,
+        cache_dir: str | Path | None = None,
+        verify: bool = False,
+    ) -> Machine:
+        """Make a machine that goes on where a snapshot was taken; `start` it like any other.
+
+        RAM is read from the snapshot when the guest gets there, and what it changes is this
+        machine's alone. The same holds for disks: what is written is thrown away with the machine,
+        unless another snapshot keeps it.
+
+        Parameters
+        ----------
+        path : str or Path
+            The snapshot.
+        engine : str
+            As for a new machine; it need not be the one that the snapshot was taken under.
+        ports : mapping of str to callable, optional
+            Who listens at the named ports that the machine has.
+        cache_dir : str or Path, optional
+            As for a new machine.
+        verify : bool
+            Read all of the memory first and compare checksums.
+
+        Raises
+        ------
+        ImageError
+            The snapshot is damaged, of another release, or not complete.
+        HostError
+            This host lacks something, such as CPU features that the guest may use.
+        """
+        from ringfence.state import snapshots
+
+        folder = Path(cache_dir) if cache_dir else default_cache_dir()
+        config, origin = snapshots.load(Path(path), engine=engine, ports=ports, verify=verify)
+        machine = cls.__new__(cls)
+        try:
+            machine._build(
+                replace(config, engine_config=replace(config.engine_config, cache_dir=folder)),
+                None,
+                origin,
+            )
+        except BaseException:
+            origin.memory.close()
+            raise
+        return machine
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -469,6 +536,68 @@ class Machine:
         self._trace = callback
         self._parts.engine.set_trace(callback)
 
+    # -- its state ----------------------------------------------------------------------------
+
+    def snapshot(
+        self, path: str | Path, *, base: str | Path | None = None, incremental: bool = False
+    ) -> None:
+        """Write the machine to a folder; a running guest stands still meanwhile, and goes on.
+
+        Parameters
+        ----------
+        path : str or Path
+            The folder, which must not exist; it is there when the snapshot is complete, or never.
+        base : str or Path, optional
+            The last snapshot of this machine, taken with ``incremental``: only what was written
+            since is kept, and the base has to stay where it is.
+        incremental : bool
+            Note from now on which pages are written, so that the next snapshot can build upon this
+            one. It costs the guest a little.
+
+        Raises
+        ------
+        UsageError
+            The folder exists, another snapshot is under way, or ``base`` isn't the last one.
+        HostError
+            The host refuses, for lack of space for example; the machine goes on as before.
+        """
+        from ringfence.state.snapshots import Taking
+
+        with self._alone(), Taking(Path(path), Path(base) if base else None) as taking:
+            if taking.base is not None and taking.base != self._last_snapshot:
+                raise UsageError(
+                    f"{base} is not this machine's last snapshot, or was taken without"
+                    " incremental=True: take a full one"
+                )
+            with self._standing() as parts:
+                taking.capture(self.config, parts, self._host)
+                parts.log_dirty(incremental)
+                self._last_snapshot = None
+            identity = taking.publish()
+            self._last_snapshot = identity if incremental else None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Be the only one who saves the machine's state."""
+        if not self._saving.acquire(blocking=False):
+            raise UsageError("a snapshot or migration of this machine is under way: wait for it")
+        try:
+            yield
+        finally:
+            self._saving.release()
+
+    @contextmanager
+    def _standing(self) -> Iterator[Parts]:
+        """Have the guest stand still; one that ran goes on afterwards."""
+        ran = self._state is State.RUNNING
+        if ran:
+            self.pause()
+        try:
+            yield self._still()
+        finally:
+            if ran and self._state is State.PAUSED:
+                self.resume()
+
     # -- the vCPU's thread --------------------------------------------------------------------
 
     def _vcpu(self) -> None:
@@ -502,6 +631,7 @@ class Machine:
                     return StopReason.STOPPED
                 self._parts.close()
                 self._parts = self._assemble()
+                self._last_snapshot = None
                 self._resets += 1
                 self._parts.engine.set_trace(self._trace)
                 if self._pause_wanted:
@@ -549,7 +679,7 @@ class Machine:
         if self._host.network is not None:
             self._host.network.detach()
 
-    def _assemble(self) -> Parts:
+    def _assemble(self, origin: Origin | None = None) -> Parts:
         return assemble(
             self.config,
             self._host,
@@ -557,6 +687,7 @@ class Machine:
             on_power_off=lambda: self._ending(StopReason.POWER_OFF),
             on_reset=lambda: self._ending(StopReason.RESET),
             on_exit=self._guest_exit,
+            origin=origin,
         )
 
     def _guest_exit(self, status: int) -> None:

@@ -18,6 +18,7 @@ def test_capabilities_are_known_without_loading() -> None:
     assert engines.capabilities("translate").modes == {Mode.LONG}
     assert engines.capabilities("kvm").modes == set(Mode)
     assert engines.capabilities("kvm").dirty_log
+    assert engines.capabilities("translate").dirty_log
 
 
 def test_the_number_of_vcpus_depends_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

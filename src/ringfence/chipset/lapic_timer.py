@@ -90,7 +90,7 @@ class LapicTimer(Saved):
             return
         if TimerMode.TSC_DEADLINE in (mode, self.mode):
             self.initial = self.deadline = 0
-        self.mode = mode
+        self.mode = int(mode)
         self._arm(self._clock.now())
 
     def write_initial(self, count: int) -> None:

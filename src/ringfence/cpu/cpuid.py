@@ -27,6 +27,7 @@ from ringfence.cpu.components import (
     area_bytes,
 )
 from ringfence.cpu.state import CR4_OSXSAVE, OK, RAX, RBX, RCX, RDX, Cpu
+from ringfence.errors import HostError
 from ringfence.native.dialect import load32, native
 from ringfence.native.routine import routine
 
@@ -193,13 +194,24 @@ def _cache(kind: int, level: int, kib: int, ways: int, sharing: int) -> Register
 
 
 def build_cpuid(
-    host: HostCpuid, *, cpu_index: int = 0, cpus: int = 1, paravirtual: int = 0
+    host: HostCpuid,
+    *,
+    cpu_index: int = 0,
+    cpus: int = 1,
+    paravirtual: int = 0,
+    only: frozenset[str] | None = None,
 ) -> list[Row]:
     """The CPUID table of one virtual CPU; ``host`` answers for (leaf, subleaf).
 
-    ``paravirtual`` is EAX of leaf 0x40000001: what KVM calls its features.
+    ``paravirtual`` is EAX of leaf 0x40000001: what KVM calls its features. ``only`` names the
+    features to offer at most; by default all that there are.
     """
     words = _collect_bits(host, cpus)
+    if only is not None:
+        allowed = {name: where for name, where in _KNOWN.items() if name in only}
+        for leaf, register in words:
+            bits = sum(1 << b for at, r, b in allowed.values() if (at, r) == (leaf, register))
+            words[leaf, register] &= bits
     words[0x80000001, EDX] |= words[1, EDX] & REPEATED
     bits = (cpus - 1).bit_length()
     rows: list[Row] = []
@@ -265,6 +277,22 @@ _KNOWN: dict[str, Bit] = {
     **MODELLED, **FROM_HOST, **FROM_HOST_AVX, **FROM_HOST_AVX512, **MULTIPLE, "XSAVE": XSAVE_BIT,
     "XSAVEOPT": XSAVE_BIT, "XSAVEC": XSAVE_BIT,
 }  # fmt: skip
+
+
+def offered(rows: Iterable[Row]) -> frozenset[str]:
+    """Names of the features that a table offers."""
+    rows = list(rows)
+    return frozenset(name for name in _KNOWN if offers(name, rows))
+
+
+def require(wanted: frozenset[str] | None, rows: Iterable[Row]) -> None:
+    """Raise HostError unless a table offers what a guest, that goes on here, was promised."""
+    missing = (wanted or frozenset()) - offered(rows)
+    if missing:
+        raise HostError(
+            "the guest may use CPU features that this host or engine lacks:"
+            f" {', '.join(sorted(missing))}"
+        )
 
 
 def offers(feature_name: str, rows: Iterable[Row]) -> bool:

@@ -49,5 +49,7 @@ class Capabilities:
     hypercalls: bool = False
 
 
-TRANSLATE = Capabilities(vcpus=32, breakpoints=True, scaled_tsc=True, hypercalls=True)
+TRANSLATE = Capabilities(
+    vcpus=32, breakpoints=True, dirty_log=True, scaled_tsc=True, hypercalls=True
+)
 KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)

@@ -14,10 +14,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ringfence.engine.protocol import StopReason, VirtualCpu
+from ringfence.errors import ImageError
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
     from ringfence.engine.exits import TraceRecord
+
+VERSION = 1
+"""Of what `Engine.save` returns."""
 
 
 class Engine:
@@ -121,6 +125,47 @@ class Engine:
     def read_virtual(self, address: int, length: int, cpu: int = 0) -> bytes:
         """See `VirtualCpu.read_virtual`."""
         return self.vcpus[cpu].read_virtual(address, length)
+
+    def save(self) -> dict[str, Any]:
+        """State of all vCPUs, which stand still, as plain data.
+
+        ``version``, and ``vcpus``, see `VirtualCpu.save`.
+        """
+        return {"version": VERSION, "vcpus": [vcpu.save() for vcpu in self.vcpus]}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` returned; see `VirtualCpu.restore`."""
+        for vcpu, state in zip(self.vcpus, self._checked(saved), strict=True):
+            vcpu.restore(state)
+
+    def _checked(self, saved: dict[str, Any]) -> list[dict[str, Any]]:
+        vcpus = saved.get("vcpus")
+        if (
+            saved.get("version") != VERSION
+            or not isinstance(vcpus, list)
+            or len(vcpus) != len(self.vcpus)
+            or not all(
+                isinstance(vcpu, dict)
+                and isinstance(vcpu.get("cpu"), dict)
+                and vcpu.get("interrupt") in range(-1, 256)
+                for vcpu in vcpus
+            )
+        ):
+            raise ImageError(
+                f"saved vCPUs are not of version {VERSION} or not {len(self.vcpus)}:"
+                " restore them into a machine alike"
+            )
+        return vcpus
+
+    def log_dirty(self, enabled: bool) -> None:
+        """See `VirtualCpu.log_dirty`."""
+        for vcpu in self.vcpus:
+            vcpu.log_dirty(enabled)
+
+    def fetch_dirty(self) -> None:
+        """See `VirtualCpu.fetch_dirty`."""
+        for vcpu in self.vcpus:
+            vcpu.fetch_dirty()
 
     def stats(self) -> dict[str, Any]:
         """The vCPUs' counters added up (any thread); see `VirtualCpu.stats`.

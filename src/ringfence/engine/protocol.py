@@ -42,11 +42,15 @@ class EngineConfig:
         Paravirtual services offered, as EAX of CPUID leaf 0x40000001 has them.
     cache_dir : Path or None
         Folder of the engine's own compiled code; None keeps it in memory only.
+    features : frozenset of str, optional
+        CPU features that the guest has been promised, by the names in ``cpu.cpuid``: it gets these
+        and no others, or HostError where the host lacks one. By default all that the host has.
     """
 
     cpus: int = 1
     paravirtual: int = 0
     cache_dir: Path | None = None
+    features: frozenset[str] | None = None
 
 
 class MsrDevice(Protocol):
@@ -76,9 +80,12 @@ class VirtualCpu(Protocol):
     ----------
     index : int
         Its number, which is its APIC ID; 0 is the boot CPU.
+    features : frozenset of str
+        CPU features that the guest is offered, by the names in ``cpu.cpuid``.
     """
 
     index: int
+    features: frozenset[str]
 
     def set_boot_state(self, boot: EntryState | None) -> None:
         """Put the vCPU where a loader enters a kernel; None: where it is after RESET."""
@@ -115,6 +122,32 @@ class VirtualCpu(Protocol):
 
     def read_virtual(self, address: int, length: int) -> bytes:
         """Bytes at a guest-virtual address as the paused vCPU sees them; IndexError if unmapped."""
+
+    def save(self) -> dict[str, Any]:
+        """State of a vCPU that is not running, as plain data that any engine can restore.
+
+        ``cpu`` (see ``cpu.saved``), and ``interrupt``: a vector that the board has given out and
+        the vCPU has not taken yet, or -1. Its time-stamp counter is saved with the machine's time.
+        """
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `save` returned, in a vCPU that has not run. RAM is there already.
+
+        Raises
+        ------
+        ImageError
+            The state is of another version or shape, or impossible.
+        """
+
+    def log_dirty(self, enabled: bool) -> None:
+        """Mark the pages that the vCPU writes, in RAM's `dirty` log, or stop it; not running."""
+
+    def fetch_dirty(self) -> None:
+        """Bring RAM's `dirty` log up to date; the vCPU is not running.
+
+        Who takes the marks behind this, before any vCPU goes on, misses no write: what is written
+        later marks its page anew.
+        """
 
     def stats(self) -> dict[str, Any]:
         """Counters as nested plain data (any thread).

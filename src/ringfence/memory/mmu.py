@@ -24,7 +24,7 @@ from ringfence.cpu.debug import DR6_B, DR6_BS, data_hits
 from ringfence.cpu.state import FAULT, OK, PF_WRITE
 from ringfence.memory.coherence import Coherent, claim_write, note_code_write
 from ringfence.memory.walk import walk
-from ringfence.memory.walk_state import PAGE_WRITE, ram_pointer, rom_pointer
+from ringfence.memory.walk_state import PAGE_WRITE, mark_dirty, ram_pointer, rom_pointer
 from ringfence.native.dialect import (
     address_of,
     load8,
@@ -320,6 +320,8 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
     mmu.value = host
     if host == 0:
         return NOT_RAM
+    if access & PF_WRITE:
+        mark_dirty(mmu, host)
     if mmu.watches and watched_page(mmu, address & PAGE_MASK):
         return WATCHED
     index = (address >> 12) & (TLB_ENTRIES - 1)
@@ -327,6 +329,8 @@ def tlb_fill(mmu: Mmu, address: int, access: int) -> int:
     page = address & PAGE_MASK
     if writable:
         writable = claim_write(mmu, (host - mmu.ram_host) >> 12)
+    if writable and mmu.dirty_map and not load8(mmu.dirty_map + ((host - mmu.ram_host) >> 12)):
+        writable = 0  # a page becomes writable by its first write, which is thereby noticed
     kind = mmu.walk_shift | (KIND_GLOBAL if mmu.walk_global else 0)
     if access & 4:
         mmu.tlb[index * 8 + 4] = page

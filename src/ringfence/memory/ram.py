@@ -1,4 +1,4 @@
-"""Guest RAM: one memfd, mapped once, in at most two guest-physical regions; and firmware's ROM.
+"""Guest RAM: mapped once, in at most two guest-physical regions; and firmware's ROM.
 
 The physical map follows the PC: RAM from 0 up to 3 GiB, a hole for devices below 4 GiB, the rest
 of RAM from 4 GiB on. A ROM ends at 4 GiB, where a CPU starts. The host mapping is contiguous, the
@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ringfence.errors import HostError, UsageError
+from ringfence.memory.dirty import PAGE as PAGE
+from ringfence.memory.dirty import DirtyLog, Run
 
-PAGE = 4096
 LOW_RAM_LIMIT = 3 << 30
 """Guest-physical end of low RAM; the device hole reaches from here to 4 GiB."""
 HIGH_RAM_BASE = 4 << 30
@@ -54,6 +55,14 @@ class Region:
     offset: int
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A file whose pages become RAM, at the same offsets in both: all of it, or ``runs``."""
+
+    fd: int
+    runs: Sequence[Run]
+
+
 class GuestMemory:
     """Guest RAM of ``size`` bytes (a multiple of 4 KiB).
 
@@ -64,6 +73,13 @@ class GuestMemory:
     rom : bytes
         What the guest reads and executes, and can't write, below 4 GiB; a multiple of 4 KiB. RAM
         it is not: devices don't reach it, and `offset` doesn't find it.
+    fd : int, optional
+        A memfd with these contents, of another process, to go on with; it belongs to this object
+        from now on.
+    layers : sequence of Layer, optional
+        Files that the contents come from instead, the last one's first, and zeroes where there is
+        nothing. They are read when the guest gets there, and never written: what changes is ours
+        alone (MAP_PRIVATE). The files must not change; their descriptors may be closed afterwards.
 
     Attributes
     ----------
@@ -76,10 +92,20 @@ class GuestMemory:
     mapped : int
         Bytes of the mapping, RAM and ROM.
     fd : int
-        The memfd behind the mapping.
+        The memfd behind the mapping; -1 where it is private.
+    dirty : DirtyLog
+        The pages of RAM written lately. What engines write is in it only after
+        ``Engine.fetch_dirty``.
     """
 
-    def __init__(self, size: int, rom: bytes = b"") -> None:
+    def __init__(
+        self,
+        size: int,
+        rom: bytes = b"",
+        *,
+        fd: int | None = None,
+        layers: Sequence[Layer] | None = None,
+    ) -> None:
         if size < MINIMUM_SIZE or size > MAXIMUM_SIZE or size % PAGE:
             raise UsageError(
                 f"memory of {size} bytes is out of range: expected a multiple of 4 KiB"
@@ -98,41 +124,52 @@ class GuestMemory:
             )
         self.rom = Region(HIGH_RAM_BASE - len(rom), len(rom), size) if rom else None
         self.mapped = size + len(rom)
-        self.fd = os.memfd_create("ringfence-ram", os.MFD_CLOEXEC)
+        self.dirty = DirtyLog(size // PAGE)
+        self._anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self.fd = -1
         try:
-            os.ftruncate(self.fd, self.mapped)
+            if fd is not None:
+                self.fd = fd
+            elif layers is None:
+                self.fd = os.memfd_create("ringfence-ram", os.MFD_CLOEXEC)
+                os.ftruncate(self.fd, self.mapped)
             fence = _libc.mmap(
                 None,
                 self.mapped + 2 * GUARD,
                 0,
-                mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
+                self._anonymous,
                 -1,
                 0,
             )
             if fence == _MAP_FAILED:
                 raise OSError(ctypes.get_errno(), "mmap")
             self._fence = fence
-            base = _libc.mmap(
-                fence + GUARD,
-                self.mapped,
-                mmap.PROT_READ | mmap.PROT_WRITE,
-                mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE,
-                self.fd,
-                0,
-            )
-            if base == _MAP_FAILED:
-                raise OSError(ctypes.get_errno(), "mmap")
+            base = fence + GUARD
+            shared = mmap.MAP_SHARED | _MAP_NORESERVE
+            self._map(base, self.mapped, self._anonymous if self.fd < 0 else shared, self.fd, 0)
+            for layer in layers or ():
+                for run in layer.runs:
+                    at = base + run.offset
+                    self._map(at, run.length, mmap.MAP_PRIVATE, layer.fd, run.offset)
             ctypes.memmove(base + size, rom, len(rom))
             if rom and _libc.mprotect(base + size, len(rom), mmap.PROT_READ):
                 raise OSError(ctypes.get_errno(), "mprotect")
         except OSError as error:
-            os.close(self.fd)
+            if self.fd >= 0:
+                os.close(self.fd)
             raise HostError(
                 f"the host can't give {size >> 20} MiB of guest memory: {error}"
             ) from error
         self.host_base: int = base
         self._observers: list[Callable[[int, int], None]] = []
         self.view = memoryview((ctypes.c_char * size).from_address(base)).cast("B")
+
+    @staticmethod
+    def _map(at: int, length: int, flags: int, fd: int, offset: int) -> None:
+        """Put pages, readable and writable, at a host address inside the fences."""
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        if _libc.mmap(at, length, access, flags | _MAP_FIXED, fd, offset) == _MAP_FAILED:
+            raise OSError(ctypes.get_errno(), "mmap")
 
     def offset(self, address: int, length: int) -> int:
         """Offset into the mapping of ``length`` bytes at a guest-physical address.
@@ -153,6 +190,7 @@ class GuestMemory:
         """Store bytes at a guest-physical address; IndexError outside RAM."""
         at = self.offset(address, len(data))
         self.view[at : at + len(data)] = data
+        self.dirty.mark(at, len(data))
 
     # ---- devices
 
@@ -174,31 +212,40 @@ class GuestMemory:
 
     def dma_written(self, address: int, length: int) -> None:
         """Tell the observers that a device has changed these bytes; IndexError outside RAM."""
-        at = self.offset(address, length)
-        for observer in self._observers:
-            observer(at, length)
+        self._changed(self.offset(address, length), length)
 
     def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store bytes as a device does: `write`, and the observers hear of it."""
         at = self.offset(address, len(data))
         self.view[at : at + len(data)] = data
-        for observer in self._observers:
-            observer(at, len(data))
+        self._changed(at, len(data))
 
     def discard(self, address: int, length: int) -> None:
         """Give whole pages back to the host: they read as zeroes; IndexError outside RAM."""
         at = self.offset(address, length)
         if at % PAGE or length % PAGE:
             raise ValueError(f"{address:#x}+{length:#x} are no whole pages")
-        if length and _libc.madvise(self.host_base + at, length, _MADV_REMOVE):
+        if length and self.fd < 0:
+            self._map(self.host_base + at, length, self._anonymous, -1, 0)
+        elif length and _libc.madvise(self.host_base + at, length, _MADV_REMOVE):
             raise OSError(ctypes.get_errno(), "madvise")
+        self._changed(at, length)
+
+    def _changed(self, at: int, length: int) -> None:
+        self.dirty.mark(at, length)
         for observer in self._observers:
             observer(at, length)
 
+    def everything(self) -> memoryview:
+        """RAM and the ROM behind it, to be read; for as long as the object lives."""
+        return memoryview((ctypes.c_char * self.mapped).from_address(self.host_base)).cast("B")
+
     def close(self) -> None:
         """Unmap and free the RAM; the object is dead afterwards."""
-        if self.fd >= 0:
+        if self._fence:
             self.view.release()
             _libc.munmap(self._fence, self.mapped + 2 * GUARD)
+            self._fence = 0
+        if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -32,7 +32,7 @@ from ringfence.cpu.state import (
     PF_USER,
     PF_WRITE,
 )
-from ringfence.memory.walk_state import PAGE_USER, PAGE_WRITE, Walker, ram_pointer
+from ringfence.memory.walk_state import PAGE_USER, PAGE_WRITE, Walker, mark_dirty, ram_pointer
 from ringfence.native.dialect import (
     atomic_cas32,
     atomic_cas64,
@@ -121,10 +121,12 @@ def walk_narrow(walker: Walker, address: int, access: int, error: int) -> int:
         return page_fault(walker, address, error | PF_PRESENT)
     if not large and not directory & PTE_A:
         atomic_cas32(pointer, directory, directory | PTE_A)
+        mark_dirty(walker, pointer)
     want = PTE_A | PTE_D if access & PF_WRITE else PTE_A
     if entry & want != want:
         if not atomic_cas32(last, entry, entry | want):
             return CHANGED
+        mark_dirty(walker, last)
         entry = entry | want
     low = (1 << shift) - 1
     walker.walk_pa = frame | (address & low)
@@ -158,11 +160,12 @@ def walk(walker: Walker, address: int, access: int) -> int:
 
 
 @native_inline
-def mark_accessed(pointer: int) -> int:
+def mark_accessed(walker: Walker, pointer: int) -> int:
     """Set the accessed flag of an entry that leads to another table."""
     entry = load64(pointer)
     if entry & (PTE_P | PTE_A) == PTE_P:
         atomic_cas64(pointer, entry, entry | PTE_A)
+        mark_dirty(walker, pointer)
     return 0
 
 
@@ -244,13 +247,14 @@ def walk_tables(walker: Walker, address: int, access: int) -> int:
         return page_fault(walker, address, error | PF_PRESENT)
     used = level
     while used < top:
-        mark_accessed(walker.walk_entry[used])
+        mark_accessed(walker, walker.walk_entry[used])
         used += 1
     last = walker.walk_entry[level - 1]
     want = PTE_A | PTE_D if access & PF_WRITE else PTE_A
     if entry & want != want:
         if not atomic_cas64(last, entry, entry | want):
             return CHANGED
+        mark_dirty(walker, last)
         entry = entry | want
     low = (1 << shift) - 1
     walker.walk_pa = (entry & PTE_ADDRESS & ~low) | (address & low)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ringfence.cpu.state import Cpu
-from ringfence.native.dialect import native_inline
+from ringfence.native.dialect import native_inline, store8
 from ringfence.native.layout import Array, u64
 
 PAGE_WRITE = 2
@@ -27,6 +27,9 @@ class Walker(Cpu):
     rom_base: Annotated[int, u64]
     rom_size: Annotated[int, u64]
     """Bytes of ROM; behind RAM in the host."""
+    dirty_map: Annotated[int, u64]
+    """Host address of one byte per RAM page, 1 once it was written; 0: nobody wants to know (see
+    ``memory.dirty``)."""
     reserved_bits: Annotated[int, u64]
     """Physical-address bits beyond MAXPHYADDR: reserved in every paging-structure entry."""
     walk_pa: Annotated[int, u64]
@@ -52,6 +55,14 @@ def ram_pointer(walker: Walker, physical: int) -> int:
     high = physical - 0x100000000
     if high < walker.ram_high:
         return walker.ram_host + walker.ram_low + high
+    return 0
+
+
+@native_inline
+def mark_dirty(walker: Walker, host: int) -> int:
+    """Note that the RAM page of a host address is written, or may be from now on."""
+    if walker.dirty_map:
+        store8(walker.dirty_map + ((host - walker.ram_host) >> 12), 1)
     return 0
 
 

@@ -11,7 +11,6 @@ import pytest
 from ringfence import Machine
 from ringfence.engine import StopReason
 from ringfence.engine.exits import TraceRecord
-from ringfence.engine.kvm.engine import KvmEngine
 from ringfence.images.builtin import LOAD_ADDRESS, assemble, elf_kernel
 from ringfence.machine import State
 
@@ -118,19 +117,22 @@ def test_the_log_of_written_pages() -> None:
         "mov al, 1\nmov dx, 0x3f8\nout dx, al\n1: in al, 0x64\njmp 1b\n"
     )
     with tiny(source) as machine:
-        engine = machine.vcpus[0]
-        assert isinstance(engine, KvmEngine)
-        engine.log_dirty_pages(True)
+        parts = machine._parts
+        parts.log_dirty(True)
         machine.start()
         machine.console.wait_for("\x01", 10)
-        (region, bitmap), *rest = engine.dirty_pages()
-        assert not rest
-        assert len(bitmap) * 8 == region.size >> 12
-        written = {n for n in range(len(bitmap) * 8) if bitmap[n >> 3] >> (n & 7) & 1}
+        machine.pause()
+        parts.engine.fetch_dirty()
+        written = {
+            page
+            for run in parts.memory.dirty.take()
+            for page in range(run.first, run.first + run.count)
+        }
         assert {0x200, 0x203} <= written
         assert 0x201 not in written
-        assert not any(engine.dirty_pages()[0][1][0x200 // 8 : 0x208 // 8])
-        engine.log_dirty_pages(False)
+        parts.engine.fetch_dirty()
+        assert not any(0x200 <= run.first <= 0x208 for run in parts.memory.dirty.take())
+        parts.log_dirty(False)
         machine.stop()
 
 

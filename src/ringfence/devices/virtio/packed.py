@@ -109,7 +109,7 @@ class PackedRing(Ring):
         self._items[8 * at + 6] = chain.identifier
         flags = (AVAIL | USED if self.used_wrap else 0) | (WRITE if written else 0)
         self._items[8 * at + FLAGS_ITEM] = flags
-        self.memory.dma_written(self._areas[0] + DESCRIPTOR_SIZE * at, DESCRIPTOR_SIZE)
+        self._tell(0, DESCRIPTOR_SIZE * at, DESCRIPTOR_SIZE)
         self.unsignalled += chain.count
         self.next_used += chain.count
         if self.next_used >= self.size:
@@ -139,11 +139,13 @@ class PackedRing(Ring):
         events = self._device_events
         if not wanted:
             events[FLAGS] = DISABLE
+            self._tell(2, 0, 4)
             return False
         if self.event_idx:
             events[OFFSET] = self.next_avail | (WRAP if self.avail_wrap else 0)
             events[FLAGS] = SPECIFIC
         else:
             events[FLAGS] = ENABLE
+        self._tell(2, 0, 4)
         self._fence()
         return self._available()

@@ -190,6 +190,10 @@ class Ring(Saved, ABC):
             self.memory.dma_written(address, min(length, written))
             written -= length
 
+    def _tell(self, area: int, at: int, length: int) -> None:
+        """Have the memory's observers hear of what we wrote ourselves to one of the areas."""
+        self.memory.dma_written(self._areas[area] + at, length)
+
     def _fence(self) -> None:
         """Make our stores seen before anything is loaded: taking a lock is a full barrier."""
         with self._fence_lock:

@@ -107,7 +107,7 @@ class SplitRing(Ring):
             return False
         self._used[INDEX] = new
         self.signalled = new
-        self.memory.dma_written(self._areas[2], 4 + 8 * self.size)
+        self._tell(2, 0, 4 + 8 * self.size)
         self._fence()
         if not self.event_idx:
             return not self._avail[FLAGS] & NO_INTERRUPT
@@ -118,8 +118,10 @@ class SplitRing(Ring):
         """See `Ring.want_kicks`."""
         if not self.event_idx:
             self._used[FLAGS] = 0 if wanted else NO_NOTIFY
+            self._tell(2, 0, 2)
         elif wanted:
             self._used[ENTRIES + 4 * self.size] = self.last_avail
+            self._tell(2, 4 + 8 * self.size, 2)
         if not wanted:
             return False
         self._fence()

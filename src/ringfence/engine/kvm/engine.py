@@ -38,6 +38,7 @@ from ringfence.cpu import cpuid, reset, state
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
+from ringfence.cpu.saved import State, restore_cpu, save_cpu
 from ringfence.cpu.tsc import MSR_TSC
 from ringfence.cpu.tsc import MSRS as TSC_MSRS
 from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
@@ -52,7 +53,7 @@ from ringfence.memory.ram import PAGE
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
-    from ringfence.memory.ram import GuestMemory, Region
+    from ringfence.memory.ram import GuestMemory
 
 MASK64 = (1 << 64) - 1
 KICK = signal.SIGURG
@@ -108,9 +109,15 @@ class KvmEngine:
             self._set_rom()
             self._vcpu = self._vm.create_vcpu(0)
             rows = cpuid.build_cpuid(
-                cpuid.host_cpuid, cpu_index=0, cpus=config.cpus, paravirtual=config.paravirtual
+                cpuid.host_cpuid,
+                cpu_index=0,
+                cpus=config.cpus,
+                paravirtual=config.paravirtual,
+                only=config.features,
             )
             rows = model.offered(rows, self._system.supported_cpuid())
+            cpuid.require(config.features, rows)
+            self.features = cpuid.offered(rows)
             self._vcpu.set_cpuid(model.cpuid_entries(rows))
             self._start_tsc(self._vcpu)
         except BaseException:
@@ -263,6 +270,21 @@ class KvmEngine:
         """See ``VirtualCpu``."""
         self._trace = callback
 
+    def save(self) -> State:
+        """See ``VirtualCpu``."""
+        interrupt = transfer.store(self.vcpu, self.view)
+        self.view.cr8 = self.board.read_cr8(self.index)
+        self.view.halted = self._halted
+        return {"cpu": save_cpu(self.view), "interrupt": interrupt}
+
+    def restore(self, saved: State) -> None:
+        """See ``VirtualCpu``."""
+        restore_cpu(self.view, saved["cpu"], transfer.XSTATE_KEPT)
+        if self.view.exc_vector == state.PF:
+            self.view.cr2 = self.view.exc_address
+        self._halted = bool(self.view.halted)
+        transfer.load(self.vcpu, self.view, saved["interrupt"])
+
     def crash_dump(self) -> str:
         """See ``VirtualCpu``."""
         self._fetch()
@@ -288,21 +310,15 @@ class KvmEngine:
             if file is not None:
                 file.close()
 
-    # --- what only this engine offers --------------------------------------------------------
-
-    def log_dirty_pages(self, enabled: bool) -> None:
-        """Have KVM note which pages of RAM the guest writes, or stop it. The guest may run."""
+    def log_dirty(self, enabled: bool) -> None:
+        """See ``VirtualCpu``."""
         self._set_slots(log=enabled)
 
-    def dirty_pages(self) -> list[tuple[Region, bytes]]:
-        """For each region of RAM one bit per page, lowest first: written since the last call.
-
-        Only what the guest writes is noted, not what we write for it (``GuestMemory.write``).
-        """
-        return [
-            (region, self.vm.dirty_log(slot, region.size))
-            for slot, region in enumerate(self.memory.regions)
-        ]
+    def fetch_dirty(self) -> None:
+        """See ``VirtualCpu``: from KVM's log, which is empty then."""
+        for slot, region in enumerate(self.memory.regions):
+            bits = self.vm.dirty_log(slot, region.size)
+            self.memory.dirty.mark_bits(region.offset, bits)
 
     # --- the loop ----------------------------------------------------------------------------
 

@@ -62,8 +62,8 @@ def _areas() -> list[tuple[int, int, int]]:
     return pieces
 
 
-def load(vcpu: VcpuFile, cpu: Any) -> None:
-    """Give KVM the whole state of a view."""
+def load(vcpu: VcpuFile, cpu: Any, interrupt: int = -1) -> None:
+    """Give KVM the whole state of a view, and the vector that is under way (-1 for none)."""
     load_sregs(vcpu, cpu)
     load_regs(vcpu, cpu)
     xcrs = abi.KvmXcrs(nr_xcrs=1)
@@ -80,12 +80,20 @@ def load(vcpu: VcpuFile, cpu: Any) -> None:
     events = abi.KvmVcpuEvents()
     events.interrupt.shadow = cpu.interrupt_shadow
     events.nmi.masked = cpu.nmi_blocked
+    if cpu.exc_vector != state.NO_EXCEPTION:
+        events.exception.injected = 1
+        events.exception.nr = cpu.exc_vector
+        events.exception.has_error_code = state.HAS_ERROR_CODE >> cpu.exc_vector & 1
+        events.exception.error_code = cpu.exc_error
+    if interrupt >= 0:
+        events.interrupt.injected = 1
+        events.interrupt.nr = interrupt
     events.flags = abi.VCPUEVENT_VALID_SHADOW
     vcpu.ask(Request.SET_VCPU_EVENTS, events)
 
 
-def store(vcpu: VcpuFile, cpu: Any) -> None:
-    """Take the whole state into a view."""
+def store(vcpu: VcpuFile, cpu: Any) -> int:
+    """Take the whole state into a view; return the external interrupt under way, or -1."""
     store_regs(vcpu, cpu)
     store_sregs(vcpu, cpu)
     xcrs = vcpu.get(Request.GET_XCRS, abi.KvmXcrs)
@@ -107,6 +115,8 @@ def store(vcpu: VcpuFile, cpu: Any) -> None:
     shown = pending.injected or pending.pending
     cpu.exc_vector = pending.nr if shown else state.NO_EXCEPTION
     cpu.exc_error = pending.error_code if shown and pending.has_error_code else 0
+    cpu.exc_address = cpu.cr2
+    return int(events.interrupt.nr) if events.interrupt.injected else -1
 
 
 def load_regs(vcpu: VcpuFile, cpu: Any) -> None:

@@ -23,6 +23,7 @@ from ringfence.cpu import signals as cpu_signals
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
+from ringfence.cpu.saved import State, restore_cpu, save_cpu
 from ringfence.cpu.tsc import MSRS as TSC_MSRS
 from ringfence.cpu.tsc import host_hz
 from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
@@ -148,9 +149,15 @@ class TranslateEngine:
         view.variants = self._allocate((NUMBER_MAX + 1) * 8)
         self._init_host_state()
         rows = cpuid.build_cpuid(
-            cpuid.host_cpuid, cpu_index=index, cpus=config.cpus, paravirtual=config.paravirtual
+            cpuid.host_cpuid,
+            cpu_index=index,
+            cpus=config.cpus,
+            paravirtual=config.paravirtual,
+            only=config.features,
         )
         self._init_vector_state(rows)
+        cpuid.require(config.features, rows)
+        self.features = cpuid.offered(rows)
         packed = cpuid.pack(rows)
         view.cpuid_table = self._allocate(len(packed))
         ctypes.memmove(view.cpuid_table, packed, len(packed))
@@ -274,9 +281,7 @@ class TranslateEngine:
         left = clock()
         try:
             outcome = self._rest()
-            if outcome is not None:
-                return outcome
-            while True:
+            while outcome is None:
                 self.inside = True
                 if self.orders:
                     self._obey()
@@ -291,8 +296,7 @@ class TranslateEngine:
                 if self._awaited:
                     self._tell_awaiting()
                 outcome = handlers[code]()
-                if outcome is not None:
-                    return outcome
+            return outcome
         finally:
             self.inside = False
             self._tell_awaiting()
@@ -394,6 +398,36 @@ class TranslateEngine:
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
         """See ``VirtualCpu``."""
         self._trace = callback
+
+    def save(self) -> State:
+        """See ``VirtualCpu``."""
+        view = self.view
+        view.cr8 = self.board.read_cr8(self.index)
+        cpu = save_cpu(view)
+        if view.jump_target != self._deliver:
+            cpu["exc_vector"] = state.NO_EXCEPTION  # left over from one that was delivered
+        return {"cpu": cpu, "interrupt": -1}
+
+    def restore(self, saved: State) -> None:
+        """See ``VirtualCpu``."""
+        view = self.view
+        restore_cpu(view, saved["cpu"], view.xstate_mask)
+        self.library.function("tlb_flush_all", 1)(self.block)
+        self._mode_changed(self.block)
+        pending = view.exc_vector != state.NO_EXCEPTION
+        view.jump_target = self._deliver if pending else self._find
+        view.irq_request = view.attention = 1  # who knows what came before it was saved
+        if saved["interrupt"] >= 0:
+            self._deliver_interrupt(self.block, saved["interrupt"])
+
+    def log_dirty(self, enabled: bool) -> None:
+        """See ``VirtualCpu``."""
+        self.view.dirty_map = self.memory.dirty.address if enabled else 0
+        self.fetch_dirty()
+
+    def fetch_dirty(self) -> None:
+        """See ``VirtualCpu``: a first write to a page misses the TLB from now on, and marks it."""
+        self.library.function("tlb_flush_all", 1)(self.block)
 
     def crash_dump(self) -> str:
         """See ``VirtualCpu``."""
@@ -737,7 +771,7 @@ class TranslateEngine:
             began,
             lambda: vocabulary.MmioWrite(address, size, int.from_bytes(data[:8], "little")),
         )
-        return self._stopped()
+        return None  # its instruction is still under way: who wants the CPU waits for the next one
 
     def _on_mmio_string(self) -> StopReason | None:
         """An element in a device: carried to its end before the guest or an interrupt goes on."""
