@@ -454,7 +454,7 @@ class Machine:
 
         Beside what `Engine.stats` gives: ``machine`` with ``outcome``, ``seconds`` of host time,
         ``resets``, ``engine`` and ``memory`` in bytes; ``network`` with the backend's counters;
-        ``hypercalls`` by name.
+        ``hypercalls`` by name; ``steal_ns``, by vCPU, that the host ran something else instead.
         """
         if self._closed and self._last_stats:
             return self._last_stats
@@ -468,10 +468,8 @@ class Machine:
         }
         network = {"network": self._host.network.stats()} if self._host.network is not None else {}
         with self._change:  # a reset exchanges the parts under it
-            calls = {}
-            if self._parts.paravirtual is not None:
-                calls = {"hypercalls": dict(self._parts.paravirtual.hypercalls.counts)}
-            return {"machine": about, **self._parts.engine.stats(), **network, **calls}
+            services = self._parts.paravirtual.stats() if self._parts.paravirtual else {}
+            return {"machine": about, **self._parts.engine.stats(), **network, **services}
 
     def set_balloon(self, size: int | str) -> None:
         """Ask the guest to give ``size`` bytes of its RAM back to the host; it does what it can.

@@ -113,6 +113,11 @@ def test_unknown_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     it = keeper(World(monkeypatch, SECOND), PauseClock.STOP)
     with pytest.raises(ImageError, match="version"):
         it.restore({"version": 99})
+    it.pause()
+    good = it.save(1)
+    for bad in ({"policy": "fly"}, {"now": "soon"}, {"ticks": None}, {"ahead": 7}, {"ahead": [[]]}):
+        with pytest.raises(ImageError, match="damaged"):
+            it.restore(good | bad)
 
 
 def test_timers_that_were_due_fire_after_a_jump() -> None:

@@ -6,10 +6,10 @@ import random
 import struct
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+from ringfence.chipset.board import Board
 from ringfence.chipset.clock import HostClock
 from ringfence.chipset.timekeeping import PauseClock, Timekeeper
 from ringfence.cpu.faults import GeneralProtection
@@ -51,7 +51,13 @@ class Guest:
         for cpu in range(cpus):
             view = SimpleNamespace(tsc_offset=0, tsc_ratio=0, tsc_adjust=0)
             self.time.tsc.vcpu(cpu).attach(view)
-        board: Any = SimpleNamespace()
+        board = Board(
+            clock=self.time.clock,
+            tsc=self.time.tsc,
+            memory_size=1 << 20,
+            cpus=cpus,
+            console_sink=lambda data: None,
+        )
         kicks = [lambda: None] * cpus
         self.services = Paravirtual(self.memory, self.time, board, kicks, Functions())
 
@@ -213,6 +219,26 @@ def test_states_that_are_not_ours(world: World, make: type[Guest]) -> None:
     ):
         with pytest.raises(ImageError):
             guest.services.restore(bad)
+
+
+FORGED = [
+    ("clock", {"system_time": 0xFFFFD}), ("clock", {"system_time": -1}),
+    ("steal", {"register": 1 << 20 | 1}), ("eoi", {"register": 0xFEE00001}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("service", "fields"), FORGED)
+def test_forged_states(
+    world: World, make: type[Guest], service: str, fields: dict[str, int]
+) -> None:
+    guest = make(world)
+    state = guest.services.save()
+    state["vcpus"][0][service] |= fields
+    with pytest.raises(ImageError, match="outside RAM"):
+        guest.services.restore(state)
+    for hz in (0, -1, 1 << 60):
+        with pytest.raises(ImageError, match="Hz"):
+            guest.services.restore(state | {"line": state["line"] | {"hz": hz}})
 
 
 @pytest.mark.parametrize("index", pv.MSRS)

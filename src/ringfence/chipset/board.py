@@ -218,8 +218,13 @@ class Board:
             self.lapics[cpu].write_cr8(value)
 
     def interrupt_pending(self, cpu: int) -> bool:
-        """Tell whether `acknowledge` would give a vector other than the spurious one."""
+        """Tell whether `acknowledge` would give a vector other than the spurious one.
+
+        For the CPU's own thread, outside guest code: it may take an `EoiFlag` back.
+        """
         with self.lock:
+            if self.lapics[cpu].irr:
+                self.lapics[cpu].reclaim_eoi()
             return self.lapics[cpu].pending_vector() is not None or self._extint(cpu)
 
     def acknowledge(self, cpu: int) -> int:
@@ -362,7 +367,8 @@ class Board:
         return lapic.accepts_extint() or self.ioapic.routes_extint(cpu)
 
     def _notify(self, cpu: int) -> None:
-        if self.interrupt_pending(cpu):
+        lapic = self.lapics[cpu]
+        if lapic.pending_vector() is not None or lapic.lent or self._extint(cpu):
             self._wake[cpu]()
 
     def _signal(self, cpu: int, mode: Delivery, vector: int) -> None:

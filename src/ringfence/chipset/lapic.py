@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
 from functools import partial
+from typing import Protocol
 
 from ringfence.chipset.apicbus import BROADCAST, BROADCAST_8, ApicBus, Delivery
 from ringfence.chipset.clock import TimerQueue
@@ -88,8 +89,25 @@ _X2APIC_LIMITS = {Reg.TPR: 0xFF, Reg.EOI: 0, Reg.SVR: 0x1FF, Reg.ESR: 0, Reg.DIV
 """x2APIC registers whose other bits are reserved: writing those raises #GP."""
 
 
+class EoiFlag(Protocol):
+    """A bit in guest memory by which the guest may end a vector in place of writing EOI."""
+
+    def is_set(self) -> bool:
+        """Tell whether the guest has not used it."""
+
+    def set(self) -> None:
+        """Lend it; the guest does not run."""
+
+    def clear(self) -> bool:
+        """Take it back, and tell whether it had not been used; the guest does not run."""
+
+
 class Lapic(Saved):
     """One CPU's local APIC. The board's lock must be held around every method.
+
+    With an `eoi_flag`, the highest vector in service may have ended without our knowing (`lent`).
+    `settle` finds that out, from any thread; `reclaim_eoi`, for the CPU's own, also ends the loan.
+    A request that arrives meanwhile wakes the CPU whatever its priority, so that it looks.
 
     Parameters
     ----------
@@ -106,11 +124,13 @@ class Lapic(Saved):
     ----------
     wake : Callable[[], None]
         Called when an interrupt becomes deliverable.
+    eoi_flag : EoiFlag or None
+        What the guest has agreed on, if it has.
     """
 
     FIELDS = (
         "base", "tpr", "ppr", "ldr", "dfr", "svr", "irr", "isr", "tmr",
-        "esr", "errors", "icr", "lvt", "lint",
+        "esr", "errors", "icr", "lvt", "lint", "lent",
     )  # fmt: skip
 
     def __init__(self, cpu: int, bus: ApicBus, queue: TimerQueue, tsc: TscSource) -> None:
@@ -162,6 +182,8 @@ class Lapic(Saved):
         self.ldr, self.dfr = 0, 0xFFFF_FFFF
         self.svr = 0xFF
         self.irr = self.isr = self.tmr = 0
+        self.lent = False
+        self.eoi_flag: EoiFlag | None = None
         self.esr = self.errors = 0
         self.icr = 0
         self.lvt = [LVT_MASKED] * len(_LVT_WRITABLE)
@@ -233,8 +255,9 @@ class Lapic(Saved):
         bit = 1 << vector
         self.tmr = self.tmr | bit if level else self.tmr & ~bit
         if not self.irr & bit:
+            self.settle()
             self.irr |= bit
-            if vector >> 4 > self.ppr >> 4:
+            if self.lent or vector >> 4 > self.ppr >> 4:
                 self.wake()
 
     def set_lint(self, pin: int, level: bool) -> None:
@@ -280,6 +303,7 @@ class Lapic(Saved):
 
     def acknowledge(self) -> int:
         """Move the pending vector into service and return it; spurious vector if none."""
+        self.reclaim_eoi()
         vector = self.pending_vector()
         if vector is None:
             return self.svr & 0xFF
@@ -287,10 +311,31 @@ class Lapic(Saved):
         self.irr &= ~bit
         self.isr |= bit
         self._update_ppr()
+        if self.eoi_flag is not None and not self.irr and not self.tmr & bit:
+            self.eoi_flag.set()
+            self.lent = True
         return vector
+
+    def settle(self) -> None:
+        """If the guest has ended a vector by the flag, do what that means."""
+        if self.lent and self.eoi_flag is not None and not self.eoi_flag.is_set():
+            self.lent = False
+            self._retire()
+
+    def reclaim_eoi(self) -> None:
+        """Settle, and if the guest has not ended its vector, have it write EOI for that."""
+        if self.lent and self.eoi_flag is not None:
+            self.lent = False
+            if not self.eoi_flag.clear():
+                self._retire()
 
     def end_of_interrupt(self, _value: int = 0) -> None:
         """Write EOI: retire the highest vector in service."""
+        self.reclaim_eoi()
+        self._retire()
+
+    def _retire(self) -> None:
+        """Take the highest vector out of service."""
         vector = self.isr.bit_length() - 1
         if vector < 0:
             return
@@ -308,6 +353,7 @@ class Lapic(Saved):
 
     def write_cr8(self, value: int) -> None:
         """Set CR8."""
+        self.settle()
         self._write_tpr((value & 0xF) << 4)
 
     def _update_ppr(self) -> None:
@@ -319,6 +365,7 @@ class Lapic(Saved):
 
     def read(self, offset: int, size: int) -> int:
         """Read the register page; a register is 4 bytes at a multiple of 16."""
+        self.settle()
         reader = self._readers.get(offset >> 4)
         if reader is None or not self.enabled:
             self._error(Error.ILLEGAL_REGISTER)
@@ -327,6 +374,7 @@ class Lapic(Saved):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Write the register page; only whole registers can be written."""
+        self.settle()
         writer = self._writers.get(offset >> 4)
         if offset & 0xF or size < 4:
             return
@@ -337,6 +385,7 @@ class Lapic(Saved):
 
     def msr_read(self, index: int) -> int:
         """Read IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register; else #GP."""
+        self.settle()
         if index == TSC_DEADLINE:
             return self.timer.read_deadline()
         if index == APIC_BASE:
@@ -349,6 +398,7 @@ class Lapic(Saved):
 
     def msr_write(self, index: int, value: int) -> None:
         """Write one of the MSRs that `msr_read` reads; #GP where the CPU would."""
+        self.settle()
         if index == TSC_DEADLINE:
             self.timer.write_deadline(value)
         elif index == APIC_BASE:
@@ -470,6 +520,7 @@ class Lapic(Saved):
 
     def save(self) -> State:
         """See `Saved.save`; the timer is a part of it."""
+        self.settle()
         return super().save() | {"timer": self.timer.save()}
 
     def restore(self, state: State) -> None:

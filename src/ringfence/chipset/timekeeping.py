@@ -17,6 +17,7 @@ from enum import StrEnum
 from ringfence.chipset.clock import NS_PER_SECOND, HostClock
 from ringfence.chipset.state import State, check_version
 from ringfence.cpu.tsc import MASK64, Tsc
+from ringfence.errors import ImageError
 
 
 class PauseClock(StrEnum):
@@ -109,13 +110,21 @@ class Timekeeper:
         Raises
         ------
         ImageError
-            The state is of another version.
+            The state is of another version or shape.
         """
         check_version("time", state, self.VERSION)
+        try:
+            policy = PauseClock(state["policy"])
+            now, ticks, wall = (int(state[name]) for name in ("now", "ticks", "wall"))
+            ahead = [int(each) for each in state["ahead"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ImageError(
+                f"saved time is damaged ({error!r}): take the snapshot anew"
+            ) from error
         self.pause()
-        self.policy = PauseClock(state["policy"])
-        self.clock.set_now(state["now"])
-        self.tsc.set_now(state["ticks"])
-        for cpu, ahead in enumerate(state["ahead"]):
-            self.tsc.vcpu(cpu).set_offset(self.tsc.offset + ahead)
-        self._wall, self._began = time.time_ns, state["wall"]
+        self.policy = policy
+        self.clock.set_now(now)
+        self.tsc.set_now(ticks)
+        for cpu, more in enumerate(ahead):
+            self.tsc.vcpu(cpu).set_offset(self.tsc.offset + more)
+        self._wall, self._began = time.time_ns, wall

@@ -66,6 +66,15 @@ class MsrDevice(Protocol):
 class Services(Protocol):
     """What a vCPU has for a guest that knows that it is one."""
 
+    def begin(self) -> None:
+        """The calling thread runs the vCPU from now on."""
+
+    def end(self) -> None:
+        """It runs it no more."""
+
+    def refresh(self) -> None:
+        """Bring what the guest may read up to date, before an interrupt is delivered."""
+
     def hypercall(self, cpl: int, number: int, arguments: Sequence[int], bits: int) -> int:
         """Answer VMCALL or VMMCALL at privilege level ``cpl``: the new RAX.
 

@@ -20,7 +20,8 @@ import threading
 from ringfence.chipset.state import Saved
 from ringfence.chipset.timekeeping import Timekeeper
 from ringfence.cpu.faults import GeneralProtection
-from ringfence.cpu.tsc import MASK64, VcpuTsc
+from ringfence.cpu.tsc import MASK64, RATES, VcpuTsc
+from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
 
 MSR_WALL_CLOCK = 0x4B564D00
@@ -79,7 +80,9 @@ class TimeLine(Saved):
     def at(self, ticks: int) -> int:
         """Nanoseconds at a reading of the machine's counter, as a guest calculates them."""
         multiplier, shift = time_scale(self.hz)
-        return self.origin_ns + (_shifted(ticks - self.origin & MASK64, shift) * multiplier >> 32)
+        return MASK64 & self.origin_ns + (
+            _shifted(ticks - self.origin & MASK64, shift) * multiplier >> 32
+        )
 
     @property
     def stable(self) -> bool:
@@ -94,6 +97,9 @@ class TimeLine(Saved):
 
     def restored(self) -> None:
         """Where the counter has a new rate, go on at that from here; restore the time before."""
+        if not RATES[0] <= self.hz <= RATES[1]:
+            raise ImageError(f"saved clock: a counter of {self.hz} Hz")
+        self.origin, self.origin_ns = self.origin & MASK64, self.origin_ns & MASK64
         if self.hz != self.time.tsc.hz:
             now = self.time.tsc.read()
             self.origin_ns, self.origin, self.hz = self.at(now), now, self.time.tsc.hz
@@ -143,6 +149,14 @@ class ParavirtualClock(Saved):
     def ahead(self) -> int:
         """Ticks by which the vCPU's counter is ahead of the machine's, modulo 2**64."""
         return self._tsc.offset - self._tsc.line.offset & MASK64
+
+    def restored(self) -> None:
+        """Refuse what no guest could have set up."""
+        if self.system_time & _ENABLED:
+            try:
+                self._memory.offset(self.system_time & ~_ENABLED, _TIME_INFO.size)
+            except IndexError as error:
+                raise ImageError(f"saved clock: its structure is outside RAM: {error}") from error
 
     def publish(self, *, stopped: bool = False) -> None:
         """Write the structure anew, if there is one; see `TimeLine.publish`."""

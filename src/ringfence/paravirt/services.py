@@ -16,13 +16,14 @@ from ringfence.chipset.board import Board
 from ringfence.chipset.state import State, check_version
 from ringfence.chipset.timekeeping import Timekeeper
 from ringfence.cpu.faults import GeneralProtection
-from ringfence.cpu.tsc import VcpuTsc
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
-from ringfence.paravirt import clock, cpus
+from ringfence.paravirt import clock, cpus, steal
 from ringfence.paravirt.clock import ParavirtualClock, TimeLine
 from ringfence.paravirt.cpus import CpuCalls
+from ringfence.paravirt.eoi import FEATURE_PV_EOI, MSR_PV_EOI, PvEoi
 from ringfence.paravirt.hypercalls import Functions, Hypercalls
+from ringfence.paravirt.steal import FEATURE_STEAL_TIME, MSR_STEAL_TIME, StealTime
 from ringfence.paravirt.timecalls import TimeCalls
 
 FEATURE_NOP_IO_DELAY = 1 << 1
@@ -33,7 +34,10 @@ MSRS = range(0x4B564D00, 0x4B564D10)
 
 def features(hypercalls: bool) -> int:
     """EAX of CPUID 0x40000001, under an engine that hands us hypercalls or doesn't."""
-    return clock.FEATURES | FEATURE_NOP_IO_DELAY | (cpus.FEATURES if hypercalls else 0)
+    found = clock.FEATURES | FEATURE_NOP_IO_DELAY | FEATURE_PV_EOI
+    if steal.available():
+        found |= FEATURE_STEAL_TIME
+    return found | (cpus.FEATURES if hypercalls else 0)
 
 
 class Service(Protocol):
@@ -58,13 +62,35 @@ class VcpuServices:
     VERSION = 1
 
     def __init__(
-        self, number: int, memory: GuestMemory, line: TimeLine, tsc: VcpuTsc, table: Hypercalls
+        self, number: int, memory: GuestMemory, line: TimeLine, board: Board, table: Hypercalls
     ) -> None:
         self._number = number
         self._table = table
-        self.clock = ParavirtualClock(memory, line, tsc)
-        self._services: dict[str, Service] = {"clock": self.clock}
-        self._owners: dict[int, Service] = dict.fromkeys(clock.MSRS, self.clock)
+        self.clock = ParavirtualClock(memory, line, line.time.tsc.vcpu(number))
+        self.steal = StealTime(memory, steal.available())
+        self.eoi = PvEoi(memory, board, number)
+        self._services: dict[str, Service] = {
+            "clock": self.clock,
+            "steal": self.steal,
+            "eoi": self.eoi,
+        }
+        self._owners: dict[int, Service] = {
+            **dict.fromkeys(clock.MSRS, self.clock),
+            MSR_STEAL_TIME: self.steal,
+            MSR_PV_EOI: self.eoi,
+        }
+
+    def begin(self) -> None:
+        """See ``engine.protocol.Services``."""
+        self.steal.begin()
+
+    def end(self) -> None:
+        """See ``engine.protocol.Services``."""
+        self.steal.end()
+
+    def refresh(self) -> None:
+        """See ``engine.protocol.Services``."""
+        self.steal.refresh()
 
     def hypercall(self, cpl: int, number: int, arguments: Sequence[int], bits: int) -> int:
         """See ``engine.protocol.Services``."""
@@ -135,12 +161,16 @@ class Paravirtual:
         CpuCalls(board, kicks).provide(self.hypercalls)
         numbers = range(len(kicks))
         self.vcpus = [
-            VcpuServices(number, memory, self.line, time.tsc.vcpu(number), self.hypercalls)
-            for number in numbers
+            VcpuServices(number, memory, self.line, board, self.hypercalls) for number in numbers
         ]
         for number in numbers:
             time.tsc.vcpu(number).on_set = self.line.publish
         time.on_resume.append(lambda jumped: self.line.publish(stopped=jumped))
+
+    def stats(self) -> State:
+        """Counters: calls by name, and nanoseconds stolen by vCPU."""
+        stolen = {str(number): vcpu.steal.stolen for number, vcpu in enumerate(self.vcpus)}
+        return {"hypercalls": dict(self.hypercalls.counts), "steal_ns": stolen}
 
     def save(self) -> State:
         """State as plain data; the machine must be paused."""

@@ -127,6 +127,7 @@ class KvmEngine:
         self.vm = self._vm
         self._msrs = ModelRegisters(self.view, board)
         self._msrs.attach(TSC_MSRS, board.tsc.vcpu(0))
+        self._services: Services | None = None
         self._stop = self._pause = self._irq = False
         self._inside = self._halted = False
         self._cr8 = 0
@@ -199,6 +200,7 @@ class KvmEngine:
 
     def attach_services(self, services: Services) -> None:
         """See ``VirtualCpu``. Hypercalls are the kernel's, which answers those that it knows."""
+        self._services = services
 
     def run(self) -> StopReason:
         """See ``VirtualCpu``; HostError if KVM fails in a way that no guest can cause."""
@@ -207,9 +209,13 @@ class KvmEngine:
             self._thread = threading.get_ident()
         try:
             self.vcpu.set_signal_mask(sum(1 << number - 1 for number in blocked - {KICK}))
+            if self._services is not None:
+                self._services.begin()
             return self._loop()
         finally:
             self._inside = False
+            if self._services is not None:
+                self._services.end()
             with self._thread_lock:
                 self._thread = None
             signal.sigtimedwait({KICK}, 0)
@@ -429,6 +435,8 @@ class KvmEngine:
             self._irq = pending
         run.request_interrupt_window = pending
         if vector >= 0:
+            if self._services is not None:
+                self._services.refresh()
             self.vcpu.interrupt(vector)
             self.view.interrupts[vector] += 1
             self._not_ready()

@@ -271,6 +271,8 @@ class TranslateEngine:
         """Run until the machine ends, or the owner wants the CPU."""
         self._set_gs(self.block + GS_BIAS)
         signals.install(self.library.address("rf_signal_handler"))
+        if self._services is not None:
+            self._services.begin()
         view = self.view
         enter, handlers, block, clock = (
             self._enter,
@@ -301,6 +303,8 @@ class TranslateEngine:
             self.inside = False
             self._tell_awaiting()
             self._set_gs(0)
+            if self._services is not None:
+                self._services.end()
 
     def _obey(self) -> None:
         """Carry out what other vCPUs have ordered."""
@@ -548,6 +552,8 @@ class TranslateEngine:
                 view.irq_request = 0
         if view.stop_request or view.service_request or view.stale_code:
             view.attention = 1
+        if vector >= 0 and self._services is not None:
+            self._services.refresh()
         if vector >= 0 and self._deliver_event(vector) != state.OK:
             return self._on_shutdown()
         self._count(Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector))
