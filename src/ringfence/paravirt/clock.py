@@ -80,9 +80,8 @@ class TimeLine(Saved):
     def at(self, ticks: int) -> int:
         """Nanoseconds at a reading of the machine's counter, as a guest calculates them."""
         multiplier, shift = time_scale(self.hz)
-        return MASK64 & self.origin_ns + (
-            _shifted(ticks - self.origin & MASK64, shift) * multiplier >> 32
-        )
+        ticks = _shifted(ticks - self.origin & MASK64, shift)
+        return self.origin_ns + (ticks * multiplier >> 32) & MASK64
 
     @property
     def stable(self) -> bool:

@@ -293,7 +293,7 @@ def test_time_stands_still_over_a_pause_where_kvm_can(rig: Any, movable: bool) -
     after = counter.read()
     passed = it.board.tsc.hz // 20
     if movable:
-        assert start < passed  # it began at 0
+        assert start < 100 * it.board.tsc.hz  # it began at 0
         assert after - before < passed
     else:
         assert it.kernel.tsc_offset == it.vcpu.view.tsc_offset == 0
