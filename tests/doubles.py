@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from ringfence.assembly import Devices, Origin, Parts
 from ringfence.engine import Engine, StopReason
+from ringfence.engine.debug import DebugPoints, DebugStop
 from ringfence.engine.exits import ExitCounters, PortOut, Reason, TraceRecord
 from ringfence.machine import Machine
 from ringfence.memory.ram import GuestMemory
@@ -96,8 +97,23 @@ class ScriptedCpu:
     def set_registers(self, values: dict[str, int]) -> None:
         self.values.update(values)
 
-    def read_virtual(self, address: int, length: int) -> bytes:
-        raise IndexError(address)
+    def arm(self, points: DebugPoints) -> None:
+        """The scripted guest has no addresses."""
+
+    def step(self, wanted: bool) -> None:
+        """Nor instructions."""
+
+    def debug_stop(self) -> DebugStop | None:
+        return None
+
+    def vector_state(self) -> bytes:
+        return bytes(832)
+
+    def set_vector_state(self, area: bytes) -> None:
+        """Nor vectors."""
+
+    def translate(self, address: int) -> int | None:
+        return None
 
     def stats(self) -> dict[str, Any]:
         return {

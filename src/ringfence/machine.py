@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ringfence import engine as engines
 from ringfence.assembly import NICS, HostSide, MachineConfig, Origin, Parts, TestDevices, assemble
 from ringfence.console import Console
-from ringfence.engine import EngineConfig, StopReason, VirtualCpu
+from ringfence.debugger import Debugger
+from ringfence.engine import Engine, EngineConfig, StopReason, VirtualCpu
 from ringfence.errors import GuestTimeout, HostError, UsageError
+from ringfence.memory.linear import read_linear, write_linear
 from ringfence.network.config import parse_mac
 from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.storage.options import DiskOptions, parse_disk
@@ -223,6 +225,8 @@ class Machine:
         self._closed = False
         self._outcome: StopReason | None = None
         self._failure: BaseException | None = None
+        self.debug = Debugger(self)
+        """Breakpoints, watchpoints and steps."""
         self._watchers: list[Callable[[], None]] = []
         self._trace: Callable[[TraceRecord], None] | None = None
         self._last_stats: dict[str, Any] = {}
@@ -343,6 +347,26 @@ class Machine:
             self._state = State.RUNNING
             self._change.notify_all()
 
+    def go(self) -> None:
+        """Start the machine if it was not, else resume it."""
+        if self._state is State.READY:
+            self.start()
+        else:
+            self.resume()
+
+    def wait_still(self, timeout: float | None = None) -> None:
+        """Wait until the machine pauses or ends; GuestTimeout if it runs after ``timeout`` seconds.
+
+        A pause that nobody asked for is a breakpoint's; see `debug`.
+        """
+        with self._change:
+            if not self._change.wait_for(lambda: self._state is not State.RUNNING, timeout):
+                raise GuestTimeout(f"the guest did not stop within {timeout:g} s")
+
+    def still_engine(self) -> Engine:
+        """The engine of a machine that stands still, for its debugger."""
+        return self._still().engine
+
     def stop(self) -> None:
         """End the machine as by pulling the plug; returns when the vCPU stands still.
 
@@ -439,7 +463,21 @@ class Machine:
 
     def read_virtual(self, address: int, length: int, cpu: int = 0) -> bytes:
         """Bytes as a paused vCPU would read them; IndexError where nothing is mapped."""
-        return self._still().engine.read_virtual(address, length, cpu)
+        parts = self._still()
+        return read_linear(
+            parts.memory, lambda at: parts.engine.translate(at, cpu), address, length
+        )
+
+    def write_virtual(self, address: int, data: bytes, cpu: int = 0) -> None:
+        """Change RAM at an address of a paused vCPU's, all or nothing, permitted there or not.
+
+        Raises
+        ------
+        IndexError
+            Nothing is mapped there, or what is no RAM.
+        """
+        parts = self._still()
+        write_linear(parts.memory, lambda at: parts.engine.translate(at, cpu), address, data)
 
     def registers(self, cpu: int = 0) -> dict[str, int]:
         """Registers of a vCPU, by the manual's lower-case names. The guest must stand still."""
@@ -632,6 +670,7 @@ class Machine:
                 self._last_snapshot = None
                 self._resets += 1
                 self._parts.engine.set_trace(self._trace)
+                self.debug.attach(self._parts.engine)
                 if self._pause_wanted:
                     self._parts.engine.request_pause()
 
@@ -661,10 +700,13 @@ class Machine:
 
     def _stand_still(self) -> None:
         with self._change:
-            if not self._pause_wanted:
+            stopped = self.debug.settle(self._parts.engine)
+            if not self._pause_wanted and not stopped:
                 return
             self._state = State.PAUSED
             self._change.notify_all()
+        self.debug.tell()
+        with self._change:
             self._change.wait_for(lambda: self._state is State.RUNNING or self._stop_wanted)
 
     def _connect(self, parts: Parts) -> None:

@@ -114,6 +114,7 @@ class Board:
         """The two ports that end a run."""
         if port in (END_PORT, FAULT_PORT):
             self.last = port
+            self.engine.view.begun_flags = 0  # a program that steps ends without a step behind OUT
             self.engine.request_pause()
 
     def mmio_read(self, address: int, size: int, cpu: int = 0) -> int:

@@ -31,6 +31,7 @@ from ringfence.cpu import state
 from ringfence.engine import StopReason
 from ringfence.engine.translate import natives
 from ringfence.images.builtin import assemble
+from ringfence.memory.linear import read_linear
 
 PAGE = 4096
 M64 = (1 << 64) - 1
@@ -134,7 +135,9 @@ class HostileGuest(Guest):
             trap = (view.rip - HIGH - HANDLERS) >> 4
             rsp = view.gpr[state.RSP]
             size = 48 if trap in ERROR_CODES else 40
-            frame = struct.unpack(f"<{size // 8}Q", self.engine.read_virtual(rsp, size))
+            frame = struct.unpack(
+                f"<{size // 8}Q", read_linear(self.memory, self.engine.translate, rsp, size)
+            )
             error = frame[0] if size == 48 else 0
             return End(trap, gpr, error, frame[-5], view.cr2)
         if reason is StopReason.PAUSED:

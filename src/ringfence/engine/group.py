@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ringfence.engine.protocol import StopReason, VirtualCpu
@@ -18,6 +18,7 @@ from ringfence.errors import ImageError
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
+    from ringfence.engine.debug import DebugPoints, DebugStop
     from ringfence.engine.exits import TraceRecord
 
 VERSION = 1
@@ -47,6 +48,7 @@ class Engine:
         self._pause = False
         self._ended: tuple[VirtualCpu, StopReason] | None = None
         self._failure: BaseException | None = None
+        self._held: frozenset[int] = frozenset()
 
     def set_boot_state(self, boot: EntryState | None) -> None:
         """See `VirtualCpu.set_boot_state`: of the boot CPU; the others wait to be started."""
@@ -70,10 +72,12 @@ class Engine:
         threads = [
             threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
             for vcpu in self.vcpus[1:]
+            if vcpu.index not in self._held
         ]
         for thread in threads:
             thread.start()
-        self._run(self.vcpus[0])
+        if 0 not in self._held:
+            self._run(self.vcpus[0])
         for thread in threads:
             thread.join()
         with self._lock:
@@ -122,9 +126,29 @@ class Engine:
         """See `VirtualCpu.set_registers`."""
         self.vcpus[cpu].set_registers(values)
 
-    def read_virtual(self, address: int, length: int, cpu: int = 0) -> bytes:
-        """See `VirtualCpu.read_virtual`."""
-        return self.vcpus[cpu].read_virtual(address, length)
+    def arm(self, points: DebugPoints) -> None:
+        """See `VirtualCpu.arm`: for all vCPUs."""
+        for vcpu in self.vcpus:
+            vcpu.arm(points)
+
+    def plan(self, *, step: Collection[int] = (), hold: Collection[int] = ()) -> None:
+        """Say which vCPUs stop behind the next instruction, and which don't run at all.
+
+        It holds until the next call; at least one vCPU has to run.
+        """
+        self._held = frozenset(hold)
+        assert len(self._held) < len(self.vcpus)
+        for vcpu in self.vcpus:
+            vcpu.step(vcpu.index in step)
+
+    def debug_stops(self) -> list[DebugStop]:
+        """Why `run` returned PAUSED, if it was not the owner who asked for it."""
+        stops = (vcpu.debug_stop() for vcpu in self.vcpus if vcpu.index not in self._held)
+        return [stop for stop in stops if stop is not None]
+
+    def translate(self, address: int, cpu: int = 0) -> int | None:
+        """See `VirtualCpu.translate`."""
+        return self.vcpus[cpu].translate(address)
 
     def save(self) -> dict[str, Any]:
         """State of all vCPUs, which stand still, as plain data.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
+    from ringfence.engine.debug import DebugPoints, DebugStop
     from ringfence.engine.exits import TraceRecord
 
 
@@ -129,8 +130,29 @@ class VirtualCpu(Protocol):
     def set_registers(self, values: dict[str, int]) -> None:
         """Change some registers of a vCPU that is not running."""
 
-    def read_virtual(self, address: int, length: int) -> bytes:
-        """Bytes at a guest-virtual address as the paused vCPU sees them; IndexError if unmapped."""
+    def arm(self, points: DebugPoints) -> None:
+        """Stop at these breakpoints and watchpoints from now on; the vCPU is not running.
+
+        UsageError if there are more than the engine can have; the old ones stay then.
+        """
+
+    def step(self, wanted: bool) -> None:
+        """Whether to stop behind the next instruction; the vCPU is not running.
+
+        External interrupts wait meanwhile; HLT does not.
+        """
+
+    def debug_stop(self) -> DebugStop | None:
+        """Why `run` returned PAUSED, if it was for a breakpoint, a watchpoint or a step."""
+
+    def vector_state(self) -> bytes:
+        """x87, SSE and AVX state as an XSAVE area in standard format (SDM vol. 1, 13.4)."""
+
+    def set_vector_state(self, area: bytes) -> None:
+        """Change it; the vCPU is not running."""
+
+    def translate(self, address: int) -> int | None:
+        """Guest-physical address of a guest-virtual one; None where nothing is mapped."""
 
     def save(self) -> dict[str, Any]:
         """State of a vCPU that is not running, as plain data that any engine can restore.

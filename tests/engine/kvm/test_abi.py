@@ -20,7 +20,8 @@ CONSTANTS = (
     "MEM_LOG_DIRTY_PAGES", "MEM_READONLY", "MSR_EXIT_REASON_INVAL", "MSR_EXIT_REASON_UNKNOWN",
     "MSR_EXIT_REASON_FILTER", "MSR_FILTER_READ", "MSR_FILTER_WRITE", "MSR_FILTER_DEFAULT_DENY",
     "CPUID_FLAG_SIGNIFCANT_INDEX", "VCPU_TSC_CTRL", "VCPU_TSC_OFFSET", "INTERNAL_ERROR_EMULATION",
-    "VCPUEVENT_VALID_SHADOW",
+    "VCPUEVENT_VALID_SHADOW", "GUESTDBG_ENABLE", "GUESTDBG_SINGLESTEP", "GUESTDBG_USE_HW_BP",
+    "GUESTDBG_BLOCKIRQ",
 )  # fmt: skip
 ELSEWHERE = {"X86_SET_MSR_FILTER": "KVM_X86_SET_MSR_FILTER"}
 
@@ -50,6 +51,8 @@ def expectations() -> Iterator[tuple[str, int]]:
     for c_name, kind in structures():
         yield f"sizeof(struct {c_name})", ctypes.sizeof(kind)
         for field, offset in members(kind):
+            if field == "debugreg":
+                field = "arch.debugreg"
             if field == "region":
                 continue  # the fixed part of a structure that ends with a variable one
             base = abi.KvmRun.details.offset if kind is abi.KvmRun else 0

@@ -32,6 +32,8 @@ MSR_FILTER_DEFAULT_DENY = 1
 CPUID_FLAG_SIGNIFCANT_INDEX = 1
 VCPU_TSC_CTRL, VCPU_TSC_OFFSET = 0, 0
 VCPUEVENT_VALID_SHADOW = 1 << 2
+GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP = 1 << 0, 1 << 1
+GUESTDBG_USE_HW_BP, GUESTDBG_BLOCKIRQ = 1 << 17, 1 << 20
 INTERNAL_ERROR_EMULATION = 1
 SIGSET_BYTES = 8
 """Size of the kernel's sigset_t, which is not the C library's."""
@@ -117,6 +119,12 @@ class KvmSregs(ctypes.Structure):
         *((name, c_uint64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
         ("interrupt_bitmap", c_uint64 * (NR_INTERRUPTS // 64)),
     ]
+
+
+class KvmGuestDebug(ctypes.Structure):
+    """What the owner wants the guest to stop at; the debug registers are DR0-DR7."""
+
+    _fields_ = [("control", c_uint32), ("pad", c_uint32), ("debugreg", c_uint64 * 8)]
 
 
 class KvmDebugregs(ctypes.Structure):
@@ -430,6 +438,7 @@ class Request(IntEnum):
     SET_MSRS = _request(_WRITE, 0x89, KvmMsrs)
     SET_SIGNAL_MASK = _request(_WRITE, 0x8B, KvmSignalMask)
     SET_CPUID2 = _request(_WRITE, 0x90, KvmCpuid2)
+    SET_GUEST_DEBUG = _request(_WRITE, 0x9B, KvmGuestDebug)
     GET_VCPU_EVENTS = _request(_READ, 0x9F, KvmVcpuEvents)
     SET_VCPU_EVENTS = _request(_WRITE, 0xA0, KvmVcpuEvents)
     GET_DEBUGREGS = _request(_READ, 0xA1, KvmDebugregs)

@@ -48,11 +48,13 @@ from ringfence.engine.kvm import abi, model, transfer
 from ringfence.engine.kvm.abi import Exit
 from ringfence.engine.kvm.device import HostKernel, Kernel, System, VcpuFile, Vm
 from ringfence.engine.kvm.msrs import ModelRegisters
+from ringfence.engine.kvm.owner import OwnerDebug
 from ringfence.errors import HostError
 from ringfence.memory.ram import PAGE
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
+    from ringfence.engine.debug import DebugPoints, DebugStop
     from ringfence.memory.ram import GuestMemory
 
 MASK64 = (1 << 64) - 1
@@ -128,6 +130,7 @@ class KvmEngine:
         self._msrs = ModelRegisters(self.view, board)
         self._msrs.attach(TSC_MSRS, board.tsc.vcpu(0))
         self._services: Services | None = None
+        self._owner = OwnerDebug(self.vcpu)
         self._stop = self._pause = self._irq = False
         self._inside = self._halted = False
         self._cr8 = 0
@@ -144,6 +147,7 @@ class KvmEngine:
             Exit.IO: self._on_io,
             Exit.MMIO: self._on_mmio,
             Exit.HLT: self._on_halt,
+            Exit.DEBUG: self._on_debug,
             Exit.X86_RDMSR: self._on_msr_read,
             Exit.X86_WRMSR: self._on_msr_write,
             Exit.IRQ_WINDOW_OPEN: self._nothing,
@@ -204,6 +208,7 @@ class KvmEngine:
 
     def run(self) -> StopReason:
         """See ``VirtualCpu``; HostError if KVM fails in a way that no guest can cause."""
+        self._owner.begin()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
         with self._thread_lock:
             self._thread = threading.get_ident()
@@ -257,20 +262,33 @@ class KvmEngine:
         self._halted = self._halted and "rip" not in values
         self._not_ready()
 
-    def read_virtual(self, address: int, length: int) -> bytes:
-        """See ``VirtualCpu``; as a supervisor would read. Bytes outside RAM are all ones."""
-        found = bytearray()
-        while len(found) < length:
-            at = (address + len(found)) & MASK64
-            size = min(PAGE - at % PAGE, length - len(found))
-            physical = self.vcpu.translate(at)
-            if physical is None:
-                raise IndexError(f"guest-virtual {at:#x} is not mapped")
-            try:
-                found += self.memory.read(physical, size)
-            except IndexError:
-                found += b"\xff" * size
-        return bytes(found)
+    def arm(self, points: DebugPoints) -> None:
+        """See ``VirtualCpu``."""
+        self._owner.arm(points)
+
+    def step(self, wanted: bool) -> None:
+        """See ``VirtualCpu``."""
+        self._owner.step(wanted)
+        self._halted = self._halted and not wanted
+
+    def debug_stop(self) -> DebugStop | None:
+        """See ``VirtualCpu``."""
+        return self._owner.stop
+
+    def vector_state(self) -> bytes:
+        """See ``VirtualCpu``."""
+        self._fetch()
+        return bytes(self.view.xsave[: state.XSAVE_BYTES])
+
+    def set_vector_state(self, area: bytes) -> None:
+        """See ``VirtualCpu``."""
+        self._fetch()
+        ctypes.memmove(self.view.xsave, area, min(len(area), state.XSAVE_BYTES))
+        transfer.load_xsave(self.vcpu, self.view)
+
+    def translate(self, address: int) -> int | None:
+        """See ``VirtualCpu``; as a supervisor would read."""
+        return self.vcpu.translate(address & MASK64)
 
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
         """See ``VirtualCpu``."""
@@ -495,6 +513,13 @@ class KvmEngine:
         value = self.board.mmio_read(address, size) & (1 << 8 * size) - 1
         mmio.data[:size] = list(value.to_bytes(size, "little"))
         self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
+
+    def _on_debug(self, run: Any) -> StopReason:
+        """The owner's debugger wants to look."""
+        self._owner.note(run.debug.arch, self.index)
+        event = vocabulary.Debug(run.debug.arch.dr6)
+        self._count(Reason.DEBUG, time.perf_counter_ns(), lambda: event)
+        return StopReason.STOPPED if self._stop else StopReason.PAUSED
 
     def _on_halt(self, run: Any) -> None:
         self._halted = True

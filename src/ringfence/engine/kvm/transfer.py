@@ -69,10 +69,7 @@ def load(vcpu: VcpuFile, cpu: Any, interrupt: int = -1) -> None:
     xcrs = abi.KvmXcrs(nr_xcrs=1)
     xcrs.xcrs[0].value = cpu.xcr0
     vcpu.ask(Request.SET_XCRS, xcrs)
-    area = abi.KvmXsave()
-    for here, there, size in _areas():
-        ctypes.memmove(ctypes.addressof(area) + there, ctypes.addressof(cpu.xsave) + here, size)
-    vcpu.ask(Request.SET_XSAVE, area)
+    load_xsave(vcpu, cpu)
     debug = abi.KvmDebugregs(dr6=cpu.dr[6], dr7=cpu.dr[7])
     debug.db[:] = cpu.dr[:4]
     vcpu.ask(Request.SET_DEBUGREGS, debug)
@@ -90,6 +87,14 @@ def load(vcpu: VcpuFile, cpu: Any, interrupt: int = -1) -> None:
         events.interrupt.nr = interrupt
     events.flags = abi.VCPUEVENT_VALID_SHADOW
     vcpu.ask(Request.SET_VCPU_EVENTS, events)
+
+
+def load_xsave(vcpu: VcpuFile, cpu: Any) -> None:
+    """Vector and x87 state to KVM."""
+    area = abi.KvmXsave()
+    for here, there, size in _areas():
+        ctypes.memmove(ctypes.addressof(area) + there, ctypes.addressof(cpu.xsave) + here, size)
+    vcpu.ask(Request.SET_XSAVE, area)
 
 
 def store(vcpu: VcpuFile, cpu: Any) -> int:

@@ -32,6 +32,7 @@ from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, debugging, natives, pages, signals
 from ringfence.engine.translate.block import GS_BIAS, Vcpu
 from ringfence.engine.translate.emulate import emulate
+from ringfence.engine.translate.owner import OwnerDebug
 from ringfence.engine.translate.recipe import bits_of
 from ringfence.engine.translate.siblings import Siblings
 from ringfence.engine.translate.thunks import THUNKS
@@ -41,6 +42,7 @@ from ringfence.memory import strings
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
+    from ringfence.engine.debug import DebugPoints, DebugStop
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
@@ -179,6 +181,7 @@ class TranslateEngine:
         self._stop = self._pause = False
         self._services: Services | None = None
         self._msrs: dict[int, MsrDevice] = dict.fromkeys(TSC_MSRS, counter)
+        self._owner = OwnerDebug(view, library, index)
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
         self._guest_ns = self._vmm_ns = self._idle_ns = self._asking_ns = 0
@@ -193,6 +196,7 @@ class TranslateEngine:
             block.EXIT_MMIO_WRITE: self._on_mmio_write,
             block.EXIT_FETCH_OUTSIDE: self._on_fetch_outside,
             block.EXIT_EMULATE: self._on_emulate,
+            block.EXIT_DEBUG: self._on_debug,
             state.EXIT_PORT_IN: self._on_port_in,
             state.EXIT_PORT_OUT: self._on_port_out,
             state.EXIT_PORT_STRING: self._on_port_string,
@@ -269,6 +273,7 @@ class TranslateEngine:
 
     def run(self) -> StopReason:
         """Run until the machine ends, or the owner wants the CPU."""
+        self._owner.begin()
         self._set_gs(self.block + GS_BIAS)
         signals.install(self.library.address("rf_signal_handler"))
         if self._services is not None:
@@ -386,18 +391,33 @@ class TranslateEngine:
             self.view.halted = 0
             self.view.jump_target = self._find
 
-    def read_virtual(self, address: int, length: int) -> bytes:
-        """See ``VirtualCpu``; as a supervisor would read."""
+    def arm(self, points: DebugPoints) -> None:
+        """See ``VirtualCpu``."""
+        self._owner.arm(points)
+
+    def step(self, wanted: bool) -> None:
+        """See ``VirtualCpu``."""
+        self._owner.step(wanted)
+
+    def debug_stop(self) -> DebugStop | None:
+        """See ``VirtualCpu``."""
+        return self._owner.stop
+
+    def vector_state(self) -> bytes:
+        """See ``VirtualCpu``."""
+        return bytes(self.view.xsave[: state.XSAVE_BYTES])
+
+    def set_vector_state(self, area: bytes) -> None:
+        """See ``VirtualCpu``."""
+        ctypes.memmove(self.view.xsave, area, min(len(area), state.XSAVE_BYTES))
+
+    def translate(self, address: int) -> int | None:
+        """See ``VirtualCpu``; as a supervisor would read, which sets accessed flags."""
         view = self.view
         saved = (view.exc_vector, view.exc_error, view.exc_address)
-        found = bytearray()
-        while len(found) < length:
-            size = min(8, length - len(found))
-            if self._linear_read(self.block, (address + len(found)) & MASK64, size, 0):
-                view.exc_vector, view.exc_error, view.exc_address = saved
-                raise IndexError(f"guest-virtual {address + len(found):#x} is not mapped")
-            found += view.value.to_bytes(8, "little")[:size]
-        return bytes(found)
+        status = self._walk(self.block, address & MASK64, 0)
+        view.exc_vector, view.exc_error, view.exc_address = saved
+        return None if status else view.walk_pa
 
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
         """See ``VirtualCpu``."""
@@ -526,13 +546,13 @@ class TranslateEngine:
                 return None
             if status == state.FAULT:
                 view.jump_target = self._deliver
-                return self._stopped()
+                return self._stopped_between()  # the fetch faults again
 
     def _on_attention(self) -> StopReason | None:
         began = time.perf_counter_ns()
         view = self.view
         view.jump_target = self._find
-        stopped = self._stopped()
+        stopped = self._stopped_between()
         if stopped is not None:
             return stopped
         vector = -1
@@ -541,6 +561,8 @@ class TranslateEngine:
             view.attention = 0
             if view.init_pending:
                 self._initialize()
+            elif view.owner_step:
+                pass  # events wait for its end
             elif view.nmi_pending and not view.nmi_blocked:
                 view.nmi_pending = 0
                 vector = state.NMI
@@ -560,15 +582,17 @@ class TranslateEngine:
         return self._rest()
 
     def _stopped(self) -> StopReason | None:
-        if not self.view.stop_request:
-            return None
-        if self._stop:
-            return StopReason.STOPPED
-        if self._pause:
+        """Whether the machine ends, in the middle of an instruction perhaps; a pause waits."""
+        return StopReason.STOPPED if self.view.stop_request and self._stop else None
+
+    def _stopped_between(self) -> StopReason | None:
+        """Whether to stop before the instruction at RIP; it is looked up when the guest goes on."""
+        if self.view.stop_request and self._pause and not self._stop:
             self._pause = False
             self.view.stop_request = 0
+            self.view.jump_target = self._find
             return StopReason.PAUSED
-        return None
+        return self._stopped()
 
     def _on_halt(self) -> StopReason | None:
         self.view.jump_target = self._find
@@ -588,7 +612,7 @@ class TranslateEngine:
         outcome = None
         while outcome is None:
             self._wake.clear()
-            outcome = self._stopped()
+            outcome = self._stopped_between()
             with self.board.lock:
                 if outcome is not None or self._is_roused():
                     break
@@ -605,6 +629,7 @@ class TranslateEngine:
             return cpu_signals.start(view)
         if (
             view.kicked
+            or view.debug_pending  # a step does not sleep, nor does the trap behind one
             or (view.nmi_pending and not view.nmi_blocked)
             or (view.flag_if and self.board.interrupt_pending(self.index))
         ):
@@ -871,10 +896,17 @@ class TranslateEngine:
         self._count(Reason.HYPERCALL, began, lambda: vocabulary.Hypercall(number, tuple(arguments)))
         return self._stopped()
 
+    def _on_debug(self) -> StopReason | None:
+        """The owner's debugger wants to look."""
+        self.view.jump_target = self._find
+        self._owner.note(self.view.exit_data[0])
+        self._count(Reason.DEBUG, time.perf_counter_ns(), vocabulary.Debug)
+        return StopReason.STOPPED if self._stop else StopReason.PAUSED
+
     def _on_fetch_outside(self) -> StopReason | None:
         """Code outside RAM reads as all ones, which is an invalid opcode."""
         self._raise(state.UD)
-        return self._stopped()
+        return self._stopped_between()
 
     def _on_emulate(self) -> StopReason | None:
         """An instruction that is carried out here, element by element (see ``emulate``)."""
