@@ -50,6 +50,11 @@ class Capabilities:
 
 
 TRANSLATE = Capabilities(
-    vcpus=32, breakpoints=True, dirty_log=True, scaled_tsc=True, hypercalls=True
+    modes=frozenset(Mode),
+    vcpus=32,
+    breakpoints=True,
+    dirty_log=True,
+    scaled_tsc=True,
+    hypercalls=True,
 )
 KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)

@@ -1,0 +1,277 @@
+"""Snippets of 32-bit code inside 64-bit ones: into compatibility mode, one instruction, and back.
+
+The selectors are those of Linux, so the same snippet runs on the host's CPU and on the guest's.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import Any
+
+from iced_x86 import (
+    Encoder,
+    EncodingKind,
+    FlowControl,
+    Instruction,
+    MemorySizeExt,
+    OpCodeInfo,
+    OpKind,
+    Register,
+    RegisterExt,
+)
+
+from engine import exclusions
+from engine.forms import (
+    BY_BYTES,
+    FEATURE,
+    HIGH_BYTES,
+    KIND,
+    MNEMONIC,
+    NAME,
+    REGISTER,
+    Maker,
+    Skip,
+    random_value,
+    random_vector,
+    rows,
+)
+from engine.harness import CODE3, CODE32, DATA3
+from engine.native import DATA, END_BYTES, PAGE, Case
+from ringfence.cpu import cpuid
+
+M32 = 0xFFFFFFFF
+START = 32
+"""Where the 32-bit code begins."""
+LEFT_OUT = {
+    "VZEROUPPER",
+    "VZEROALL",  # clear registers, too, that 32-bit code has no names for
+    "LDS",
+    "LES",
+    "IRET",
+    "IRETD",
+    "POPFD",
+    "PUSHFD",
+    "SYSENTER",
+    "SYSEXIT",
+    "SYSRET",
+}
+LEFT_OUT_CODES = (
+    "CALL_PTR", "JMP_PTR", "CALL_M16", "JMP_M16", "POPW_ES", "POPD_ES", "POPW_SS", "POPD_SS",
+    "POPW_DS", "POPD_DS", "POPW_FS", "POPD_FS", "POPW_GS", "POPD_GS", "PUSHW_FS", "PUSHD_FS",
+    "PUSHW_GS", "PUSHD_GS", "RETNW", "CALL_RM16", "JMP_RM16", "MOV_R32_CR", "MOV_R32_DR",
+    "MOV_CR", "MOV_DR",
+)  # fmt: skip
+IMPLIED = {
+    "ES_RDI": OpKind.MEMORY_ESEDI, "SEG_RSI": OpKind.MEMORY_SEG_ESI,
+    "SEG_RDI": OpKind.MEMORY_SEG_EDI,
+}  # fmt: skip
+
+
+@cache
+def narrow_catalogue() -> list[int]:
+    """Forms of 32-bit code to compare."""
+    chosen = []
+    for code, name in NAME.items():
+        info = OpCodeInfo(code)
+        if not info.is_instruction or not info.mode32 or info.encoding in (
+            EncodingKind.MVEX, EncodingKind.XOP, EncodingKind.D3NOW,
+        ):  # fmt: skip
+            continue
+        i = Instruction()
+        i.code = code
+        features = [FEATURE[f] for f in i.cpuid_features()]
+        if not all(cpuid.offers(f, rows()) or f in ("INTEL186", "INTEL386") for f in features):
+            continue
+        mnemonic = MNEMONIC[info.mnemonic]
+        if mnemonic in exclusions.MNEMONICS or mnemonic in LEFT_OUT:
+            continue
+        if name.startswith((*exclusions.BY_CODE, *LEFT_OUT_CODES)) or "RESERVEDNOP" in name:
+            continue
+        if name.endswith(("_REL16", "_REL8_16", "_CX")) or "_REL8_16_" in name:
+            continue
+        if any(KIND[info.op_kind(n)] == "MEM_OFFS" for n in range(info.op_count)):
+            continue
+        chosen.append(code)
+    return chosen
+
+
+class NarrowMaker(Maker):
+    """Makes cases of 32-bit code."""
+
+    def __init__(self, seed: Any) -> None:
+        super().__init__(seed)
+        self.encoder = Encoder(32)
+
+    def registers(self, style: str, count: int) -> list[int]:
+        """Any of the eight."""
+        return [self.random.randrange(8) for _ in range(count)]
+
+    @staticmethod
+    def implied(i: Instruction, n: int, kind: str) -> bool:
+        """Operands of branches, string instructions and XLAT."""
+        if kind.startswith("BR"):
+            return True
+        if kind == "SEG_RBX_AL":
+            i.set_op_kind(n, OpKind.MEMORY)
+            i.memory_base, i.memory_index = Register.EBX, Register.AL
+            return True
+        if kind in IMPLIED:
+            i.set_op_kind(n, IMPLIED[kind])
+            return True
+        return False
+
+    def fold(self, i: Instruction) -> None:
+        """Registers that 32-bit code has in place of others."""
+        for n in range(i.op_count):
+            register = i.op_register(n)
+            if i.op_kind(n) != OpKind.REGISTER:
+                continue
+            number = RegisterExt.number(register)
+            if RegisterExt.is_vector_register(register):
+                head = {16: "XMM", 32: "YMM", 64: "ZMM"}[RegisterExt.size(register)]
+                i.set_op_register(n, REGISTER[f"{head}{number & 7}"])
+            elif RegisterExt.is_gpr8(register) and register in (
+                Register.SPL, Register.BPL, Register.SIL, Register.DIL,
+            ):  # fmt: skip
+                i.set_op_register(n, REGISTER[HIGH_BYTES[number & 3]])
+
+    def place_operand(self, i: Instruction, target: int, case: Case) -> None:
+        """Give the memory operand an address form that leads to ``target``."""
+        pick = self.random
+        vector = i.memory_index and RegisterExt.is_vector_register(i.memory_index)
+        if vector:
+            raise Skip
+        displacement = pick.choice(
+            (0, pick.randrange(-128, 128), pick.randrange(-1 << 31, 1 << 31))
+        )
+        free = [n for n in range(8) if n not in self.fixed]
+        left = target - displacement
+        style = pick.choice(("base", "base", "index", "both", "absolute", "stack"))
+        if style in ("index", "both"):
+            scale = 1 << pick.randrange(4)
+            index = pick.choice(free)
+            value = pick.randrange(-1 << 20, 1 << 20)
+            case.gpr[index] = value & M32
+            self.fixed.add(index)
+            free.remove(index)
+            left -= value * scale
+            i.memory_index, i.memory_index_scale = REGISTER[BY_BYTES[4][index]], scale
+        if style in ("base", "both"):
+            base = pick.choice(free)
+            case.gpr[base] = left & M32
+            self.fixed.add(base)
+            i.memory_base = REGISTER[BY_BYTES[4][base]]
+        elif style == "stack":
+            i.memory_base = Register.ESP
+            displacement += left - case.gpr[4]
+        else:
+            displacement += left
+        displacement &= M32
+        i.memory_displacement = displacement
+        signed = displacement - (1 << 32) if displacement >> 31 else displacement
+        short = -128 <= signed < 128 and i.memory_base != Register.NONE
+        i.memory_displ_size = 1 if short else 4
+        i.segment_prefix = pick.choice(
+            (Register.NONE, Register.NONE, Register.DS, Register.ES, Register.SS)
+        )
+
+    def narrow_case(self, code: int, memory: bool, place: Any) -> Case:
+        """A whole case; ``place(length)`` gives the code's address. Raises ``Skip``."""
+        i = self.build(code, "any", "base" if memory else "", high=bool(self.random.randrange(2)))
+        name = MNEMONIC[i.mnemonic]
+        gpr = [random_value(self.random) & (M32 if n < 8 else ~0) for n in range(16)]
+        gpr[4] = DATA + 2 * PAGE + self.random.randrange(64) * 8 + 0x400
+        case = Case(0, b"", 0, gpr)
+        case.flags = self.random.getrandbits(12) & 0x8D5 | 0x202
+        if self.random.randrange(4) == 0:
+            case.flags |= 0x400
+        features = [FEATURE[f] for f in i.cpuid_features()]
+        x87 = any(f.startswith(("FPU", "MMX")) for f in features) or name.startswith("F")
+        case.vector = random_vector(self.random, x87)
+        self.fixed = {4}
+        self.fold(i)
+        self.prepare_narrow(i, name, case)
+        size = MemorySizeExt.size(i.memory_size) if memory else 0
+        target = 0
+        if memory:
+            target = self.target(size, not size) & (PAGE * 8 - 1) | DATA
+            self.place_operand(i, target, case)
+            case.patches += self.contents(target, size, i)
+        address = place(96 + END_BYTES)
+        here = address + START
+        over = b"\x8d\x7f\x01"  # lea edi, [edi+1]
+        branches = (
+            FlowControl.CONDITIONAL_BRANCH, FlowControl.UNCONDITIONAL_BRANCH, FlowControl.CALL,
+        )  # fmt: skip
+        if i.flow_control in branches and KIND[OpCodeInfo(code).op0_kind].startswith("BR"):
+            i.set_op_kind(0, OpKind.NEAR_BRANCH32)
+            i.near_branch32 = here
+            length = len(self.encode(i, here))
+            i.near_branch32 = here + length + len(over)
+            body = self.encode(i, here) + over
+        elif i.flow_control in (
+            FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL, FlowControl.RETURN,
+        ):  # fmt: skip
+            goal = struct.pack("<I", here + 24)
+            if i.flow_control == FlowControl.RETURN:
+                case.patches.append((gpr[4] - DATA, goal))
+            elif memory:
+                case.patches.append((target - DATA, goal))
+            else:
+                number = RegisterExt.number(i.op0_register)
+                if number == 4:
+                    raise Skip
+                gpr[number] = here + 24
+            body = self.encode(i, here).ljust(24, b"\x90") + over
+        else:
+            body = self.encode(i, here)
+        into = b"".join(
+            start + struct.pack("<I", address + 27) for start in (b"\x8e\x1c\x25", b"\x8e\x04\x25")
+        )  # mov ds and es, [selector]
+        into += b"\xff\x2c\x25" + struct.pack("<I", address + 21)  # jmp far [pointer]
+        into += struct.pack("<IHH", here, CODE32, DATA3)
+        end = here + len(body) + 7
+        back = b"\xea" + struct.pack("<IH", end, CODE3)
+        whole = into.ljust(START, b"\x90") + body + back
+        case.address, case.code, case.end = address, whole, len(whole)
+        case.text = f"{NAME[code]}: {i} [{body.hex(' ')}]"
+        return case
+
+    def prepare_narrow(self, i: Instruction, name: str, case: Case) -> None:
+        """Registers that an instruction uses without naming them."""
+        gpr, pick = case.gpr, self.random
+
+        def pin(number: int, value: int) -> None:
+            gpr[number] = value & M32
+            self.fixed.add(number)
+
+        def somewhere() -> int:
+            return self.target(8, False) & (PAGE * 8 - 1) | DATA
+
+        kinds = [i.op_kind(n) for n in range(i.op_count)]
+        if OpKind.MEMORY_ESEDI in kinds or OpKind.MEMORY_SEG_EDI in kinds:
+            pin(7, somewhere())
+        if OpKind.MEMORY_SEG_ESI in kinds:
+            pin(6, somewhere())
+        if name == "CLZERO":
+            pin(0, somewhere())
+        elif name == "XLATB":
+            pin(3, DATA + pick.randrange(PAGE))
+        elif name in ("DIV", "IDIV"):
+            pin(2, pick.choice((0, gpr[2], M32)))
+            self.fixed.add(0)
+        elif name == "LEAVE":
+            pin(5, DATA + PAGE + pick.randrange(64) * 8)
+        elif name == "ENTER":
+            pin(5, DATA + 3 * PAGE - 64)
+        elif name in ("LOOP", "LOOPE", "LOOPNE", "JECXZ", "JCXZ"):
+            pin(1, pick.choice((0, 1, 2, 1 << 16)))
+        if i.is_string_instruction:
+            repeat = pick.randrange(3)
+            if repeat and name[:4] in ("MOVS", "STOS", "LODS", "SCAS", "CMPS"):
+                i.has_rep_prefix = repeat == 1
+                i.has_repne_prefix = repeat == 2
+                pin(1, pick.choice((0, 1, 2, 3, 17, 600)))
+                if case.flags & 0x400 or gpr[7] % PAGE > PAGE - 64:
+                    pin(1, pick.choice((0, 1, 2, 3, 17)))

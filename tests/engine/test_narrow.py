@@ -1,0 +1,73 @@
+"""32-bit code, form by form: translated in compatibility mode and on the host's CPU in the same."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from iced_x86 import Decoder, Mnemonic, RflagsBits
+
+from engine.forms import Skip
+from engine.harness import HARDWARE_BITS, Guest, Stuck, difference, left_open, misaligned
+from engine.narrow import START, NarrowMaker, narrow_catalogue
+from engine.native import NO_TRAP, PAGE, Case, Oracle
+
+PER_FORM = int(os.environ.get("RINGFENCE_SWEEP", "8"))
+SEED = os.environ.get("RINGFENCE_SEED", "0")
+GROUPS = 8
+FLAGS = 0x8D5
+
+
+def cases_of(maker: NarrowMaker, code: int, guest: Guest) -> list[Case]:
+    """Cases of one form."""
+    found: list[Case] = []
+    tries = 0
+    while len(found) < PER_FORM and tries < 6 * PER_FORM + 30:
+        tries += 1
+        try:
+            found.append(maker.narrow_case(code, bool(tries % 3), guest.place))
+        except Skip:
+            continue
+    return found
+
+
+def undefined(case: Case) -> int:
+    """Status flags that the instruction leaves undefined."""
+    i = Decoder(32, case.code[START:], ip=case.address + START).decode()
+    flags = i.rflags_undefined
+    if i.mnemonic in (Mnemonic.RCL, Mnemonic.RCR) and i.op_count == 2:
+        flags |= RflagsBits.OF
+    return sum(bit for name, bit in HARDWARE_BITS.items() if flags & name)
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_forms_of_32_bit_code(group: int, guest: Guest, oracle: Oracle) -> None:
+    """Registers, flags, vector state, memory and exceptions agree with the host's."""
+    maker = NarrowMaker(f"{SEED}/{group}")
+    failures: list[str] = []
+    mine = narrow_catalogue()[group::GROUPS]
+    size = 24
+    while mine:
+        part, mine = mine[:size], mine[size:]
+        if guest.next_code + (size * PER_FORM + 1) * PAGE > guest.code_end():
+            guest.forget()
+        cases = [case for code in part for case in cases_of(maker, code, guest)]
+        for case, want in zip(cases, oracle.run(cases), strict=True):
+            assert want is not None, f"the oracle did not survive {case.text}"
+            try:
+                got = guest.run(case, 3)
+            except Stuck as stuck:
+                failures.append(str(stuck))
+                continue
+            if misaligned(want, got) or left_open(case, want, got):
+                continue
+            ignore = undefined(case) if want.trap == NO_TRAP else FLAGS
+            wrong = difference(want, got, ignore_flags=ignore)
+            if wrong:
+                failures.append(f"{case.text}: {'; '.join(wrong)}")
+    assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:30])
+
+
+def test_catalogue_has_what_64_bit_mode_lacks() -> None:
+    """The forms that only older modes have are among those compared."""
+    assert len(narrow_catalogue()) > 1000
