@@ -124,6 +124,10 @@ def _enter(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return r.effect("fx_enter", op0=_operand_size(i), op1=i.immediate16, op2=i.immediate8_2nd)
 
 
+def _signed32(value: int) -> int:
+    return value - (1 << 32) if value >> 31 else value
+
+
 @special("CALL", "JMP")
 def _far(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     if i.op0_kind in (OpKind.FAR_BRANCH16, OpKind.FAR_BRANCH32):
@@ -132,7 +136,7 @@ def _far(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
             f"fx_{name.lower()}_far_direct",
             op0=2 if narrow else 4,
             op1=i.far_branch_selector,
-            op2=i.far_branch16 if narrow else i.far_branch32,
+            op2=i.far_branch16 if narrow else _signed32(i.far_branch32),
         )
     if i.op0_kind != OpKind.MEMORY:
         return r.emulate()
