@@ -85,7 +85,7 @@ load8 = load16 = load32 = load64 = _stub
 store8 = store16 = store32 = store64 = _stub
 slt = sle = sar = sext = mulhi = popcount = ctz = _stub
 atomic_cas64 = atomic_cas32 = atomic_or64 = atomic_and64 = _stub
-rdtsc = rep_movsb = rep_stosb = address_of = _stub
+rdtsc = rep_movsb = rep_stosb = address_of = sched_yield = _stub
 
 _BINARY = {
     ast.Add: "add",
@@ -525,6 +525,12 @@ class _Function:
             pointer = self.value(f"inttoptr i64 {values[0]} to ptr")
             operation = name[7:-2]
             return self.value(f"atomicrmw {operation} ptr {pointer}, i64 {values[1]} seq_cst")
+        if name == "sched_yield":
+            # Linux's system call 24: let other threads of the host run first.
+            clobbered = "~{rcx},~{r11},~{memory},~{dirflag},~{fpsr},~{flags}"
+            return self.value(
+                f'call i64 asm sideeffect "syscall", "={{rax}},0,{clobbered}"(i64 24)'
+            )
         if name == "rep_movsb":
             self.string("cld; rep movsb", "={rdi},={rsi},={rcx},0,1,2", values)
             return "0"

@@ -169,6 +169,10 @@ class Vcpu(Mmu):
     lookup_misses: Annotated[int, u64]
     attentions: Annotated[int, u64]
     effect_calls: Annotated[int, u64]
+    pauses_left: Annotated[int, u32]
+    """PAUSEs until the host's CPU is offered to others (see ``spinning``)."""
+    yields: Annotated[int, u64]
+    """How often it was."""
     xstate_mask: Annotated[int, u32]
     """Components of vector state that change hands between guest and host: bits of XCR0."""
     xcomp_bv: Annotated[int, u64]

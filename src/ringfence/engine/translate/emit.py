@@ -42,6 +42,11 @@ def gs_compare_byte(displacement: int, value: int) -> bytes:
     return b"\x65\x80\x3c\x25" + _i32(displacement) + bytes((value,))
 
 
+def gs_decrement(displacement: int) -> bytes:
+    """``sub dword gs:[disp], 1``."""
+    return b"\x65\x83\x2c\x25" + _i32(displacement) + b"\x01"
+
+
 def gs_jump(displacement: int) -> bytes:
     """``jmp gs:[disp]``."""
     return b"\x65\xff\x24\x25" + _i32(displacement)

@@ -481,6 +481,7 @@ class TranslateEngine:
                 "links": view.links,
                 "attentions": view.attentions,
                 "effects": view.effect_calls,
+                "yields": view.yields,
                 "slow_accesses": view.slow_accesses,
             },
             "tlb": {

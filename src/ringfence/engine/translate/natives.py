@@ -26,6 +26,7 @@ from ringfence.engine.translate import (
     groups,
     pages,
     sharing,
+    spinning,
     tables,
     thunks,
     writer,
@@ -43,6 +44,7 @@ EFFECTS: dict[str, Any] = {
     **cpu_library.EFFECTS,
     "fx_breakpoint": debugging.fx_breakpoint,
     "fx_string": strings.fx_string,
+    "fx_pause": spinning.fx_pause,
     "fx_xsave": xstate.fx_xsave,
     "fx_xrstor": xstate.fx_xrstor,
 }
@@ -68,6 +70,7 @@ _MODULES = (
     groups,
     pages,
     sharing,
+    spinning,
     tables,
     thunks,
     writer,

@@ -146,10 +146,15 @@ class Recipes:
         See ``tables.TraceRow``.
     scaled_tsc : bool
         Whether the guest's time-stamp counter has another rate than the host's.
+    alone : bool
+        Whether the vCPU is the machine's only one.
     """
 
-    def __init__(self, mode: int, slow: bool, swaps: int, scaled_tsc: bool = False) -> None:
+    def __init__(
+        self, mode: int, slow: bool, swaps: int, *, scaled_tsc: bool = False, alone: bool = True
+    ) -> None:
         self.scaled_tsc = scaled_tsc
+        self.alone = alone
         self.mode = mode
         self.cpl = mode & MODE_CPL
         self.bits = bits_of(mode)

@@ -537,6 +537,21 @@ def _xsave(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return r.effect("fx_xsave", before, LINEAR, op0=_SAVES[name.removesuffix("64")])
 
 
+@special("PAUSE")
+def _pause(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
+    """Copied; where others may be waited for, it counts, too (see `spinning`)."""
+    if r.alone:
+        return Recipe(PLAIN, op=Piece(_PAUSE))
+    count = emit.gs_decrement(gs("pauses_left"))
+    return Recipe(
+        PLAIN,
+        before=Piece(count + b"\x0f\x88") + _escape(),  # js
+        op=Piece(_PAUSE),
+        clobbers=True,
+        effect="fx_pause",
+    )
+
+
 @special(*NOTHING)
 def _nothing(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return Recipe(DROP)
@@ -571,6 +586,7 @@ def _arpl(r: Recipes, i: Instruction, name: str, raw: bytes) -> Recipe:
     return r.effect("fx_arpl", op0=GPR[i.op0_register][0] + 1, op1=number)
 
 
+_PAUSE = b"\xf3\x90"
 _PLAIN_EFFECTS = {
     "INTO": "fx_into", "SALC": "fx_salc",
     "SYSCALL": "fx_syscall", "SYSENTER": "fx_sysenter", "SYSEXIT": "fx_sysexit",

@@ -148,7 +148,9 @@ class Translator:
         maker = self._makers.get((plain, swaps))
         if maker is None:
             scaled = self.view.tsc_ratio != TSC_RATIO_ONE
-            maker = Recipes(plain, bool(mode & MODE_SLOW), swaps, scaled)
+            alone = bool(self.view.alone)
+            slow = bool(mode & MODE_SLOW)
+            maker = Recipes(plain, slow, swaps, scaled_tsc=scaled, alone=alone)
             self._makers[plain, swaps] = maker
         i = Decoder(maker.bits, raw, ip=0).decode()
         unavailable = "" if i.is_invalid else self.forms.unavailable(i, mode)
