@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import pytest
 
-from conformance.support import DATA, LARGE, START_OPERAND, Case, difference, run
+from conformance.support import (
+    DATA,
+    LARGE,
+    START_OPERAND,
+    Case,
+    difference,
+    features,
+    is_software,
+    run,
+)
 from ringfence import engine as engines
 
 APIC = 0xFEE00000
@@ -189,6 +198,11 @@ def test_several(engine: str, name: str) -> None:
     most = engines.capabilities(engine).vcpus
     if cpus > most:
         pytest.xfail(f"engine {engine} offers {most} vCPU")
+    missing = [feature for feature in case.needs if feature not in features(engine)]
+    if missing:
+        pytest.xfail(f"CPUID shows no {', '.join(missing)} under {engine}")
     got = run(engine, BEGIN + case.source, cpus=cpus)
+    if is_software(engine) and "can't emulate" in got.report:
+        pytest.xfail(f"software KVM: {got.report.splitlines()[1]}")
     found = difference(case, got)
     assert not found, f"{found}\n{got.report}"

@@ -57,4 +57,6 @@ TRANSLATE = Capabilities(
     scaled_tsc=True,
     hypercalls=True,
 )
-KVM = Capabilities(modes=frozenset(Mode), breakpoints=True, alignment_checks=True, dirty_log=True)
+KVM = Capabilities(
+    modes=frozenset(Mode), vcpus=32, breakpoints=True, alignment_checks=True, dirty_log=True
+)

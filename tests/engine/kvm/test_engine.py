@@ -25,7 +25,7 @@ from ringfence.cpu.tsc import Tsc
 from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.engine.exits import TraceRecord
 from ringfence.engine.kvm.abi import Exit, Request
-from ringfence.engine.kvm.engine import AGAIN_MAX, KICK, KvmEngine
+from ringfence.engine.kvm.engine import AGAIN_MAX, KICK, create_vcpus
 from ringfence.errors import HostError
 from ringfence.machine import Machine
 from ringfence.memory.ram import GuestMemory
@@ -48,7 +48,7 @@ class Rig:
             console_sink=self.console.extend,
             on_power_off=lambda: self.engine.request_stop(),
         )
-        self.vcpu = KvmEngine(self.memory, self.board, EngineConfig(), self.kernel)
+        self.vcpu = create_vcpus(self.memory, self.board, EngineConfig(), self.kernel)[0]
         self.engine = Engine([self.vcpu], self.board)
         boot = EntryState(
             rip=0x1000, rsp=0, rsi=0, cr0=0x80000011, cr3=0, cr4=0x20, efer=0x500,
@@ -449,7 +449,7 @@ def test_files_are_closed_when_something_is_refused() -> None:
     memory = GuestMemory(1 << 20)
     board = Rig(POWER_OFF).board
     with pytest.raises(HostError):
-        KvmEngine(memory, board, EngineConfig(), kernel)
+        create_vcpus(memory, board, EngineConfig(), kernel)
     assert kernel.closed == [105, 104, 103]
 
 
@@ -459,7 +459,7 @@ def test_a_vcpu_thread_that_dies_ends_the_machine(monkeypatch: pytest.MonkeyPatc
 
     kernel = FakeKernel([die])
     monkeypatch.setitem(
-        engines._factories, "kvm", lambda *given: [KvmEngine(*given, kernel=kernel)]
+        engines._factories, "kvm", lambda *given: create_vcpus(*given, kernel=kernel)
     )
     monkeypatch.setattr(engines, "resolve", lambda name: "kvm")
     with Machine(image="builtin", engine="kvm", memory="2M") as machine:

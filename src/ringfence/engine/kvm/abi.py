@@ -47,6 +47,7 @@ class Cap(IntEnum):
     EXT_CPUID = 7
     NR_MEMSLOTS = 10
     SYNC_MMU = 16
+    USER_NMI = 22
     VCPU_EVENTS = 41
     DEBUGREGS = 50
     XSAVE = 55
@@ -434,6 +435,7 @@ class Request(IntEnum):
     SET_SREGS = _request(_WRITE, 0x84, KvmSregs)
     TRANSLATE = _request(_READ | _WRITE, 0x85, KvmTranslation)
     INTERRUPT = _request(_WRITE, 0x86, KvmInterrupt)
+    NMI = _request(0, 0x9A)
     GET_MSRS = _request(_READ | _WRITE, 0x88, KvmMsrs)
     SET_MSRS = _request(_WRITE, 0x89, KvmMsrs)
     SET_SIGNAL_MASK = _request(_WRITE, 0x8B, KvmSignalMask)

@@ -24,8 +24,8 @@ from ringfence.errors import HostError
 PATH = "/dev/kvm"
 NEEDED = (
     Cap.USER_MEMORY, Cap.SET_TSS_ADDR, Cap.EXT_CPUID, Cap.SYNC_MMU, Cap.VCPU_EVENTS, Cap.DEBUGREGS,
-    Cap.XSAVE, Cap.XCRS, Cap.IMMEDIATE_EXIT, Cap.X86_USER_SPACE_MSR, Cap.X86_MSR_FILTER,
-    Cap.VCPU_ATTRIBUTES,
+    Cap.USER_NMI, Cap.XSAVE, Cap.XCRS, Cap.IMMEDIATE_EXIT, Cap.X86_USER_SPACE_MSR,
+    Cap.X86_MSR_FILTER, Cap.VCPU_ATTRIBUTES,
 )  # fmt: skip
 """Capabilities without which the engine can't work; the newest came with Linux 5.16."""
 TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFF7F1000, 0xFF7F0000
@@ -209,14 +209,15 @@ class Vm(_File):
     def create_vcpu(self, number: int) -> VcpuFile:
         """A virtual CPU."""
         fd = self.ask(Request.CREATE_VCPU, number)
-        return VcpuFile(self.kernel, fd, self.run_bytes)
+        return VcpuFile(self.kernel, fd, number, self.run_bytes)
 
 
 class VcpuFile(_File):
     """A virtual CPU; ``run`` is a live view of what it shares with us."""
 
-    def __init__(self, kernel: Kernel, fd: int, run_bytes: int) -> None:
+    def __init__(self, kernel: Kernel, fd: int, number: int, run_bytes: int) -> None:
         super().__init__(kernel, fd)
+        self.number = number
         self.shared = kernel.mmap(fd, run_bytes)
         self.run: Any = abi.KvmRun.from_buffer(self.shared)
         self.run_bytes = run_bytes
@@ -246,6 +247,10 @@ class VcpuFile(_File):
     def interrupt(self, vector: int) -> None:
         """Queue an external interrupt; the guest must be ready for it."""
         self.ask(Request.INTERRUPT, abi.KvmInterrupt(vector))
+
+    def nmi(self) -> None:
+        """Queue a non-maskable interrupt."""
+        self.ask(Request.NMI)
 
     def translate(self, address: int) -> int | None:
         """Guest-physical address of a guest-linear one; None where nothing is mapped."""

@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ringfence.cpu import cpuid, reset, state
+from ringfence.cpu import cpuid, reset, signals, state
 from ringfence.cpu.dump import dump
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
@@ -46,7 +46,8 @@ from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.kvm import abi, model, transfer
 from ringfence.engine.kvm.abi import Exit
-from ringfence.engine.kvm.device import HostKernel, Kernel, System, VcpuFile, Vm
+from ringfence.engine.kvm.device import Kernel, VcpuFile
+from ringfence.engine.kvm.machine import KvmMachine
 from ringfence.engine.kvm.msrs import ModelRegisters
 from ringfence.engine.kvm.owner import OwnerDebug
 from ringfence.errors import HostError
@@ -69,7 +70,16 @@ def create_vcpus(
     memory: GuestMemory, board: Any, config: EngineConfig, kernel: Kernel | None = None
 ) -> list[KvmEngine]:
     """All vCPUs of a machine."""
-    return [KvmEngine(memory, board, config, kernel)]
+    machine = KvmMachine(memory, kernel)
+    made: list[KvmEngine] = []
+    try:
+        for index in range(config.cpus):
+            made.append(KvmEngine(machine, board, config, index))
+    except BaseException:
+        for vcpu in made:
+            vcpu.close()
+        raise
+    return made
 
 
 class KvmEngine:
@@ -77,68 +87,61 @@ class KvmEngine:
 
     Parameters
     ----------
-    memory : GuestMemory
-        Guest RAM; it becomes KVM's memory slots as it is mapped.
+    machine : KvmMachine
+        What it shares with the other vCPUs; closed with the last of them.
     board : Board
         The chipset: ports, MMIO, interrupt controllers.
     config : EngineConfig
         ``cache_dir`` means nothing here.
-    kernel : Kernel, optional
-        The way to /dev/kvm; tests give another.
+    index : int
+        The vCPU's number.
 
     Raises
     ------
     HostError
-        /dev/kvm is missing, not permitted, or lacks something.
+        KVM can't give such a vCPU.
     """
 
     def __init__(
-        self, memory: GuestMemory, board: Any, config: EngineConfig, kernel: Kernel | None = None
+        self, machine: KvmMachine, board: Any, config: EngineConfig, index: int = 0
     ) -> None:
-        self.index = 0
-        self.memory = memory
+        self.index = index
+        self.machine = machine
+        self.memory = machine.memory
         self.board = board
         self._page = mmap.mmap(-1, -(-state.Cpu.size // PAGE) * PAGE)
         self.view = state.Cpu.at(ctypes.addressof(ctypes.c_char.from_buffer(self._page)))
         reset.reset(self.view)
-        self._system = System(kernel or HostKernel())
-        self._vm: Vm | None = None
-        self._vcpu: VcpuFile | None = None
+        self.view.wait_for_sipi = index != 0
+        self.vcpu = machine.create_vcpu(index)
         try:
-            self._vm = self._system.create_vm()
-            self._vm.prepare(model.msr_filter())
-            self._set_slots(log=False)
-            self._set_rom()
-            self._vcpu = self._vm.create_vcpu(0)
             rows = cpuid.build_cpuid(
                 cpuid.host_cpuid,
-                cpu_index=0,
+                cpu_index=index,
                 cpus=config.cpus,
                 paravirtual=config.paravirtual,
                 only=config.features,
             )
-            rows = model.offered(rows, self._system.supported_cpuid())
+            rows = model.offered(rows, machine.system.supported_cpuid())
             cpuid.require(config.features, rows)
             self.features = cpuid.offered(rows)
-            self._vcpu.set_cpuid(model.cpuid_entries(rows))
-            self._start_tsc(self._vcpu)
+            self.vcpu.set_cpuid(model.cpuid_entries(rows))
+            self._start_tsc(self.vcpu)
         except BaseException:
             self.close()
             raise
-        self.vcpu = self._vcpu
-        self.vm = self._vm
-        self._msrs = ModelRegisters(self.view, board)
-        self._msrs.attach(TSC_MSRS, board.tsc.vcpu(0))
+        self._msrs = ModelRegisters(self.view, board, index)
+        self._msrs.attach(TSC_MSRS, board.tsc.vcpu(index))
         self._services: Services | None = None
         self._owner = OwnerDebug(self.vcpu)
-        self._stop = self._pause = self._irq = False
+        self._stop = self._pause = self._irq = self._signalled = False
         self._inside = self._halted = False
         self._cr8 = 0
         self._again = 0
         self._thread: int | None = None
         self._thread_lock = threading.Lock()
         self._wake = threading.Event()
-        board.set_wake(0, self._woken)
+        board.set_wake(index, self._woken)
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
         self._guest_ns = self._vmm_ns = self._idle_ns = 0
@@ -169,27 +172,13 @@ class KvmEngine:
         before = line.read()
         (seen,) = vcpu.get_msrs([MSR_TSC])
         self._tsc_movable = seen - before & MASK64 < line.read() - before + TSC_SLACK
-        line.vcpu(0).attach(self.view, lambda offset: self._set_tsc_offset(vcpu, offset))
+        line.vcpu(self.index).attach(self.view, lambda offset: self._set_tsc_offset(vcpu, offset))
 
     def _set_tsc_offset(self, vcpu: VcpuFile, offset: int) -> int:
         """Move the guest's counter; under a software KVM it stays the host's."""
         offset = offset if self._tsc_movable else 0
         vcpu.set_tsc_offset(offset)
         return offset
-
-    def _set_slots(self, *, log: bool) -> None:
-        assert self._vm is not None
-        for slot, region in enumerate(self.memory.regions):
-            host = self.memory.host_base + region.offset
-            self._vm.set_memory(slot, region.base, region.size, host, log=log)
-
-    def _set_rom(self) -> None:
-        """The slot of the ROM comes behind those of RAM."""
-        rom = self.memory.rom
-        if rom is not None:
-            assert self._vm is not None
-            host = self.memory.host_base + rom.offset
-            self._vm.set_rom(len(self.memory.regions), rom.base, rom.size, host)
 
     # --- the protocol ------------------------------------------------------------------------
 
@@ -243,6 +232,9 @@ class KvmEngine:
 
     def signal(self, kind: int, vector: int) -> None:
         """See ``VirtualCpu``."""
+        if signals.note(self.view, kind, vector):
+            self._signalled = True
+            self._kick()
 
     def forget_pause(self) -> None:
         """See ``VirtualCpu``."""
@@ -330,19 +322,15 @@ class KvmEngine:
 
     def close(self) -> None:
         """See ``VirtualCpu``. Safe to repeat."""
-        for file in (self._vcpu, self._vm, self._system):
-            if file is not None:
-                file.close()
+        self.machine.close_vcpu(self.vcpu)
 
     def log_dirty(self, enabled: bool) -> None:
         """See ``VirtualCpu``."""
-        self._set_slots(log=enabled)
+        self.machine.log_dirty(enabled)
 
     def fetch_dirty(self) -> None:
         """See ``VirtualCpu``: from KVM's log, which is empty then."""
-        for slot, region in enumerate(self.memory.regions):
-            bits = self.vm.dirty_log(slot, region.size)
-            self.memory.dirty.mark_bits(region.offset, bits)
+        self.machine.fetch_dirty()
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -350,9 +338,16 @@ class KvmEngine:
         run, clock = self.vcpu.run, time.perf_counter_ns
         left = clock()
         while True:
-            if self._halted:
+            if self._halted or self.view.wait_for_sipi:
                 self._sleep(run)
             self._inside = True
+            if self._signalled:
+                outcome = self._on_signal()
+                if outcome is not None:
+                    return outcome
+                if self.view.wait_for_sipi:
+                    self._inside = False
+                    continue
             if self._irq:
                 self._deliver(run)
             if self._stop or self._pause:
@@ -383,7 +378,7 @@ class KvmEngine:
         error = self.vcpu.enter()
         if run.cr8 != self._cr8:
             self._cr8 = run.cr8
-            self.board.write_cr8(0, run.cr8)
+            self.board.write_cr8(self.index, run.cr8)
         return error
 
     def _exit(self, run: Any) -> StopReason | None:
@@ -395,7 +390,7 @@ class KvmEngine:
                 " use --engine translate"
             )
         outcome = handler(run)
-        run.cr8 = self._cr8 = self.board.read_cr8(0)
+        run.cr8 = self._cr8 = self.board.read_cr8(self.index)
         return outcome
 
     def _interrupted(self, error: int) -> None:
@@ -446,10 +441,10 @@ class KvmEngine:
         began = time.perf_counter_ns()
         vector = -1
         with self.board.lock:
-            pending = self.board.interrupt_pending(0)
+            pending = self.board.interrupt_pending(self.index)
             if pending and run.ready_for_interrupt_injection and run.if_flag:
-                vector = self.board.acknowledge(0)
-                pending = self.board.interrupt_pending(0)
+                vector = self.board.acknowledge(self.index)
+                pending = self.board.interrupt_pending(self.index)
             self._irq = pending
         run.request_interrupt_window = pending
         if vector >= 0:
@@ -460,6 +455,35 @@ class KvmEngine:
             self._not_ready()
             self._count(Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector))
 
+    def _on_signal(self) -> StopReason | None:
+        """See to the messages that have come for the CPU itself."""
+        view = self.view
+        if view.init_pending:
+            outcome = self._settle()
+            if outcome is not None:
+                return outcome
+        with self.board.lock:
+            self._signalled = False
+            if view.init_pending:
+                self._initialize()
+                return None
+            nmi, view.nmi_pending = view.nmi_pending, 0
+        if nmi:
+            self.vcpu.nmi()
+        return None
+
+    def _initialize(self) -> None:
+        """INIT has come (the board's lock is held)."""
+        transfer.store(self.vcpu, self.view)
+        signals.initialize(self.view, boot=self.index == 0)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Give KVM the state of a CPU that starts anew."""
+        self._halted = False
+        transfer.load(self.vcpu, self.view)
+        self._not_ready()
+
     def _not_ready(self) -> None:
         """What KVM said at the last exit about interrupts holds no longer."""
         self.vcpu.run.ready_for_interrupt_injection = 0
@@ -467,7 +491,7 @@ class KvmEngine:
     def _fetch(self) -> None:
         """Bring the view up to date."""
         transfer.store(self.vcpu, self.view)
-        self.view.cr8 = self.board.read_cr8(0)
+        self.view.cr8 = self.board.read_cr8(self.index)
 
     def _count(self, reason: Reason, began: int, event: Callable[[], vocabulary.Exit]) -> None:
         """Account for an exit, and show it to whoever traces."""
@@ -506,11 +530,11 @@ class KvmEngine:
         address, size = mmio.phys_addr, min(mmio.len, 8)
         if mmio.is_write:
             value = int.from_bytes(mmio.data[:size], "little")
-            self.board.mmio_write(address, size, value)
+            self.board.mmio_write(address, size, value, self.index)
             event: vocabulary.Exit = vocabulary.MmioWrite(address, size, value)
             self._count(Reason.MMIO_WRITE, began, lambda: event)
             return
-        value = self.board.mmio_read(address, size) & (1 << 8 * size) - 1
+        value = self.board.mmio_read(address, size, self.index) & (1 << 8 * size) - 1
         mmio.data[:size] = list(value.to_bytes(size, "little"))
         self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
 
@@ -535,16 +559,26 @@ class KvmEngine:
             self._wake.clear()
             if self._stop or self._pause:
                 break
-            if self.view.kicked:
-                self.view.kicked = 0
-                self._halted = False
-                break
             with self.board.lock:
-                if run.if_flag and self.board.interrupt_pending(0):
-                    self._halted, self._irq = False, True
+                if self._is_roused(run):
                     break
             self._wake.wait()
         self._idle_ns += time.perf_counter_ns() - began
+
+    def _is_roused(self, run: Any) -> bool:
+        """Whether the CPU sleeps no longer (the board's lock is held)."""
+        view = self.view
+        if view.init_pending:
+            self._initialize()
+        if view.wait_for_sipi:
+            if not signals.start(view):
+                return False
+            self._begin()
+        elif run.if_flag and self.board.interrupt_pending(self.index):
+            self._halted, self._irq = False, True
+        elif view.kicked or view.nmi_pending:
+            self._halted, view.kicked = False, 0
+        return not self._halted
 
     def _on_msr_read(self, run: Any) -> None:
         began = time.perf_counter_ns()

@@ -28,7 +28,8 @@ class ModelRegisters:
         The local APIC's owner.
     """
 
-    def __init__(self, view: Any, board: Any) -> None:
+    def __init__(self, view: Any, board: Any, index: int = 0) -> None:
+        self._index = index
         self._view = view
         self._board = board
         self._devices: dict[int, MsrDevice] = {}
@@ -47,7 +48,7 @@ class ModelRegisters:
         if device is not None:
             return device.msr_read(index)
         if self._belongs_to_vmm(index):
-            return int(self._board.msr_read(0, index))
+            return int(self._board.msr_read(self._index, index))
         if self._read_msr(self._view, index) != state.OK:
             raise GeneralProtection(f"MSR {index:#x} does not exist")
         return int(self._view.value)
@@ -58,7 +59,7 @@ class ModelRegisters:
         if device is not None:
             device.msr_write(index, value)
         elif self._belongs_to_vmm(index):
-            self._board.msr_write(0, index, value)
+            self._board.msr_write(self._index, index, value)
         elif self._write_msr(self._view, index, value) != state.OK:
             raise GeneralProtection(f"MSR {index:#x} refuses {value:#x}")
 

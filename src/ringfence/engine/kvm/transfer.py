@@ -22,8 +22,8 @@ from ringfence.engine.kvm import abi
 from ringfence.engine.kvm.abi import Request
 from ringfence.engine.kvm.device import VcpuFile
 
-APIC_BASE_ENABLED_BSP = 0xFEE00900
-"""What KVM is told of the local APIC, which is on the board: it is on, and this is the boot CPU."""
+APIC_BASE_ENABLED, APIC_BASE_BSP = 0xFEE00800, 0x100
+"""What KVM is told of the local APIC, which is on the board: it is on; whose is the boot CPU's."""
 XSTATE_KEPT = (
     components.X87_STATE
     | components.SSE_STATE
@@ -143,7 +143,7 @@ def store_regs(vcpu: VcpuFile, cpu: Any) -> None:
 
 def load_sregs(vcpu: VcpuFile, cpu: Any) -> None:
     """Segments, tables, control registers to KVM."""
-    sregs = abi.KvmSregs(apic_base=APIC_BASE_ENABLED_BSP)
+    sregs = abi.KvmSregs(apic_base=APIC_BASE_ENABLED | (0 if vcpu.number else APIC_BASE_BSP))
     for n, name in enumerate(_SEGMENTS):
         _to_segment(getattr(sregs, name), cpu, n)
     sregs.gdt.base, sregs.gdt.limit = cpu.gdtr_base, cpu.gdtr_limit
