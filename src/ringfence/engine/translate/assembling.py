@@ -73,6 +73,14 @@ def put(w: Writer, value: int, count: int) -> int:
     return 0
 
 
+@native_inline
+def forget_held(w: Writer, register: int) -> int:
+    """A register is written: R10 holds no slot's value any more."""
+    if register == R10:
+        w.held = 0
+    return 0
+
+
 @native
 def copy_bytes(w: Writer, source: int, count: int) -> int:
     """Append bytes from host memory."""
@@ -85,6 +93,8 @@ def copy_bytes(w: Writer, source: int, count: int) -> int:
 @native
 def put_template(w: Writer, number: int) -> int:
     """Append a template; where it starts."""
+    if number > T_UNPARK or number == T_PARK_R10:
+        w.held = 0
     start = w.out
     t: Template = cast(Template, w.templates + number * Template.size)
     copy_bytes(w, address_of(t.code[0]), t.length)
@@ -101,6 +111,7 @@ def aim(w: Writer, position: int, target: int) -> int:
 @native
 def gs_load(w: Writer, register: int, displacement: int) -> int:
     """``mov r64, gs:[disp]``."""
+    forget_held(w, register)
     store64(w.out, 0x25048B4865 | (register >> 3) << 10 | (register & 7) << 27)
     store32(w.out + 5, displacement)
     w.out += 9
@@ -142,6 +153,7 @@ GS_MOVE_BYTE, GS_COMPARE_BYTE = 0x2504C665, 0x253C8065
 @native
 def gs_jump(w: Writer, displacement: int) -> int:
     """``jmp gs:[disp]``."""
+    w.held = 0
     store32(w.out, 0x2524FF65)
     store32(w.out + 4, displacement)
     w.out += 8
@@ -151,6 +163,7 @@ def gs_jump(w: Writer, displacement: int) -> int:
 @native
 def gs_call(w: Writer, displacement: int) -> int:
     """``call gs:[disp]``."""
+    w.held = 0
     store32(w.out, 0x2514FF65)
     store32(w.out + 4, displacement)
     w.out += 8
@@ -160,6 +173,7 @@ def gs_call(w: Writer, displacement: int) -> int:
 @native_inline
 def move(w: Writer, target: int, source: int) -> int:
     """``mov r64, r64``."""
+    forget_held(w, target)
     rex = 0x48 | (source >> 3) << 2 | target >> 3
     put(w, rex | 0x8900 | (0xC0 | (source & 7) << 3 | target & 7) << 16, 3)
     return 0
@@ -168,6 +182,7 @@ def move(w: Writer, target: int, source: int) -> int:
 @native_inline
 def move_r10(w: Writer, value: int) -> int:
     """``mov r10d, imm32``."""
+    w.held = 0
     put(w, 0xBA41 | (value & 0xFFFFFFFF) << 16, 6)
     return 0
 
@@ -175,6 +190,7 @@ def move_r10(w: Writer, value: int) -> int:
 @native
 def move_simm32(w: Writer, register: int, value: int) -> int:
     """``mov r64, simm32``."""
+    forget_held(w, register)
     store32(w.out, 0xC0C748 | register >> 3 | (register & 7) << 16)
     store32(w.out + 3, value)
     w.out += 7
@@ -184,6 +200,7 @@ def move_simm32(w: Writer, register: int, value: int) -> int:
 @native
 def move_imm64(w: Writer, register: int, value: int) -> int:
     """``mov r64, imm64``."""
+    forget_held(w, register)
     put(w, 0xB848 | register >> 3 | (register & 7) << 8, 2)
     put(w, value, 8)
     return 0
@@ -195,6 +212,7 @@ def lea(w: Writer, target: int, base: int, index: int, scale: int, disp: int, na
 
     ``narrow`` writes the 32-bit register.
     """
+    forget_held(w, target)
     rex = (0x40 if narrow else 0x48) | (target >> 3) << 2
     reg = (target & 7) << 3
     if index != NONE:

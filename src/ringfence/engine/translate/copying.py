@@ -1,10 +1,10 @@
 """From one guest instruction to the host code that carries it out: copied, with what must change.
 
 Nearly every instruction is *copied*. What changes: memory operands (effective address into R9,
-look-up, then the access at R9 + R10) and registers that have no host register of their own where
-the trace runs (guest RSP is in R11; the homeless ones are in the block). Each instruction is
-written in two parts, as a recipe has them (`recipe`): what goes *before* may clobber the host's
-flags, the *operation* must not, apart from what the instruction itself does.
+look-up, then the access; see `operands`) and registers that have no host register of their own
+where the trace runs (guest RSP is in R11; the homeless ones are in the block; see `substituting`).
+Each instruction is written in two parts, as a recipe has them (`recipe`): what goes *before* may
+clobber the host's flags, the *operation* must not, apart from what the instruction itself does.
 
 Sensitive and odd instructions have recipes that Python wrote; their code is placed here.
 """
@@ -33,10 +33,20 @@ from ringfence.engine.translate.assembling import (
     put,
     put_template,
     set_rip,
+    word,
 )
 from ringfence.engine.translate.block import SLOW_MASKED, SLOW_STACK, SLOW_WRITE, gs
 from ringfence.engine.translate.decoding import segment_of
 from ringfence.engine.translate.emit import R9, R10, R11
+from ringfence.engine.translate.operands import (
+    combine,
+    guest,
+    load_r9,
+    put_access,
+    set_guest,
+    slot_of,
+)
+from ringfence.engine.translate.substituting import copy_instruction
 from ringfence.engine.translate.tables import (
     ABSOLUTE,
     EFFECTIVE,
@@ -61,8 +71,7 @@ from ringfence.engine.translate.tables import (
     FIX_MISS,
     LINEAR,
     NONE,
-    ROLE_READ,
-    ROLE_WRITE,
+    RELOC_VA32,
     Escape,
     Fix,
     Form,
@@ -74,7 +83,6 @@ from ringfence.engine.translate.tables import (
 from ringfence.engine.translate.thunks import THUNK
 from ringfence.native.dialect import (
     address_of,
-    load8,
     native,
     native_inline,
     sext,
@@ -85,10 +93,6 @@ _FS_OVERRIDE = FS + 1
 _KEEP = gs("scratch", 2)
 """Where a value waits while a second memory operand is prepared."""
 _SLOW, _COMMIT, _SEGMENT = THUNK["slow"], THUNK["commit"], THUNK["segment"]
-_COMBINE = 0x110C8D4F
-"""``lea r9, [r9 + r10]``"""
-_LOAD_R9 = 0x110C8B4F
-"""``mov r9, [r9 + r10]``"""
 _TRUNCATE = 0xC98945
 """``mov r9d, r9d``"""
 _TRUNCATE_16 = 0xC9B70F45
@@ -97,35 +101,6 @@ _STORE_R10 = 0x11894D
 """``mov [r9], r10``"""
 _STORE_R10W = 0x11894566
 """``mov [r9], r10w``"""
-
-
-@native_inline
-def slot_of(number: int) -> int:
-    """Displacement of the block's place for a guest register without a host register."""
-    if number >= 9 and number <= 11:
-        return gs("gpr") + number * 8
-    return gs("displaced") + number * 8
-
-
-@native
-def guest(w: Writer, number: int, scratch: int) -> int:
-    """Host register that has a guest register's value, ``scratch`` if it must be loaded."""
-    host = w.home[number]
-    if host == NONE:
-        gs_load(w, scratch, slot_of(number))
-        return scratch
-    return host
-
-
-@native
-def set_guest(w: Writer, number: int, register: int) -> int:
-    """Copy a host register into a guest register."""
-    host = w.home[number]
-    if host == NONE:
-        gs_store(w, register, slot_of(number))
-    else:
-        move(w, host, register)
-    return 0
 
 
 # --- memory operands -----------------------------------------------------------------------------
@@ -340,10 +315,15 @@ def push_return_address(w: Writer, i: Insn) -> int:
 
 @native
 def store_return_address(w: Writer, i: Insn, size: int) -> int:
-    """Push the return address at R9 + R10."""
-    put(w, _COMBINE, 4)
-    load_address(w, R10, i.offset + i.length)
-    store_r10(w, size)
+    """Push the return address."""
+    if size == 8 and not w.wide:
+        put_access(w, 0xC7, 8, 0)
+        word(w, w.out, RELOC_VA32, i.offset + i.length)
+        put(w, 0, 4)
+    else:
+        combine(w)
+        load_address(w, R10, i.offset + i.length)
+        store_r10(w, size)
     commit(w)
     move_stack(w, 0 - size)
     return 0
@@ -360,24 +340,12 @@ def move_stack(w: Writer, distance: int) -> int:
     return 0
 
 
-@native
-def load_r9(w: Writer, size: int) -> int:
-    """``mov r9, [r9 + r10]``, zero-extended from 2, 4 or 8 bytes."""
-    if size == 8:
-        put(w, _LOAD_R9, 4)
-    elif size == 4:
-        put(w, 0x110C8B47, 4)
-    else:
-        put(w, 0x110CB70F47, 5)
-    return 0
-
-
 # --- operations -----------------------------------------------------------------------------------
 
 
 @native
 def operation(w: Writer, i: Insn) -> int:
-    """The instruction itself, its operand at R9 + R10."""
+    """The instruction itself, its operand where `operands` was told that it is."""
     kind = i.form_kind
     f: Form = cast(Form, i.form)
     if kind == F_COPY:
@@ -390,17 +358,12 @@ def operation(w: Writer, i: Insn) -> int:
     elif kind == F_PUSH:
         push_register(w, i, f.operand_size)
     elif kind == F_PUSH_IMMEDIATE:
-        if f.operand_size == 8:
-            put(w, 0x1104C74B | i.immediate << 32, 8)
-        elif f.operand_size == 4:
-            put(w, 0x1104C743 | i.immediate << 32, 8)
-        else:
-            put(w, 0x1104C74366, 5)
-            put(w, i.immediate, 2)
+        put_access(w, 0xC7, f.operand_size, 0)
+        put(w, i.immediate, 2 if f.operand_size == 2 else 4)
         commit(w)
         move_stack(w, 0 - f.operand_size)
     elif kind == F_PUSH_MEMORY:
-        put(w, _COMBINE, 4)
+        combine(w)
         gs_load(w, R10, _KEEP)
         store_r10(w, f.operand_size)
         commit(w)
@@ -466,15 +429,11 @@ def push_register(w: Writer, i: Insn, size: int) -> int:
     """PUSH of a general register."""
     host = w.home[i.rm]
     if host == NONE:
-        put(w, _COMBINE, 4)
+        combine(w)
         gs_load(w, R10, slot_of(i.rm))
         store_r10(w, size)
     else:
-        # mov [r9 + r10], host
-        if size == 2:
-            put(w, 0x66, 1)
-        rex = (0x4B if size == 8 else 0x43) | (host >> 3) << 2
-        put(w, rex | 0x8900 | (4 | (host & 7) << 3) << 16 | 0x11000000, 4)
+        put_access(w, 0x89, size, host)
     commit(w)
     move_stack(w, 0 - size)
     return 0
@@ -499,11 +458,7 @@ def pop_register(w: Writer, i: Insn, size: int) -> int:
         put(w, 0xCB894566, 4)  # mov r11w, r9w
         return 0
     else:
-        # mov host, [r9 + r10]
-        if size == 2:
-            put(w, 0x66, 1)
-        rex = (0x4B if size == 8 else 0x43) | (host >> 3) << 2
-        put(w, rex | 0x8B00 | (4 | (host & 7) << 3) << 16 | 0x11000000, 4)
+        put_access(w, 0x8B, size, host)
         if number == RSP:
             return 0
     move_stack(w, size)
@@ -536,247 +491,6 @@ def load_effective(w: Writer, i: Insn, f: Form) -> int:
     return 0
 
 
-# --- the copied instruction -----------------------------------------------------------------------
-
-
-@native
-def is_high_byte(i: Insn, role: int, number: int) -> int:
-    """Whether a register operand is AH, CH, DH or BH."""
-    return role >> 2 == 1 and not i.rex and not i.vex and number & 0xC == 4
-
-
-@native
-def copy_instruction(w: Writer, i: Insn, f: Form) -> int:
-    """Copy an instruction, with its memory operand and registers replaced as needed."""
-    w.substitute_count = 0
-    memory = i.mod != 3 and i.mod != NONE
-    high = 0
-    if f.reg_role and is_high_byte(i, f.reg_role, i.reg):
-        high = 1
-    registers = (not memory and i.mod == 3) or f.low
-    if f.rm_role and registers and is_high_byte(i, f.rm_role, i.rm):
-        high = 1
-    moved = 0
-    if f.reg_role:
-        moved = moved | note_operand(w, i, f.reg_role, i.reg)
-    if f.rm_role and registers:
-        moved = moved | note_operand(w, i, f.rm_role, i.rm)
-    if f.vvvv_role:
-        moved = moved | note_operand(w, i, f.vvvv_role, i.vvvv)
-    if not memory and not moved and w.long:
-        return copy_bytes(w, i.bytes, i.length)
-    return substitute(w, i, f, memory, high)
-
-
-@native
-def note_operand(w: Writer, i: Insn, role: int, number: int) -> int:
-    """Remember a general register operand; whether its host register is another or none."""
-    if is_high_byte(i, role, number):
-        return 0
-    # Writing less than 32 bits keeps the rest.
-    access = role & 3
-    if role >> 2 < 4:
-        access = access | ROLE_READ
-    for n in range(w.substitute_count):
-        if w.substitutes[n] == number:
-            w.substitute_roles[n] = w.substitute_roles[n] | access
-            return w.stand_ins[n] != number
-    n = w.substitute_count
-    w.substitutes[n] = number
-    w.stand_ins[n] = w.home[number]
-    w.substitute_roles[n] = access
-    w.borrowed[n] = 0
-    w.substitute_count = n + 1
-    return w.home[number] != number
-
-
-@native
-def borrow(w: Writer, f: Form) -> int:
-    """A host register below 8 that the instruction does not use, to be given back."""
-    used = 0
-    for number in range(16):
-        if f.implicit >> number & 1 and w.home[number] != NONE:
-            used = used | 1 << w.home[number]
-    for n in range(w.substitute_count):
-        if w.stand_ins[n] != NONE:
-            used = used | 1 << w.stand_ins[n]
-    if not used & 0x40:
-        return 6
-    if not used & 0x80:
-        return 7
-    if not used & 0x08:
-        return 3
-    if not used & 0x02:
-        return 1
-    return 2
-
-
-@native
-def stand_in(w: Writer, number: int) -> int:
-    """The host register that an operand has in the instruction being written."""
-    for n in range(w.substitute_count):
-        if w.substitutes[n] == number:
-            return w.stand_ins[n]
-    return number
-
-
-@native
-def substitute(w: Writer, i: Insn, f: Form, memory: int, high: int) -> int:
-    """Write the instruction with host registers in place of guest ones.
-
-    Scratch registers serve the homeless ones; when they run out, host registers that the
-    instruction does not use are borrowed and given back. AH-BH exclude a REX prefix, so beside
-    them whatever needs one has to borrow, too.
-    """
-    free = 2
-    combined = high
-    for n in range(w.substitute_count):
-        if w.stand_ins[n] == NONE:
-            combined = 1
-    combined = combined and memory
-    if memory:
-        free = 1
-    if combined:
-        put(w, _COMBINE, 4)
-    slot = gs("scratch", 1)  # one is enough: there are two scratch registers and three operands
-    for n in range(w.substitute_count):
-        if w.stand_ins[n] == NONE:
-            if free:
-                # R9 first where it does not hold the operand's address, then R10.
-                w.stand_ins[n] = R10 if free == 1 else R9
-                free -= 1
-            else:
-                w.stand_ins[n] = borrow(w, f)
-                w.borrowed[n] = 1
-                gs_store(w, w.stand_ins[n], slot)
-            if w.substitute_roles[n] & ROLE_READ:
-                gs_load(w, w.stand_ins[n], slot_of(w.substitutes[n]))
-        elif high and w.stand_ins[n] == R11:
-            w.stand_ins[n] = NONE
-            w.stand_ins[n] = borrow(w, f)
-            w.borrowed[n] = 2
-            gs_store(w, w.stand_ins[n], slot)
-            move(w, w.stand_ins[n], R11)
-    address = NONE
-    if memory:
-        address = R9
-        if high:
-            address = borrow(w, f)
-            gs_store(w, address, slot)
-            move(w, address, R9)
-        elif not combined:
-            address = R10
-    encode(w, i, f, address)
-    if high and memory:
-        gs_load(w, address, slot)
-    give_back(w)
-    return 0
-
-
-@native
-def give_back(w: Writer) -> int:
-    """Behind the instruction: homeless registers to the block, borrowed ones to their owners."""
-    for k in range(w.substitute_count):
-        n = w.substitute_count - 1 - k
-        number = w.substitutes[n]
-        host = w.stand_ins[n]
-        if w.borrowed[n] == 2:
-            move(w, R11, host)
-            gs_load(w, host, gs("scratch", 1))
-        elif w.home[number] == NONE:
-            if w.substitute_roles[n] & ROLE_WRITE:
-                gs_store(w, host, slot_of(number))
-            if w.borrowed[n]:
-                gs_load(w, host, gs("scratch", 1))
-    return 0
-
-
-@native
-def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
-    """Write the instruction with its operands' stand-ins.
-
-    ``address``: NONE without memory operand, R10 for [R9 + R10], else the register that holds it.
-    """
-    reg = i.reg
-    rm = i.rm
-    vvvv = i.vvvv
-    bare = 0
-    if f.reg_role and not is_high_byte(i, f.reg_role, reg):
-        reg = stand_in(w, reg)
-        bare = bare | needs_rex(f.reg_role, reg)
-    if f.rm_role and (f.low or i.mod == 3) and not is_high_byte(i, f.rm_role, rm):
-        rm = stand_in(w, rm)
-        bare = bare | needs_rex(f.rm_role, rm)
-    if f.vvvv_role:
-        vvvv = stand_in(w, vvvv)
-    memory = address != NONE
-    extension = 0
-    if address == R10:
-        extension = 3
-    elif address != NONE:
-        extension = address >> 3
-    else:
-        extension = rm >> 3
-    extension = extension | (reg >> 3) << 2
-    if i.vex == 4:
-        put_evex(w, i, extension, memory)
-    elif i.vex:
-        payload = i.vex_payload & 0x87 | (vvvv ^ 15) << 3
-        put(w, 0xC4 | ((extension ^ 7) << 5 | i.map) << 8 | payload << 16 | i.opcode << 24, 4)
-    else:
-        for n in range(i.rex_at):
-            put_prefix(w, load8(i.bytes + n))
-        if not w.long and f.prefix66:
-            put(w, 0x66, 1)
-        if i.rex or extension or bare:
-            put(w, 0x40 | i.rex & 8 | extension, 1)
-        if i.map:
-            put(w, 0x0F, 1)
-        if i.map == 2:
-            put(w, 0x38, 1)
-        elif i.map == 3:
-            put(w, 0x3A, 1)
-        put(w, i.opcode & 0xF8 | rm & 7 if f.low == 1 else i.opcode, 1)
-    if i.mod != NONE:
-        if address == R10:
-            put(w, 0x1104 | (reg & 7) << 3, 2)
-        elif address != NONE:
-            put(w, (reg & 7) << 3 | address & 7, 1)
-        else:
-            put(w, 0xC0 | (reg & 7) << 3 | rm & 7, 1)
-    copy_bytes(w, i.bytes + i.immediate_at, i.length - i.immediate_at)
-    return 0
-
-
-@native
-def put_evex(w: Writer, i: Insn, extension: int, memory: int) -> int:
-    """EVEX prefix and opcode; R', V', the mask and, for registers, X stay as they are."""
-    kept = i.evex_low & 0x17
-    changed = extension ^ 7
-    if not memory:
-        kept = kept | i.evex_low & 0x40
-        changed = changed & 5
-    put(w, 0x62 | (kept | changed << 5) << 8 | i.vex_payload << 16 | i.evex_high << 24, 4)
-    put(w, i.opcode, 1)
-    return 0
-
-
-@native_inline
-def needs_rex(role: int, host: int) -> int:
-    """Whether a byte register needs a REX prefix to be what it is."""
-    return role >> 2 == 1 and host & 0xC == 4
-
-
-@native_inline
-def put_prefix(w: Writer, byte: int) -> int:
-    """Keep a legacy prefix, unless it was about the address."""
-    if byte == 0x66 and not w.long:
-        return 0
-    if byte == 0x66 or byte == 0xF2 or byte == 0xF3 or byte == 0xF0:
-        put(w, byte, 1)
-    return 0
-
-
 # --- recipes --------------------------------------------------------------------------------------
 
 
@@ -784,6 +498,7 @@ def put_prefix(w: Writer, byte: int) -> int:
 def place(w: Writer, i: Insn, code: int, length: int, fixes: int) -> int:
     """Append a recipe's code; its ``fixes`` stand behind it, at a multiple of 8."""
     base = w.out
+    w.held = 0
     copy_bytes(w, code, length)
     at = code + ((length + 7) & ~7)
     for n in range(fixes):

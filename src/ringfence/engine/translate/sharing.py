@@ -28,9 +28,10 @@ from ringfence.engine.translate.assembling import (
     swap_out,
 )
 from ringfence.engine.translate.block import gs
-from ringfence.engine.translate.copying import guest, operand_address
+from ringfence.engine.translate.copying import operand_address
 from ringfence.engine.translate.emit import R9, R10
 from ringfence.engine.translate.groups import group_at, insn_at
+from ringfence.engine.translate.operands import aim_shared, guest
 from ringfence.engine.translate.tables import ABSOLUTE, NONE, Group, Insn, Template, Writer
 from ringfence.engine.translate.thunks import THUNK
 from ringfence.native.dialect import address_of, native, native_inline, store32
@@ -44,13 +45,6 @@ def group_opened(w: Writer, i: Insn, n: int) -> int:
     """Whether an instruction's group was looked up before it."""
     g: Group = cast(Group, group_at(w, i.group))
     return g.opens != n
-
-
-@native
-def group_slot(w: Writer, i: Insn) -> int:
-    """Displacement of where a group keeps what its look-up found."""
-    g: Group = cast(Group, group_at(w, i.group))
-    return g.slot
 
 
 @native
@@ -88,6 +82,7 @@ def keep_delta(w: Writer, g: Group) -> int:
         start = put_template(w, number)
         t: Template = cast(Template, w.templates + number * Template.size)
         store32(start + t.size_word, g.slot)
+        w.held = g.slot
     return 0
 
 
@@ -140,9 +135,10 @@ def open_look_up(w: Writer, i: Insn, g: Group) -> int:
     position = group_check(w, g)
     back = w.out
     keep_delta(w, g)
-    operand_address(w, i)
-    if g.base == RSP:
-        gs_load(w, R10, g.slot)
+    if g.indexed:
+        operand_address(w, i)
+    else:
+        aim_shared(w, i, g.slot)
     n = w.group_miss_count * 3
     w.group_misses[n] = position
     w.group_misses[n + 1] = back

@@ -467,6 +467,11 @@ class Writer(Struct):
     early_miss_count: Annotated[int, u32]
     back_edges: Annotated[Array, u64, LINKS_MAX]
     back_edge_count: Annotated[int, u32]
+    operand_base: Annotated[int, u8]
+    """Where the operand of the instruction being written is, beside R10: see `operands`."""
+    operand_displacement: Annotated[int, u64]
+    held: Annotated[int, u32]
+    """Displacement of the slot whose value R10 has at this place of the trace, or 0."""
     substitutes: Annotated[Array, u8, 4]
     """Guest registers that have a stand-in in the instruction being written, and those."""
     stand_ins: Annotated[Array, u8, 4]

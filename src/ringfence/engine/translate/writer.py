@@ -61,10 +61,10 @@ from ringfence.engine.translate.copying import (
 )
 from ringfence.engine.translate.emit import PARK, R9, R10
 from ringfence.engine.translate.groups import find_groups, group_at, insn_at
+from ringfence.engine.translate.operands import aim_r9, aim_shared
 from ringfence.engine.translate.sharing import (
     early_stub,
     group_opened,
-    group_slot,
     group_stub,
     open_early_groups,
     open_look_up,
@@ -141,6 +141,7 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
     w.early_miss_count = 0
     w.back_edge_count = 0
     w.live_head = 1
+    w.held = 0
     w.state = HOST
     row.checked = 0
     row.local = 0
@@ -155,6 +156,7 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
         write_head(w, row, start)
         find_groups(w)
         swap_in(w)
+        w.held = 0
         w.inside = w.out
     for n in range(w.count):
         write_instruction(w, cast(Insn, insn_at(w, n)), n)
@@ -178,11 +180,16 @@ def write_instruction(w: Writer, i: Insn, n: int) -> int:
     """One guest instruction: what goes before it, itself, and what follows from it."""
     kind = i.kind
     mark(w, w.out, 1, i.offset)
+    aim_r9(w)
     if i.opens:
         open_early_groups(w, i, n)
     if i.group != NONE and group_opened(w, i, n):
-        operand_address(w, i)
-        gs_load(w, R10, group_slot(w, i))
+        g: Group = cast(Group, group_at(w, i.group))
+        if g.indexed:
+            operand_address(w, i)
+            gs_load(w, R10, g.slot)
+        else:
+            aim_shared(w, i, g.slot)
     else:
         if i.clobbers and i.alive:
             park(w, i.alive)
