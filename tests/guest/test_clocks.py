@@ -31,18 +31,23 @@ def clocks(cloud: Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture(scope="module", params=[None, HZ], ids=["host's rate", "another rate"])
+KINDS = {"host's rate": (1, None), "another rate, two vCPUs": (2, HZ)}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def machine(
     request: pytest.FixtureRequest, cloud: Image, clocks: Path, cache: Path
 ) -> Iterator[Machine]:
     """A machine whose counter runs at some rate, at its shell."""
+    cpus, hz = request.param
     with Machine(
         kernel=cloud.kernel,
         initrd=clocks,
         append=APPEND,
         engine="translate",
         cache_dir=cache,
-        tsc_hz=request.param,
+        cpus=cpus,
+        tsc_hz=hz,
     ) as made:
         made.start()
         yield made
@@ -77,13 +82,14 @@ def test_clocks_never_go_backwards(machine: Machine, shell: Shell) -> None:
     """Pauses of both kinds, and moves to another host as far as clocks see them."""
     shell.run("sh -c '/test/clocks /tmp/stop > /tmp/result &'")
     parts = machine._parts
+    cpus = len(parts.engine.vcpus)
     assert parts.paravirtual is not None
     away = 0.0
     for turn in range(12):
         machine.pause()
         parts.time.policy = PauseClock.RUN if turn % 2 else PauseClock.STOP
         if turn % 3 == 2:
-            time_state, services = parts.time.save(1), parts.paravirtual.save()
+            time_state, services = parts.time.save(cpus), parts.paravirtual.save()
             time.sleep(0.1)
             parts.time.restore(time_state)
             parts.paravirtual.restore(services)

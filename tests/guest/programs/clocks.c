@@ -1,8 +1,11 @@
-/* Reads all clocks over and over until a file appears; says whether one ever went backwards.
+/* Reads all clocks over and over until a file appears, on one CPU after the other; says whether one
+   ever went backwards.
 
    clocks FILE        until FILE exists: "backwards N step S" (the largest step of CLOCK_MONOTONIC, ns)
    clocks -n COUNT    so many readings of CLOCK_MONOTONIC, then "done" */
 
+#define _GNU_SOURCE
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +25,14 @@ static long long now(clockid_t clock)
 	return at.tv_sec * 1000000000LL + at.tv_nsec;
 }
 
+static void move_to(int cpu)
+{
+	cpu_set_t set;
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	sched_setaffinity(0, sizeof set, &set);
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 3 && !strcmp(argv[1], "-n")) {
@@ -33,7 +44,10 @@ int main(int argc, char **argv)
 	long long last[CLOCKS] = { 0 }, step = 0, backwards = 0;
 	unsigned long long ticks = 0;
 	unsigned aux;
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 	for (unsigned turn = 0; turn % 4096 || access(argv[1], F_OK); turn++) {
+		if (cpus > 1 && turn % 64 == 0)
+			move_to(turn / 64 % cpus);
 		for (int n = 0; n < CLOCKS; n++) {
 			long long at = now(clocks[n]);
 			if (at < last[n])
