@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
+from ringfence.boot.firmware import Firmware
 from ringfence.boot.source import ImageSource
 from ringfence.chipset.state import check_version
+from ringfence.cpu.reset import EntryState
 from ringfence.engine import Engine, EngineConfig, StopReason
 from ringfence.errors import HostError, ImageError
+from ringfence.firmware import (
+    DirectKernel,
+    TestDevices,
+    attach_configuration,
+    attach_firmware,
+    attach_test_devices,
+)
 from ringfence.memory.ram import GuestMemory
 from ringfence.network.config import open_network
 from ringfence.storage import Storage
+from ringfence.storage.nvram import Nvram
 from ringfence.storage.options import DiskOptions
 
 if TYPE_CHECKING:
@@ -44,34 +54,14 @@ NICS = ("virtio", "e1000")
 
 
 @dataclass(frozen=True, slots=True)
-class TestDevices:
-    """What a machine has for test kernels (see `devices.testing`).
-
-    Attributes
-    ----------
-    exit_port : int or None
-        Where a write ends the machine with an exit status.
-    console : callable or None
-        Takes the bytes written to port 0xe9.
-    ports : bool
-        Whether there are pc-testdev's ports and the firmware configuration device.
-    """
-
-    __test__ = False  # for pytest: this is no test
-
-    exit_port: int | None = None
-    console: Callable[[bytes], None] | None = None
-    ports: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class MachineConfig:
     """What a machine is made of; checked and resolved, so that assembling it can be repeated.
 
     Attributes
     ----------
     kernel, initrd : bytes, str or Path
-        The images, or the files that hold them; ``initrd`` may be None.
+        The images, or the files that hold them; ``initrd`` may be None, and with firmware the
+        kernel, too.
     cmdline : str
         The whole kernel command line.
     boot : str
@@ -110,9 +100,13 @@ class MachineConfig:
         Ports of the host's that lead to the guest's.
     capture : Path or None
         File for all frames.
+    firmware : Firmware or None
+        What the CPU starts instead of a kernel.
+    nvram : Path or None
+        The file that keeps the firmware's variables.
     """
 
-    kernel: ImageSource
+    kernel: ImageSource | None
     initrd: ImageSource | None
     cmdline: str
     memory: int
@@ -131,10 +125,12 @@ class MachineConfig:
     pause_clock: str = "stop"
     boot: str = "auto"
     modules: tuple[str, ...] = ()
-    test: TestDevices = TestDevices()
+    test: TestDevices = field(default_factory=TestDevices)
     network: str | None = None
     forwards: tuple[str, ...] = ()
     capture: Path | None = None
+    firmware: Firmware | None = None
+    nvram: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +182,9 @@ class HostSide:
             self.vsock = UnixHost(config.vsock) if config.vsock else None
             if self.vsock is not None:
                 opened.callback(self.vsock.close)
+            variables = config.firmware.variables if config.firmware else b""
+            self.nvram = Nvram(config.nvram, variables)
+            opened.callback(self.nvram.close)
             self.network = open_network(network or config.network, config.forwards, config.capture)
             if self.network is not None:
                 opened.callback(self.network.close)
@@ -270,8 +269,6 @@ def assemble(
 
     With an ``origin``, whose RAM belongs to the machine then, the guest goes on from there instead.
     """
-    from ringfence.boot.loader import load_guest
-    from ringfence.chipset import acpi
     from ringfence.chipset.board import Board
     from ringfence.chipset.clock import HostClock
     from ringfence.chipset.timekeeping import PauseClock, Timekeeper
@@ -280,7 +277,11 @@ def assemble(
     from ringfence.paravirt import services
 
     loading = engines.preload(config.engine, config.engine_config)
-    memory = GuestMemory(config.memory) if origin is None else origin.memory
+    firmware = config.firmware
+    if origin is None:
+        memory = GuestMemory(config.memory, firmware.code if firmware else b"")
+    else:
+        memory = origin.memory
     try:
         time = Timekeeper(HostClock(), Tsc(config.tsc_hz), PauseClock(config.pause_clock))
         board = Board(
@@ -292,24 +293,17 @@ def assemble(
             on_power_off=on_power_off,
             on_reset=on_reset,
         )
+        cpus = config.engine_config.cpus
+        files = attach_firmware(board, memory, firmware, host.nvram, cpus) if firmware else {}
         devices = _devices(config, host, console_sink)
         for device in devices.all():
             board.plug(VirtioPci(device, memory, packed=config.packed))
         devices.card = _plug_card(config, host, memory, board)
-        _attach_test_devices(config, memory, board, on_exit)
-        boot = None
-        if origin is None:
-            tables = acpi.build_tables(acpi.ADDRESS, config.engine_config.cpus)
-            memory.write(acpi.ADDRESS, tables)
-            boot = load_guest(
-                memory,
-                kernel=config.kernel,
-                boot=config.boot,
-                initrd=config.initrd,
-                modules=config.modules,
-                cmdline=config.cmdline,
-                rsdp=acpi.ADDRESS,
-            )
+        attach_test_devices(board, config.test, on_exit)
+        if firmware or config.test.ports:
+            direct = _direct_kernel(config) if firmware else None
+            attach_configuration(board, memory, cpus, files, direct)
+        boot = _load(config, memory) if origin is None and firmware is None else None
         features = services.features(engines.capabilities(config.engine).hypercalls)
         if origin is not None:
             features = _promised(config.engine_config.paravirtual, features)
@@ -342,6 +336,32 @@ def _promised(promised: int, offered: int) -> int:
     return promised
 
 
+def _load(config: MachineConfig, memory: GuestMemory) -> EntryState:
+    """Put the kernel into memory, and what firmware would have left there for it."""
+    from ringfence.boot.loader import load_guest
+    from ringfence.chipset import acpi
+
+    assert config.kernel is not None
+    hardware = acpi.Hardware(config.engine_config.cpus)
+    memory.write(acpi.ADDRESS, acpi.build_tables(acpi.ADDRESS, hardware))
+    return load_guest(
+        memory,
+        kernel=config.kernel,
+        boot=config.boot,
+        initrd=config.initrd,
+        modules=config.modules,
+        cmdline=config.cmdline,
+        rsdp=acpi.ADDRESS,
+    )
+
+
+def _direct_kernel(config: MachineConfig) -> DirectKernel | None:
+    """What firmware may start without a disk."""
+    if config.kernel is None:
+        return None
+    return DirectKernel(config.kernel, config.initrd, config.cmdline)
+
+
 def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], None]) -> Devices:
     """Make what is plugged into the board."""
     from ringfence.devices.virtio.balloon import VirtioBalloon
@@ -362,30 +382,6 @@ def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], N
         console=VirtioConsole([Port("", console), *named]) if named else None,
         vsock=VirtioVsock(GUEST_CID, host.vsock) if host.vsock else None,
     )
-
-
-def _attach_test_devices(
-    config: MachineConfig, memory: GuestMemory, board: Board, on_exit: Callable[[int], None]
-) -> None:
-    """Add what the owner wants for a test kernel."""
-    wanted = config.test
-    if wanted == TestDevices():
-        return
-    from ringfence.chipset import fwcfg
-    from ringfence.devices.testing import DebugConsole, DebugExit, TestPorts
-
-    if wanted.exit_port is not None:
-        DebugExit(on_exit).attach(board, wanted.exit_port)
-    if wanted.console is not None:
-        DebugConsole(wanted.console).attach(board)
-    if wanted.ports:
-        TestPorts(board).attach(board)
-        cpus = config.engine_config.cpus
-        device = fwcfg.FwCfg(
-            memory, fwcfg.machine_items(memory, cpus), {"etc/e820": fwcfg.ram_map(memory)}
-        )
-        device.attach(board.ports)
-        board.add("fw_cfg", device)
 
 
 def _plug_card(

@@ -23,17 +23,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
-from ringfence.assembly import NICS, HostSide, MachineConfig, Origin, Parts, TestDevices, assemble
+from ringfence.assembly import NICS, HostSide, MachineConfig, Origin, Parts, assemble
 from ringfence.console import Console
 from ringfence.debugger import Debugger
 from ringfence.engine import Engine, EngineConfig, StopReason, VirtualCpu
-from ringfence.errors import GuestTimeout, HostError, UsageError
+from ringfence.errors import GuestTimeout, HostError, ImageError, UsageError
+from ringfence.firmware import TestDevices
 from ringfence.memory.linear import read_linear, write_linear
 from ringfence.network.config import parse_mac
 from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.storage.options import DiskOptions, parse_disk
 
 if TYPE_CHECKING:
+    from ringfence.boot.firmware import Firmware
     from ringfence.boot.source import ImageSource
     from ringfence.engine.exits import TraceRecord
     from ringfence.network.backend import NetworkBackend
@@ -117,6 +119,12 @@ class Machine:
         ``FILE`` or ``FILE ARGUMENT...``, for multiboot and PVH kernels; ``initrd`` is the first.
     test : TestDevices, optional
         Devices for test kernels; see `exit_status`.
+    bios : str, Path or Firmware, optional
+        Firmware to start instead of a kernel: ``seabios`` or ``ovmf``, if they have been fetched,
+        or a file. UEFI firmware starts ``kernel`` if there is one.
+    nvram : str or Path, optional
+        The file that keeps the firmware's variables; made if it is not there. Without it changes
+        are lost with the machine.
 
     Raises
     ------
@@ -162,6 +170,8 @@ class Machine:
         boot: str = "auto",
         modules: Sequence[str] = (),
         test: TestDevices | None = None,
+        bios: str | Path | Firmware | None = None,
+        nvram: str | Path | None = None,
     ) -> None:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
@@ -172,7 +182,10 @@ class Machine:
         size = parse_memory(memory)
         engine = engines.select(engine, cpus)
         folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
-        if kernel is None:
+        firmware = _firmware(bios, nvram)
+        if firmware is not None and kernel is None and image is None:
+            cmdline = append or ""
+        elif kernel is None:
             kernel, initrd, cmdline = _from_image(image or "debian", initrd, append)
         elif image is not None:
             raise UsageError("both an image and a kernel were given: expected one of them")
@@ -202,6 +215,8 @@ class Machine:
             network if isinstance(network, str) else None,
             tuple(forwards),
             Path(capture) if capture is not None else None,
+            firmware,
+            Path(nvram) if nvram else None,
         )
         self._build(config, None if isinstance(network, str) else network)
 
@@ -759,6 +774,28 @@ class Machine:
         """Wait (holding ``_change``) for something that the vCPU's thread does soon."""
         if not self._change.wait_for(condition, STOP_PATIENCE):
             raise HostError(f"the vCPU did not come back within {STOP_PATIENCE:g} s: a bug of ours")
+
+
+def _firmware(bios: str | Path | Firmware | None, nvram: str | Path | None) -> Firmware | None:
+    """Firmware by its name, from a file, or as it was given."""
+    if bios is None:
+        if nvram is not None:
+            raise UsageError("variables were given without firmware: expected bios, too")
+        return None
+    from ringfence.boot.firmware import Firmware, read_firmware
+    from ringfence.images import firmware
+    from ringfence.images.store import Store
+
+    if isinstance(bios, Firmware):
+        return bios
+    if bios not in firmware.PACKAGES:
+        # A file of its own may come with variables of its own, without a template.
+        given = Path(nvram) if nvram else None
+        return read_firmware(bios, given if given and given.exists() else None)
+    found = firmware.find_firmware(str(bios), Store())
+    if found is None:
+        raise ImageError(f"firmware {bios} is not there: fetch it by 'ringfence pull {bios}'")
+    return read_firmware(found.code, found.variables)
 
 
 def _from_image(

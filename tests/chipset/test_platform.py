@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from ringfence.chipset import aml
-from ringfence.chipset.acpi import ADDRESS, build_tables
+from ringfence.chipset.acpi import ADDRESS, Hardware, build_tables
 
 # ---- power management
 
@@ -124,7 +124,7 @@ def test_pci_probe(rig) -> None:
 
 
 def tables(cpus: int) -> dict[bytes, bytes]:
-    blob = build_tables(ADDRESS, cpus)
+    blob = build_tables(ADDRESS, Hardware(cpus))
 
     def table(address: int) -> bytes:
         at = address - ADDRESS

@@ -178,11 +178,11 @@ def test_variable_mtrrs(machine: Any) -> None:
     refuses(machine, msr.MTRR_CAP, 0)
     for i in range(8):
         keeps(machine, 0x200 + 2 * i, 0x1000 * i | 6)
-        keeps(machine, 0x201 + 2 * i, 0x3FFF_8000_0800)
-        assert (cpu.mtrr_base[i], cpu.mtrr_mask[i]) == (0x1000 * i | 6, 0x3FFF_8000_0800)
-    for value in (2, 7, 0x106, 1 << 46 | 6):
+        keeps(machine, 0x201 + 2 * i, 0xFF_8000_0800)
+        assert (cpu.mtrr_base[i], cpu.mtrr_mask[i]) == (0x1000 * i | 6, 0xFF_8000_0800)
+    for value in (2, 7, 0x106, 1 << 40 | 6):
         refuses(machine, 0x200, value)
-    for value in (1, 0x400, 1 << 46):
+    for value in (1, 0x400, 1 << 40):
         refuses(machine, 0x201, value)
     machine.cpu.gpr[RCX] = 0x210
     assert machine.effect("fx_rdmsr") == FAULT

@@ -8,6 +8,7 @@ those of the ACPI specification, release 6.4, chapter 5.
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 from ringfence.chipset import aml, ioapic, lapic, pm, rtc, uart
 from ringfence.chipset.pci import host as pci
@@ -17,8 +18,10 @@ ADDRESS = 0xE0000
 LIMIT = 0x20000
 """The tables must end before the BIOS area does."""
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"RINGFC", b"RINGFENC", b"RFNC"
-PCI_MEMORY = (0xC000_0000, pci.ECAM_BASE - 1)
-"""PCI memory window: from the end of low RAM to configuration space."""
+PCI_MEMORY = (0xC000_0000, ioapic.BASE - 1)
+"""PCI memory window: from the end of low RAM to the interrupt controllers."""
+FIRMWARE_PCI_MEMORY = 0x8000_0000
+"""Where it begins under firmware, unless there is RAM: there firmware assigns BARs from."""
 
 # FADT IAPC_BOOT_ARCH (5.2.9.3) and fixed feature flags (table 5.10)
 LEGACY_DEVICES, VGA_NOT_PRESENT = 1 << 0, 1 << 2
@@ -27,7 +30,26 @@ WBINVD, PROC_C1, SLP_BUTTON, FIX_RTC, TMR_VAL_EXT, RESET_REG_SUP = (
 )
 
 
-def build_tables(base: int = ADDRESS, cpus: int = 1) -> bytes:
+@dataclass(frozen=True)
+class Hardware:
+    """What the tables say of a machine.
+
+    Attributes
+    ----------
+    cpus : int
+        How many there are.
+    pm_base : int
+        First port of the power management registers.
+    pci_memory : int
+        Where the PCI memory window begins; it ends before the interrupt controllers.
+    """
+
+    cpus: int = 1
+    pm_base: int = pm.BASE
+    pci_memory: int = PCI_MEMORY[0]
+
+
+def build_tables(base: int = ADDRESS, hardware: Hardware = Hardware()) -> bytes:
     """Build all tables for a blob at guest-physical ``base``; the RSDP is its start."""
     parts: list[bytes] = [bytes(64)]
 
@@ -36,10 +58,10 @@ def build_tables(base: int = ADDRESS, cpus: int = 1) -> bytes:
         parts.append(table.ljust(-(-len(table) // 64) * 64, b"\0"))
         return address
 
-    dsdt = place(_table(b"DSDT", 2, build_dsdt(cpus)))
+    dsdt = place(_table(b"DSDT", 2, build_dsdt(hardware)))
     facs = place(struct.pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2))
-    fadt = place(_fadt(dsdt, facs))
-    madt = place(_madt(cpus))
+    fadt = place(_fadt(dsdt, facs, hardware.pm_base))
+    madt = place(_madt(hardware.cpus))
     mcfg = place(_mcfg())
     xsdt = place(_table(b"XSDT", 1, struct.pack("<3Q", fadt, madt, mcfg)))
     parts[0] = _rsdp(xsdt).ljust(64, b"\0")
@@ -73,11 +95,14 @@ def _io_address(port: int, bits: int, access: int) -> bytes:
     return struct.pack("<BBBBQ", 1, bits, 0, access, port) if port else bytes(12)
 
 
-def _fadt(dsdt: int, facs: int) -> bytes:
+def _fadt(dsdt: int, facs: int, pm_base: int) -> bytes:
     """Build the fixed ACPI description table, 6.3 (5.2.9); not hardware-reduced."""
+    event, control, timer = (
+        pm_base + at - pm.BASE for at in (pm.PM1_EVENT, pm.PM1_CONTROL, pm.PM_TIMER)
+    )
     flags = WBINVD | PROC_C1 | SLP_BUTTON | FIX_RTC | TMR_VAL_EXT | RESET_REG_SUP
     body = struct.pack("<IIBBHIBBBB", facs, dsdt, 0, 0, pm.SCI_IRQ, 0, 0, 0, 0, 0)
-    body += struct.pack("<8I", pm.PM1_EVENT, 0, pm.PM1_CONTROL, 0, 0, pm.PM_TIMER, 0, 0)
+    body += struct.pack("<8I", event, 0, control, 0, 0, timer, 0, 0)
     # lengths: PM1 event, PM1 control, PM2, PM timer, GPE0, GPE1; GPE1_BASE, CST_CNT
     body += bytes([4, 2, 0, 4, 0, 0, 0, 0])
     # P_LVL2_LAT, P_LVL3_LAT beyond their limits: no C2, no C3
@@ -87,8 +112,8 @@ def _fadt(dsdt: int, facs: int) -> bytes:
     body += struct.pack("<BHB", pm.RESET_VALUE, 0, 3)  # RESET_VALUE, ARM_BOOT_ARCH, minor
     body += struct.pack("<QQ", 0, dsdt)  # X_FIRMWARE_CTRL (FIRMWARE_CTRL is used), X_DSDT
     for port, bits, access in (
-        (pm.PM1_EVENT, 32, 2), (0, 0, 0), (pm.PM1_CONTROL, 16, 2), (0, 0, 0),
-        (0, 0, 0), (pm.PM_TIMER, 32, 3), (0, 0, 0), (0, 0, 0),
+        (event, 32, 2), (0, 0, 0), (control, 16, 2), (0, 0, 0),
+        (0, 0, 0), (timer, 32, 3), (0, 0, 0), (0, 0, 0),
         (0, 0, 0), (0, 0, 0),  # sleep control and status: hardware-reduced only
     ):  # fmt: skip
         body += _io_address(port, bits, access)
@@ -115,7 +140,7 @@ def _mcfg() -> bytes:
     return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", pci.ECAM_BASE, 0, 0, 0))
 
 
-def build_dsdt(cpus: int) -> bytes:
+def build_dsdt(hardware: Hardware) -> bytes:
     r"""Assemble the DSDT's AML: processors, PCI host, COM1, RTC, motherboard, \_S5."""
     s5 = aml.package(*map(aml.integer, (pm.SLP_TYP_S5, pm.SLP_TYP_S5, 0, 0)))
     processors = [
@@ -124,7 +149,7 @@ def build_dsdt(cpus: int) -> bytes:
             aml.name("_HID", aml.string("ACPI0007")),
             aml.name("_UID", aml.integer(cpu)),
         )
-        for cpu in range(cpus)
+        for cpu in range(hardware.cpus)
     ]
     routes = [
         aml.package(
@@ -148,7 +173,7 @@ def build_dsdt(cpus: int) -> bytes:
                 aml.io(pci.BASE, pci.LENGTH),
                 aml.io_range(0x0000, pci.BASE - 1),
                 aml.io_range(pci.BASE + pci.LENGTH, 0xFFFF),
-                aml.memory_range(*PCI_MEMORY),
+                aml.memory_range(hardware.pci_memory, PCI_MEMORY[1]),
             ),
         ),
         aml.name("_PRT", aml.package(*routes)),
@@ -171,7 +196,7 @@ def build_dsdt(cpus: int) -> bytes:
         aml.name(
             "_CRS",
             aml.resources(
-                aml.io(pm.BASE, pm.LENGTH),
+                aml.io(hardware.pm_base, pm.LENGTH),
                 aml.memory(pci.ECAM_BASE, pci.ECAM_LENGTH),
             ),
         ),

@@ -43,6 +43,7 @@ ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
 echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
 ringfence run builtin --stats - --trace exits
 ringfence run --net user --forward 8080:80
+ringfence run --bios seabios --disk disk.img
 ringfence run --kernel test.elf --test-devices --append "first second"
 ringfence run --name web --detach; ringfence console web; ringfence stop web
 
@@ -211,7 +212,22 @@ def run(
     ] = None,
     debugcon: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Only the debug console, to a file; '-' is stderr."),
+        typer.Option(
+            metavar="FILE[,port=PORT]",
+            help="Only the debug console, to a file ('-' is stderr); its port is 0xe9.",
+        ),
+    ] = None,
+    bios: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Start firmware instead of a kernel: seabios or ovmf (fetched if need be), or a"
+            " file.",
+        ),
+    ] = None,
+    nvram: Annotated[
+        Path | None,
+        typer.Option(help="File that keeps UEFI's variables; made if it is not there."),
     ] = None,
     name: Annotated[
         str | None,
@@ -259,6 +275,8 @@ def run(
             debug_console=debugcon,
             name=name,
             detach=detach,
+            bios=bios,
+            nvram=nvram,
         )
     )
 
@@ -337,6 +355,24 @@ def pull_debian(
     from ringfence.cli.pull import pull
 
     pull(flavour.value, refresh=refresh)
+    return 0
+
+
+@pull_app.command("seabios")
+def pull_seabios() -> int:
+    """Fetch Debian's SeaBIOS, for 'run --bios seabios'."""
+    from ringfence.cli.pull import pull_firmware
+
+    pull_firmware("seabios")
+    return 0
+
+
+@pull_app.command("ovmf")
+def pull_ovmf() -> int:
+    """Fetch Debian's UEFI firmware, for 'run --bios ovmf'."""
+    from ringfence.cli.pull import pull_firmware
+
+    pull_firmware("ovmf")
     return 0
 
 

@@ -55,6 +55,24 @@ def pull(flavour: str, *, refresh: bool = False) -> None:
     print(f"ringfence: {_line(image)}", file=sys.stderr)
 
 
+def ensure_firmware(name: str) -> None:
+    """Fetch firmware that is known by this name; a file needs nothing."""
+    from ringfence.images.firmware import PACKAGES, find_firmware
+    from ringfence.images.store import Store
+
+    if name in PACKAGES and find_firmware(name, Store()) is None:
+        pull_firmware(name)
+
+
+def pull_firmware(name: str) -> None:
+    """Fetch one of Debian's packages of firmware, showing how far it is."""
+    from ringfence.images.firmware import fetch_firmware
+
+    with _progress(name) as progress:
+        files = fetch_firmware(name, progress=progress)
+    print(f"ringfence: {name}: {files.code}", file=sys.stderr)
+
+
 def show_images(*, as_json: bool) -> None:
     """Print the stored images and the built-in one."""
     from ringfence.images.builtin import NAME as BUILTIN

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from ringfence.api import names
 from ringfence.api.server import published
-from ringfence.assembly import NICS, TestDevices
+from ringfence.assembly import NICS
 from ringfence.cli.session import Ending, Session
-from ringfence.devices.testing import EXIT_PORT
+from ringfence.devices.testing import CONSOLE_PORT, EXIT_PORT
 from ringfence.engine import StopReason
 from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, HostError, UsageError
+from ringfence.firmware import TestDevices
 from ringfence.machine import Machine
 
 
@@ -56,13 +57,19 @@ class RunOptions:
     debug_console: str | None = None
     name: str | None = None
     detach: bool = False
+    bios: str | None = None
+    nvram: Path | None = None
 
 
 def run_guest(options: RunOptions) -> int:
     """Boot what the options say and return the exit status; RingfenceError for a bad ending."""
     _check(options)
     image = options.image
-    if options.kernel is None:
+    if options.bios is not None:
+        from ringfence.cli.pull import ensure_firmware
+
+        ensure_firmware(options.bios)
+    elif options.kernel is None:
         from ringfence.cli.pull import ensure_image
 
         image = ensure_image(image)
@@ -143,16 +150,19 @@ def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
         boot=options.boot,
         modules=options.modules,
         test=_test_devices(options, opened),
+        bios=options.bios,
+        nvram=options.nvram,
     )
 
 
 def _test_devices(options: RunOptions, opened: ExitStack) -> TestDevices:
     """What the options ask for; the debug console's file is open as long as ``opened`` is."""
-    console = options.debug_console or ("-" if options.test_devices else None)
+    console, _, at = (options.debug_console or "").partition(",port=")
+    console = console or ("-" if options.test_devices else "")
     sink: Callable[[bytes], None] | None = None
     if console == "-":
         sink = _to_stderr
-    elif console is not None:
+    elif console:
         try:
             file = FileIO(console, "w")
         except OSError as error:
@@ -163,6 +173,7 @@ def _test_devices(options: RunOptions, opened: ExitStack) -> TestDevices:
     return TestDevices(
         exit_port=None if port is None else parse_port(port),
         console=sink,
+        console_port=parse_port(at) if at else CONSOLE_PORT,
         ports=options.test_devices,
     )
 

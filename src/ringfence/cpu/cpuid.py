@@ -38,7 +38,7 @@ HostCpuid: TypeAlias = Callable[[int, int], Registers]
 ANY = 0xFFFFFFFF
 """Subleaf of rows that answer for any ECX."""
 ROW_BYTES = 24
-LINEAR_BITS, PHYSICAL_BITS = 48, 46
+LINEAR_BITS, PHYSICAL_BITS = 48, 40
 VENDOR = b"AuthenticAMD"
 BRAND = b"Ringfence virtual CPU"
 HYPERVISOR = b"KVMKVMKVM\0\0\0"

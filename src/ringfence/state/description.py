@@ -17,14 +17,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ringfence.assembly import MachineConfig, TestDevices
+from ringfence.assembly import MachineConfig
+from ringfence.boot.firmware import Firmware
 from ringfence.engine import EngineConfig
 from ringfence.errors import ImageError
+from ringfence.firmware import TestDevices
 from ringfence.storage.options import DiskOptions
 
 CLASS = "class"
 _CLASSES: dict[str, Any] = {
-    each.__name__: each for each in (MachineConfig, EngineConfig, DiskOptions, TestDevices)
+    each.__name__: each
+    for each in (MachineConfig, EngineConfig, DiskOptions, TestDevices, Firmware)
 }
 _UNSAID = {"cache_dir"}
 """Fields that concern the host only and are not told."""

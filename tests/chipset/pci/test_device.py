@@ -80,7 +80,7 @@ def test_accesses_are_aligned_and_inside(bench: Bench) -> None:
     assert log == [(0, at, 1) for at in (2, 3, 4, 5, 0xFFF)] + [(1, 0x3F, 1)]
 
 
-@pytest.mark.parametrize("base", [0xFEE00000, 0xFEC00000, 0xFEB00000])
+@pytest.mark.parametrize("base", [0xFEE00000, 0xFEC00000, 0xFEF00000])
 def test_the_board_is_seen_before_a_bar(bench: Bench, base: int) -> None:
     bench.place()
     offset = 0x30 if base == 0xFEE00000 else 0
@@ -195,7 +195,7 @@ def test_random_configuration_is_borne(bench: Bench) -> None:
         if chance.random() < 0.5:
             bench.put(offset, value & (1 << 8 * size) - 1, size, slot)
         else:
-            bench.board.mmio_write(0xFEB00000 + slot * 0x8000 + offset, size, value)
+            bench.board.mmio_write(0xFEF00000 + slot * 0x8000 + offset, size, value)
         base = chance.choice((0xC0000000, 0xFEE00000, 0xFEC00000, bench.get(0x10) & ~0xFFF))
         bench.board.mmio_write(base + chance.randrange(0x1000), chance.choice((1, 2, 4, 8)), value)
         bench.board.port_read(chance.randrange(0x10000), size)
@@ -208,7 +208,7 @@ def test_random_configuration_is_borne(bench: Bench) -> None:
 
 
 def test_ecam(bench: Bench) -> None:
-    window = 0xFEB00000
+    window = 0xFEF00000
     read = bench.board.mmio_read
     assert read(window, 4) == 0x12378086
     assert read(window + 0x8000, 8) == bench.get(4) << 32 | 0x56781234

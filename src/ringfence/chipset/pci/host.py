@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from ringfence.chipset.bus import Device, MmioBus, PortBus
 from ringfence.chipset.pci import config
-from ringfence.chipset.pci.config import Identity
+from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice, Socket
 from ringfence.chipset.state import Saved, State
 from ringfence.errors import ImageError, UsageError
@@ -28,12 +28,22 @@ FUNCTIONS = 8
 LINES = 4
 FIRST_GSI = 16
 """PCI interrupts use GSI 16-19, level-triggered."""
-ECAM_BASE, ECAM_LENGTH = 0xFEB0_0000, 1 << 20
-"""The memory window to bus 0's configuration spaces."""
+ECAM_BASE, ECAM_LENGTH = 0xFEF0_0000, 1 << 20
+"""The memory window to bus 0's configuration spaces; behind what firmware uses for BARs."""
 MULTIFUNCTION = 1 << 7
 """In Header Type of function 0: the slot has others (6.2.1)."""
-HOST_BRIDGE = Identity(vendor=0x8086, device=0x1237, class_code=0x060000, revision=2)
-"""00:00.0: an Intel 82441FX by its identity, with nothing to configure."""
+HOST_BRIDGE = Identity(
+    vendor=0x8086,
+    device=0x1237,
+    class_code=0x060000,
+    revision=2,
+    subsystem_vendor=0x1AF4,
+    subsystem=0x1100,
+)
+"""00:00.0: an Intel 82441FX by its identity. Its subsystem is what firmware knows QEMU by."""
+PAM, SMRAM = Register(0x59, 7), Register(0x72, 1)
+"""Which parts of 0xC0000-0xFFFFF are RAM to reads and writes. They only read as they were written:
+there is RAM always. SMRAM likewise (82441FX data sheet, 3.2.18 and 3.2.26)."""
 
 
 def line_of(slot: int, pin: int) -> int:
@@ -88,7 +98,10 @@ class PciHost(Saved):
         self.address = 0
         self.lines = [0] * LINES
         """Per line, which pins assert it: bit 4 * slot + pin."""
-        self._functions: dict[int, PciDevice] = {0: PciDevice(HOST_BRIDGE, pin=0)}
+        bridge = PciDevice(HOST_BRIDGE, pin=0)
+        bridge.config.allow(PAM, 0x33_3333_3333_3330)
+        bridge.config.allow(SMRAM, 0x7F)
+        self._functions: dict[int, PciDevice] = {0: bridge}
         ports.register(BASE, LENGTH, self)
         memory.register(ECAM_BASE, ECAM_LENGTH, _Ecam(self._functions))
 

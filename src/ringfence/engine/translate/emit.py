@@ -33,8 +33,11 @@ def gs_store(register: int, displacement: int) -> bytes:
 
 
 def gs_store_imm(displacement: int, value: int) -> bytes:
-    """``mov qword gs:[disp], simm32``."""
-    return b"\x65\x48\xc7\x04\x25" + _i32(displacement) + _i32(value)
+    """``mov qword gs:[disp], simm32``; a 32-bit value with its top bit set takes two dwords."""
+    if -(1 << 31) <= value < 1 << 31:
+        return b"\x65\x48\xc7\x04\x25" + _i32(displacement) + _i32(value)
+    halves = ((displacement, value & 0xFFFF_FFFF), (displacement + 4, value >> 32 & 0xFFFF_FFFF))
+    return b"".join(b"\x65\xc7\x04\x25" + _i32(at) + struct.pack("<I", half) for at, half in halves)
 
 
 def gs_compare_byte(displacement: int, value: int) -> bytes:
