@@ -187,7 +187,7 @@ def test_cr3_refuses_physical_bits_beyond_the_model(machine: Any, bit: int) -> N
 
 def test_cr3_and_cr2_round_trip(machine: Any) -> None:
     cpu = machine.cpu
-    to_cr(machine, 3, 0x3FFF_FFFF_F018)
+    to_cr(machine, 3, 0xFF_FFFF_F018)
     to_cr(machine, 2, 0xFFFF_8000_DEAD_BEEF)
     assert cpu.flushes_nonglobal == 1
     for number, value in ((0, CR0), (2, cpu.cr2), (3, cpu.cr3), (4, cpu.cr4)):
