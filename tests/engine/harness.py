@@ -27,6 +27,7 @@ from engine.native import (
     DATA_BYTES,
     DIRECTION,
     END_BYTES,
+    LDT,
     NO_TRAP,
     PAGE,
     PAGES,
@@ -51,7 +52,7 @@ from ringfence.engine.translate.engine import TranslateEngine
 from ringfence.memory.ram import GuestMemory
 
 RAM = 16 << 20
-GDT, IDT, TSS, HANDLERS, STACK_TOP = 0x1000, 0x2000, 0x3000, 0x4000, 0x8000
+GDT, LDT_AT, IDT, TSS, HANDLERS, STACK_TOP = 0x1000, 0x1800, 0x2000, 0x3000, 0x4000, 0x8000
 TABLES = 0x10000
 DATA_AT, CODE_AT = 0x100000, 0x200000
 """Guest-physical places."""
@@ -227,6 +228,11 @@ class Guest:
             0x00CFFB000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF,
         )  # fmt: skip
         self.memory.write(GDT, struct.pack("<7Q", *gdt))
+        for number, (base, limit, access) in enumerate(LDT):
+            entry = struct.pack(
+                "<HHBBBB", limit, base & 0xFFFF, base >> 16 & 0xFF, access, 0, base >> 24
+            )
+            self.memory.write(LDT_AT + 8 * number, entry)
         for vector in range(256):
             handler = HIGH + HANDLERS + 16 * vector
             kind = 0xEE00 if vector in (3, 4, 0x80) else 0x8E00
@@ -257,6 +263,8 @@ class Guest:
         view.seg_base[state.TR] = HIGH + TSS
         view.seg_limit[state.TR] = 103
         view.seg_attr[state.TR] = state.ATTR_P | 0xB
+        view.seg_selector[state.LDTR] = 0x48
+        view.seg_base[state.LDTR], view.seg_limit[state.LDTR] = HIGH + LDT_AT, 8 * len(LDT) - 1
         view.star = CODE32 << 48 | CODE0 << 32
         view.lstar = HIGH + HANDLERS + 16 * 0xF0
         view.sfmask = 0x47700

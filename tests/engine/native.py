@@ -33,6 +33,9 @@ CODE_PAGES = 1024
 CODE_BYTES = CODE_PAGES * PAGE
 CONTROL = 0x6200_0000
 """The child's own pages: values going in and out, then its machine code."""
+LDT = ((CODE, 0xFFFF, 0xFA), (DATA, DATA_BYTES - 1, 0xF2))
+"""Segments of 16-bit code: base, limit, and what is in a descriptor's sixth byte."""
+CODE16, DATA16 = 0x07, 0x0F
 STATUS_FLAGS = 0x8D5
 DIRECTION = 0x400
 
@@ -258,6 +261,11 @@ class Runner:
                     raise OSError("mprotect")
                 if kind != HOLE:
                     ctypes.string_at(base + n * PAGE, 1)  # so that the host has it present, too
+        for number, (base, limit, access) in enumerate(LDT):
+            contents = 2 if access & 8 else 0
+            entry = struct.pack("<4I", number, base, limit, contents << 1 | 0x40)
+            if libc.syscall(154, 0x11, entry, len(entry)):  # modify_ldt
+                raise OSError("modify_ldt")
         text, capture, handler = program()
         ctypes.memmove(CONTROL + _PROGRAM, text, len(text))
         self.poke(_CAPTURE, CONTROL + _PROGRAM + capture)

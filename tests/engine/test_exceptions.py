@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.harness import CODE0, HANDLERS, HIGH, STACK_TOP, Guest, difference
+from engine.harness import CODE0, CODE3, DATA3, HANDLERS, HIGH, STACK_TOP, Guest, difference
 from engine.native import (
     ALIAS,
     CODE,
@@ -255,7 +255,7 @@ def test_interrupt_return(guest: Guest) -> None:
     tail = Case(target, bytes.fromhex("0f92c0"), 3, registers())
     guest.run(tail)
     stack = DATA + 2 * PAGE
-    frame = struct.pack("<5Q", target, 0x23, 0x3203 | 0x800, DATA + PAGE, 0x1B)
+    frame = struct.pack("<5Q", target, CODE3, 0x3203 | 0x800, DATA + PAGE, DATA3)
     case = make(guest, "48cf", registers(rsp=stack), patches=[(2 * PAGE, frame)])
     got = guest.run(case, 0)
     assert got.trap == NO_TRAP
@@ -285,7 +285,7 @@ def test_error_frame(guest: Guest) -> None:
     case = make(guest, "488b01", registers(rcx=HOLE))
     guest.run(case)
     error, rip, cs, flags, rsp, ss = struct.unpack("<6Q", guest.memory.read(STACK_TOP - 48, 48))
-    assert (error, rip, cs, rsp, ss) == (4, case.address, 0x23, case.gpr[4], 0x1B)
+    assert (error, rip, cs, rsp, ss) == (4, case.address, CODE3, case.gpr[4], DATA3)
     assert flags & 0x10000
     assert flags & 0x200
 

@@ -515,10 +515,7 @@ def fx_enter(cpu: Cpu) -> int:
         if stack_write(cpu, stack, size, frame, user):
             return FAULT
     set_stack(cpu, stack - (cpu.op[1] & 0xFFFF))
-    # BP as wide as the operand, but no wider than the stack pointer is.
-    if size == 2:
-        mask = 0xFFFF
-    cpu.gpr[RBP] = (cpu.gpr[RBP] & ~mask) | (frame & mask)
+    operand_store(cpu, RBP, size, frame)
     cpu.rip = cpu.next_rip
     return OK
 

@@ -158,9 +158,9 @@ class _Emulation:
             return 0
         return int(self.view.gpr[RegisterExt.number(RegisterExt.full_register(register))])
 
-    def linear(self, offset: int, narrow: bool, segment: Reg) -> int:
-        """Linear address of an effective address."""
-        offset &= 0xFFFFFFFF if narrow else _M64
+    def linear(self, offset: int, size: int, segment: Reg) -> int:
+        """Linear address of an effective address of ``size`` bytes."""
+        offset &= (1 << 8 * size) - 1
         if self.bits != 64:
             return (offset + int(self.view.seg_base[SEGMENTS[segment]])) & 0xFFFFFFFF
         number = {Register.FS: FS, Register.GS: GS}.get(segment)
@@ -172,12 +172,13 @@ class _Emulation:
         i = self.i
         base, register = i.memory_base, i.memory_index
         if base in (Register.RIP, Register.EIP):
-            return self.linear(i.memory_displacement, base == Register.EIP, i.memory_segment)
-        narrow = RegisterExt.is_gpr32(base) or RegisterExt.is_gpr32(register)
+            return self.linear(i.memory_displacement, RegisterExt.size(base), i.memory_segment)
+        parts = (part for part in (base, register) if RegisterExt.is_gpr(part))
+        size = next(map(RegisterExt.size, parts), i.memory_displ_size)
         if not RegisterExt.is_vector_register(register):
             index = self.general(register)
         offset = self.general(base) + index * i.memory_index_scale + i.memory_displacement
-        return self.linear(offset, narrow, i.memory_segment)
+        return self.linear(offset, size, i.memory_segment)
 
     # --- the instructions ----------------------------------------------------------------------
 
@@ -279,8 +280,8 @@ class _Emulation:
     def byte_mask(self) -> None:
         """MASKMOVQ and MASKMOVDQU: to where RDI points."""
         i = self.i
-        narrow = i.op0_kind == OpKind.MEMORY_SEG_EDI
-        address = self.linear(int(self.view.gpr[7]), narrow, i.memory_segment)
+        size = {OpKind.MEMORY_SEG_EDI: 4, OpKind.MEMORY_SEG_DI: 2}.get(i.op0_kind, 8)
+        address = self.linear(int(self.view.gpr[7]), size, i.memory_segment)
         self.masked_store(address, self.vector(i.op2_register), self.vector(i.op1_register), 1)
         if i.mnemonic == Mnemonic.MASKMOVQ:
             self.enter_mmx()

@@ -231,6 +231,7 @@ def assembly() -> str:
             f"add rax, {_field('rip')}",
             f"mov {_field('next_rip')}, rax",
             "movzx eax, r10w",
+            f"mov byte ptr gs:[{gs('interrupt_shadow')}], 0",  # one cast before ends here
             f"inc {_field('effect_calls')}",
             f"mov rdi, {_field('self_address')}",
             f"call qword ptr [rdi + rax*8 + {gs('effects') + GS_BIAS}]",
