@@ -261,6 +261,9 @@ def find_groups(w: Writer) -> int:
         elif chosen == 0:
             if g.opens != g.first:
                 forget_opening(cast(Insn, insn_at(w, g.opens)))
+                g.opens = (
+                    g.first
+                )  # or it would be opened with another that is, in no slot of its own
             for n in range(w.count):
                 leave_group(cast(Insn, insn_at(w, n)), number)
     return 0
