@@ -304,7 +304,7 @@ def assemble(
             direct = _direct_kernel(config) if firmware else None
             attach_configuration(board, memory, cpus, files, direct)
         boot = _load(config, memory) if origin is None and firmware is None else None
-        features = services.features(engines.capabilities(config.engine).hypercalls)
+        features = services.features(engines.capabilities(config.engine).hypercalls, cpus)
         if origin is not None:
             features = _promised(config.engine_config.paravirtual, features)
         offered = replace(config.engine_config, paravirtual=features)

@@ -47,7 +47,7 @@ def structure(guest: Guest) -> tuple[int, ...]:
 
 
 def test_it_is_offered() -> None:
-    assert services.features(True) & FEATURE_STEAL_TIME
+    assert services.features(True, 1) & FEATURE_STEAL_TIME
 
 
 def test_what_the_guest_reads(guest: Guest, stolen: StealTime) -> None:

@@ -32,12 +32,15 @@ MSRS = range(0x4B564D00, 0x4B564D10)
 """The registers of KVM's services; those that aren't offered raise #GP."""
 
 
-def features(hypercalls: bool) -> int:
-    """EAX of CPUID 0x40000001, under an engine that hands us hypercalls or doesn't."""
+def features(hypercalls: bool, vcpus: int) -> int:
+    """EAX of CPUID 0x40000001, under an engine that hands us hypercalls or doesn't.
+
+    A single vCPU is not promised what several do with hypercalls: it can go on under any engine.
+    """
     found = clock.FEATURES | FEATURE_NOP_IO_DELAY | FEATURE_PV_EOI
     if steal.available():
         found |= FEATURE_STEAL_TIME
-    return found | (cpus.FEATURES if hypercalls else 0)
+    return found | (cpus.FEATURES if hypercalls and vcpus > 1 else 0)
 
 
 class Service(Protocol):
