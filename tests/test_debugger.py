@@ -33,7 +33,10 @@ WAIT = 20.0
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     with Machine(
-        kernel=elf_kernel(assemble(SOURCE), LOAD_ADDRESS), memory="16M", engine="translate"
+        kernel=elf_kernel(assemble(SOURCE), LOAD_ADDRESS),
+        memory="16M",
+        engine="translate",
+        cache=False,
     ) as made:
         yield made
 

@@ -45,6 +45,7 @@ ringfence run builtin --stats - --trace exits
 ringfence run --net user --forward 8080:80
 ringfence run --bios seabios --disk disk.img
 ringfence run --kernel test.elf --test-devices --append "first second"
+ringfence run --gdb :1234 --gdb-wait
 ringfence run --name web --detach; ringfence console web; ringfence stop web
 
 The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
@@ -233,6 +234,14 @@ def run(
         str | None,
         typer.Option(help="What list, stop and so on call it (default: the image's name)."),
     ] = None,
+    gdb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST]:PORT",
+            help="Let GDB connect here (unix:PATH for a Unix socket); 127.0.0.1 by default.",
+        ),
+    ] = None,
+    gdb_wait: Annotated[bool, typer.Option("--gdb-wait", help="Let GDB start the guest.")] = False,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Print the name and leave it running.")
     ] = False,
@@ -277,6 +286,8 @@ def run(
             detach=detach,
             bios=bios,
             nvram=nvram,
+            gdb=gdb,
+            gdb_wait=gdb_wait,
         )
     )
 
@@ -382,6 +393,32 @@ def images(json: Json = False) -> int:
     from ringfence.cli.pull import show_images
 
     show_images(as_json=json)
+    return 0
+
+
+SYMBOLS_EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence symbols debian -o debian.symbols
+ringfence run --gdb :1234 --gdb-wait
+gdb debian.symbols -ex 'target remote :1234' -ex 'break start_kernel' -ex continue -ex backtrace
+"""
+
+
+@app.command(epilog=SYMBOLS_EXAMPLES)
+def symbols(
+    image: Annotated[str | None, typer.Argument(help="Stored image (default: debian).")] = None,
+    kernel: Annotated[
+        Path | None, typer.Option(help="bzImage or ELF vmlinux instead of an image.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file (default: IMAGE.symbols).")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Make a symbol file for GDB from what a stripped Linux kernel knows of itself."""
+    from ringfence.cli.symbols import make
+
+    make(image, kernel, output, as_json=json)
     return 0
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence.api import names
 from ringfence.api.server import published
@@ -22,6 +22,9 @@ from ringfence.engine import StopReason
 from ringfence.errors import GuestCrash, GuestReset, GuestTimeout, HostError, UsageError
 from ringfence.firmware import TestDevices
 from ringfence.machine import Machine
+
+if TYPE_CHECKING:
+    from ringfence.gdb.server import GdbServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class RunOptions:
     detach: bool = False
     bios: str | None = None
     nvram: Path | None = None
+    gdb: str | None = None
+    gdb_wait: bool = False
 
 
 def run_guest(options: RunOptions) -> int:
@@ -116,7 +121,14 @@ def _run_here(
         opened.callback(machine.close)
         if place is not None:
             opened.enter_context(published(machine, place, image=image))
-        session = Session(machine, timeout=options.timeout, trace=options.trace, started=started)
+        session = Session(
+            machine,
+            timeout=options.timeout,
+            trace=options.trace,
+            started=started,
+            gdb=_gdb(options, machine),
+            wait=options.gdb_wait,
+        )
         try:
             ending = session.run()
         except GuestTimeout:
@@ -153,6 +165,18 @@ def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
         bios=options.bios,
         nvram=options.nvram,
     )
+
+
+def _gdb(options: RunOptions, machine: Machine) -> GdbServer | None:
+    """The server that GDB is to find, if one is wanted."""
+    if options.gdb is None:
+        return None
+    from ringfence.gdb.server import GdbServer
+
+    server = GdbServer(machine, options.gdb)
+    waits = ", which the guest waits for" if options.gdb_wait else ""
+    print(f"ringfence: gdb: target remote {server.address}{waits}", file=sys.stderr, flush=True)
+    return server
 
 
 def _test_devices(options: RunOptions, opened: ExitStack) -> TestDevices:
@@ -229,6 +253,12 @@ def _check(options: RunOptions) -> None:
 
     parse_memory(options.memory)
     engines.select(options.engine, options.cpus)
+    if options.gdb is not None:
+        from ringfence.gdb.server import parse_place
+
+        parse_place(options.gdb)
+    elif options.gdb_wait:
+        raise UsageError("--gdb-wait makes no sense without --gdb")
     parse_network(options.net, options.forwards, options.capture)
     if options.nic not in NICS:
         raise UsageError(f"--nic {options.nic} is unknown: expected {' or '.join(NICS)}")

@@ -29,6 +29,7 @@ from ringfence.errors import GuestTimeout, HostError
 if TYPE_CHECKING:
     from ringfence.console import Console
     from ringfence.engine.exits import TraceRecord
+    from ringfence.gdb.server import GdbServer
     from ringfence.machine import Machine
 
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -127,6 +128,10 @@ class Session:
         Whether to print each exit on stderr.
     started : callable, optional
         Called once the machine runs.
+    gdb : GdbServer, optional
+        A server for GDB, to be closed before the machine is.
+    wait : bool
+        Whether GDB starts the machine.
     """
 
     def __init__(
@@ -136,8 +141,12 @@ class Session:
         timeout: float | None,
         trace: bool,
         started: Callable[[], None] | None = None,
+        gdb: GdbServer | None = None,
+        wait: bool = False,
     ) -> None:
         self.machine = machine
+        self._gdb = gdb
+        self._wait = wait
         self._started = started
         self.timeout = timeout
         self.terminal = RawTerminal(STDIN)
@@ -162,13 +171,16 @@ class Session:
                     with self.terminal:
                         if self.terminal.active:
                             self.terminal.say(GREETING)
-                        machine.start()
+                        if not self._wait:
+                            machine.start()
                         if self._started is not None:
                             self._started()
                         return self._loop()
                 finally:
                     self._output.closing = self._errors.closing = True
                     self._typist.close()
+                    if self._gdb is not None:
+                        self._gdb.close()
                     machine.close()
         finally:
             os.close(self._wake_read)

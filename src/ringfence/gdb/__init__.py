@@ -1,0 +1,1 @@
+"""How does GDB look into a machine: the remote serial protocol over a socket."""
