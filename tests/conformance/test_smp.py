@@ -74,6 +74,14 @@ def send_x2(destination: int, command: int) -> str:
     return f"mov ecx, 0x830\nmov edx, {destination:#x}\nmov eax, {command:#x}\nwrmsr\n"
 
 
+REAL = (
+    "mov ecx, 64\nlea rsi, [rip + 1f]\nmov edi, 0x20000\nrep movsb\n"
+    "mov ecx, 64\nlea rsi, [rip + 1f]\nmov edi, 0x21000\nrep movsb\njmp 2f\n"
+    f".code16\n1: mov ax, {DATA >> 4}\nmov ds, ax\nmov ax, cs\nmov [8], ax\n"
+    "lock inc word ptr [0]\n3: cli\nhlt\njmp 3b\n.code64\n2:\n"
+)
+"""Code for real mode, at 0x20000 and 0x21000: stores its CS and counts, then sleeps for ever."""
+SLEEP = f"other: {READY}1: hlt\njmp 1b\n"
 LOCKED = 100000
 """Locked operations of each vCPU."""
 
@@ -128,6 +136,18 @@ CASES: dict[str, tuple[int, Case]] = {
         + "mov ecx, 10000\n1: pause\nloop 1b\n"
         + f"mov rax, [{DATA}]\nreport rax\nmov rax, [{DATA + 64}]\nreport rax\njmp finish\n"
         + f"other: {READY}sti\n1: pause\njmp 1b\n", [0, 0],
+    )),
+    "a SIPI starts a CPU in real mode, a second one is lost": (2, Case(
+        ENABLE + SPLIT + others(1) + REAL + send(1, 0x500) + send(1, 0x620) + send(1, 0x620)
+        + await_count(DATA, 1) + f"mov rax, [{DATA + 8}]\nreport rax\n" + send(1, 0x621)
+        + "mov ecx, 20000\n1: pause\nloop 1b\n" + f"mov rax, [{DATA}]\nreport rax\n"
+        # INIT again, and it starts at another page.
+        + send(1, 0x500) + send(1, 0x621) + await_count(DATA, 2)
+        + f"mov rax, [{DATA + 8}]\nreport rax\njmp finish\n" + SLEEP, [0x2000, 1, 0x2100],
+    )),
+    "a SIPI without INIT is lost": (2, Case(
+        ENABLE + SPLIT + others(1) + REAL + send(1, 0x620) + "mov ecx, 20000\n1: pause\nloop 1b\n"
+        + f"mov rax, [{DATA}]\nreport rax\njmp finish\n" + SLEEP, [0],
     )),
     "locked increments": (4, Case(
         f"mov ecx, {LOCKED}\n1: lock inc qword ptr [{DATA}]\nloop 1b\n{READY}" + SPLIT + others(4)

@@ -130,9 +130,10 @@ def _engines() -> list[Check]:
 
     found = verdict()
     auto = engines.resolve(engines.AUTO)
+    most = engines.capabilities(auto).vcpus
     return [
         Check("KVM", found.kind is Kind.HARDWARE, False, found.detail),
-        Check("engine", True, True, f"auto takes '{auto}'"),
+        Check("engine", True, True, f"auto takes '{auto}', with up to {most} vCPUs"),
     ]
 
 

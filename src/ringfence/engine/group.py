@@ -9,6 +9,7 @@ A pause begins when the last vCPU has come back.
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ringfence.engine.debug import DebugPoints, DebugStop
     from ringfence.engine.exits import TraceRecord
 
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which a vCPU outside guest code may keep others waiting for Python's global lock."""
 VERSION = 1
 """Of what `Engine.save` returns."""
 
@@ -57,12 +60,15 @@ class Engine:
     def run(self) -> StopReason:
         """Run all vCPUs, the boot CPU in the calling thread, until something in `StopReason`."""
         # Translating keeps what it makes, so frequent collections only cost time.
-        thresholds = gc.get_threshold()
+        thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
         gc.set_threshold(200_000, 20, 100)
+        if len(self.vcpus) > 1:
+            sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             self._run_all()
         finally:
             gc.set_threshold(*thresholds)
+            sys.setswitchinterval(interval)
         if self._failure is not None:
             raise self._failure
         return self._ended[1] if self._ended is not None else StopReason.PAUSED

@@ -76,9 +76,14 @@ class Library:
         """Host address of a native function; KeyError where there is none."""
         return self._base + self._functions[name]
 
-    def function(self, name: str, arguments: int) -> Any:
-        """The function as a ctypes callable of 64-bit integers."""
-        kind = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_uint64] * arguments)
+    def function(self, name: str, arguments: int, *, long: bool = False) -> Any:
+        """The function as a ctypes callable of 64-bit integers.
+
+        Python's global lock is given away meanwhile if it may take ``long``; for what is over in
+        microseconds that would cost more than it gives to others.
+        """
+        prototype = ctypes.CFUNCTYPE if long else ctypes.PYFUNCTYPE
+        kind = prototype(ctypes.c_uint64, *[ctypes.c_uint64] * arguments)
         return kind(self.address(name))
 
 

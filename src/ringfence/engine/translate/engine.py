@@ -107,7 +107,7 @@ class TranslateEngine:
         self.view = Vcpu.at(self.block)
         view = self.view
         view.self_address = self.block
-        self._enter = library.function("rf_enter", 1)
+        self._enter = library.function("rf_enter", 1, long=True)
         self._set_gs = library.function("rf_set_gs", 1)
         self._deliver_interrupt = library.function("deliver_interrupt", 2)
         self._deliver_nmi = library.function("deliver_nmi", 1)
@@ -116,7 +116,7 @@ class TranslateEngine:
         self._linear_read = library.function("linear_read", 4)
         self._linear_write = library.function("linear_write", 5)
         self._walk = library.function("walk", 3)
-        self._string = library.function("fx_string", 1)
+        self._string = library.function("fx_string", 1, long=True)
         self._segment_linear = library.function("segment_linear", 5)
         self._natives.use(self._adopt)
         view.gather_write, view.gather_read = board.gathered.write, board.gathered.read
