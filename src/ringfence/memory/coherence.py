@@ -52,7 +52,7 @@ class Coherent(Walker):
 
     vcpu_number: Annotated[int, u32]
     alone: Annotated[int, u8]
-    """Whether it is the machine's only vCPU: then nothing happens at the same time."""
+    """Whether it is the machine's only vCPU: then only devices write at the same time."""
     vcpus: Annotated[int, u64]
     """Host address of a table of all vCPUs' blocks."""
     page_use: Annotated[int, u64]
@@ -91,9 +91,7 @@ def writer_bit(cpu: Coherent) -> int:
 @native_inline
 def fence(cpu: Coherent) -> int:
     """Make own stores seen by all before the loads that follow are done."""
-    if not cpu.alone:
-        atomic_or64(address_of(cpu.reading[0]), 0)
-    return 0
+    return atomic_or64(address_of(cpu.reading[0]), 0)
 
 
 @native_inline
@@ -135,7 +133,8 @@ def release_code(cpu: Coherent, page: int) -> int:
 def note_code_write(cpu: Coherent, host: int, size: int) -> int:
     """Behind a write of ``size`` bytes at a host address, in one page: was it code of anybody's?"""
     page = (host - cpu.ram_host) >> 12
-    fence(cpu)
+    if not cpu.alone:
+        fence(cpu)
     use = load64(cpu.page_use + page * 8) & CODE_BITS
     if use == 0 or size == 0:
         return 0

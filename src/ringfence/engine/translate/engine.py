@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 GATHER_NS = 3_000_000
 """How long console output may wait for the guest to leave translated code by itself."""
+ORDERS_SINGLY = 64
+"""More orders than that, after a long sleep, and dropping the whole TLB is quicker."""
 TRACE_SLOTS = 1 << 19
 PAGE_ROWS = 1 << 16
 MASK64 = (1 << 64) - 1
@@ -313,6 +315,9 @@ class TranslateEngine:
 
     def _obey(self) -> None:
         """Carry out what other vCPUs have ordered."""
+        if len(self.orders) > ORDERS_SINGLY:
+            self.orders.clear()
+            self._flush_all(self.block)
         while self.orders:
             self._protect(self.block, self.memory.host_base + (self.orders.popleft() << 12))
 

@@ -283,8 +283,6 @@ def begin_reading(vcpu: Vcpu, which: int, index: int) -> int:
     if writers & writer_bit(vcpu):
         tlb_protect_page(vcpu, vcpu.ram_host + (index << 12))
         release_write(vcpu, index)
-    if vcpu.alone:
-        return 0
     vcpu.reading[which] = index + 1
     fence(vcpu)
     return 1 if writers & ~writer_bit(vcpu) else 0
