@@ -172,8 +172,8 @@ CASES: dict[str, tuple[int, Case]] = {
         SPLIT + f"mov dword ptr [{DATA + 256}], 0\nmov byte ptr [{LARGE + 0x70000}], 0xb8\n"
         f"mov dword ptr [{LARGE + 0x70001}], 0\nmov byte ptr [{LARGE + 0x70005}], 0xc3\n"
         + f"mov qword ptr [{DATA + 192}], 1\n" + others(2)
-        + f"mov ecx, 300\nmov esi, 1\n1: mov [{LARGE + 0x70001}], esi\nmov [{DATA}], esi\n"
-        "mov edx, 200\n2: pause\ndec edx\njnz 2b\ninc esi\nloop 1b\n"
+        + f"mov ecx, 100\nmov esi, 1\n1: mov [{LARGE + 0x70001}], esi\nmov [{DATA}], esi\n"
+        "mov edx, 100\n2: pause\ndec edx\njnz 2b\ninc esi\nloop 1b\n"
         + f"mov qword ptr [{DATA + 192}], 2\n" + await_count(DATA + 320, 2)
         + f"mov rax, [{DATA + 256}]\nreport rax\njmp finish\n"
         f"other: pause\ncmp qword ptr [{DATA + 192}], 1\njne other\n{READY}mov ebp, 0x70000\n"

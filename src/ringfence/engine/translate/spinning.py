@@ -12,8 +12,8 @@ from ringfence.cpu.state import OK
 from ringfence.engine.translate.block import Vcpu
 from ringfence.native.dialect import native, sched_yield
 
-PAUSES = 64
-"""PAUSEs of one vCPU between two offers: two or three microseconds of a tight loop, far more than
+PAUSES = 512
+"""PAUSEs of one vCPU between two offers: some ten or twenty microseconds, far more than
 a lock is held whose owner runs."""
 
 
