@@ -14,6 +14,7 @@ from ringfence.cpu.state import (
     EXIT_PORT_STRING,
     FAULT,
     FLAG_IOPL,
+    FLAG_VM,
     OK,
     RAX,
     RDX,
@@ -42,9 +43,10 @@ def note_port(cpu: Cpu, port: int, size: int) -> int:
 def check_port(cpu: Cpu, port: int, size: int) -> int:
     """OK if the current privilege level may use these ports, else FAULT.
 
-    Two bytes of the bitmap are always read, both must lie within the TSS's limit.
+    Two bytes of the bitmap are always read, both must lie within the TSS's limit. Virtual-8086 mode
+    asks the bitmap whatever IOPL says.
     """
-    if cpu.cpl <= (cpu.other_flags & FLAG_IOPL) >> 12:
+    if cpu.cpl <= (cpu.other_flags & FLAG_IOPL) >> 12 and not cpu.other_flags & FLAG_VM:
         return note_port(cpu, port, size)
     limit = cpu.seg_limit[TR]
     if limit < BITMAP_OFFSET + 1:
