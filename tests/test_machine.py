@@ -63,6 +63,7 @@ def test_more_than_the_host_has(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"memory": "lots"}, "memory"),
         ({"network": "carrier-pigeon"}, "network"),
         ({"nic": "ne2000"}, "network card"),
+        ({"pause_clock": "fly"}, "pause_clock"),
         ({"mac": "02:00"}, "address"),
         ({"mac": "01:00:00:00:00:01"}, "address"),
         ({"mac": "00:00:00:00:00:00"}, "address"),

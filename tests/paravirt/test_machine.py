@@ -52,3 +52,16 @@ def test_functions_of_the_owner(tmp_path: Path) -> None:
         assert machine.wait(60) is StopReason.POWER_OFF
         assert sums == [zlib.crc32(TEXT)]
         assert machine.stats()["hypercalls"] == {"0x1234": 1, "0x1235": 1}
+
+
+@pytest.mark.parametrize("hz", [999_999, 1 << 41])
+def test_a_counter_that_no_cpu_has(hz: int) -> None:
+    with pytest.raises(UsageError, match="TSC"):
+        Machine(image="builtin", engine="translate", memory="16M", tsc_hz=hz)
+
+
+def test_numbers_that_are_not_the_owner_s() -> None:
+    with Machine(image="builtin", engine="translate", memory="16M") as machine:
+        for number in (5, 0xFFF, 0x10000):
+            with pytest.raises(UsageError, match="hypercall"):
+                machine.hypercall(number)(lambda call: None)
