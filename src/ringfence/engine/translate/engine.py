@@ -170,7 +170,11 @@ class TranslateEngine:
         reset.reset(view)
         view.wait_for_sipi = index != 0
         self.translator = Translator(
-            memory, view, library, lambda feature: cpuid.offers(feature, rows)
+            memory,
+            view,
+            library,
+            lambda feature: cpuid.offers(feature, rows),
+            self.siblings.answers,
         )
         view.code_start = self.translator.cache.base
         view.code_end = self.translator.cache.base + self.translator.cache.size

@@ -2,7 +2,8 @@
 
 Each vCPU translates for itself and keeps its code, tables and TLB to itself: nothing that runs
 between two guest instructions takes a lock, and dropping code never has to wait for anybody. Shared
-are RAM, one word for each of its pages (`memory.coherence`), and the right to gather console bytes.
+are RAM, one word for each of its pages (`memory.coherence`), what Python has found out about
+instructions, and the right to gather console bytes.
 
 **Orders.** What one vCPU wants done in another's TLB is an *order*: it is put into the other's
 queue and carried out by the other's own thread, before it enters guest code the next time. If the
@@ -19,6 +20,7 @@ import ctypes
 import mmap
 from typing import TYPE_CHECKING, Any
 
+from ringfence.engine.translate.translator import Answers
 from ringfence.memory.coherence import VCPUS_MAX
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Siblings:
     def __init__(self, memory: GuestMemory, board: Any, count: int) -> None:
         self.vcpus: list[TranslateEngine] = []
         self.alone = count == 1
+        self.answers = Answers()
         self._memory: list[mmap.mmap] = []
         self._table = self._allocate(VCPUS_MAX * 8)
         self._page_use = self._allocate((memory.mapped >> 12) * 8)

@@ -55,6 +55,32 @@ RELOCATIONS_MAX = 1 << 14
 assert special.KEEP  # importing the module enters its recipes in the table
 
 
+class Answers:
+    """What any vCPU of a machine has asked already, so that the next one gets it at once."""
+
+    def __init__(self) -> None:
+        self._forms: dict[tuple[int, int], dict[str, int]] = {}
+        self._recipes: dict[tuple[int, int, bytes], Recipe] = {}
+
+    def form(self, key: int, mode: int, make: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """The fields of a form."""
+        found = self._forms.get((key, mode))
+        if found is None:
+            if len(self._forms) >= FORMS_MAX:
+                self._forms.clear()
+            found = self._forms[key, mode] = make()
+        return found
+
+    def recipe(self, mode: int, swaps: int, raw: bytes, make: Callable[[], Recipe]) -> Recipe:
+        """A recipe."""
+        found = self._recipes.get((mode, swaps, raw))
+        if found is None:
+            if len(self._recipes) >= RECIPES_MAX:
+                self._recipes.clear()
+            found = self._recipes[mode, swaps, raw] = make()
+        return found
+
+
 class Translator:
     """Owns the code cache and the translator's tables of one vCPU."""
 
@@ -64,7 +90,9 @@ class Translator:
         view: Any,
         library: Library,
         offers: Callable[[str], bool],
+        answers: Answers,
     ) -> None:
+        self.answers = answers
         self.memory = memory
         self.view = view
         self.block = view.self_address
@@ -133,7 +161,8 @@ class Translator:
             key = w.want_key
             row = (ctypes.c_uint64 * 1)(key)
             at = self._form_insert(self.address, ctypes.addressof(row))
-            write_form(Form.at(at), key, self.forms.describe(raw, key, mode))
+            fields = self.answers.form(key, mode, lambda: self.forms.describe(raw, key, mode))
+            write_form(Form.at(at), key, fields)
             self.form_count += 1
         else:
             self.write_recipe(raw, w.context, mode)
@@ -145,16 +174,9 @@ class Translator:
             self._recipes_used = self.recipe_count = 0
             self._makers.clear()
         plain, swaps = mode & ~MODE_CAREFUL, context >> 32
-        maker = self._makers.get((plain, swaps))
-        if maker is None:
-            scaled = self.view.tsc_ratio != TSC_RATIO_ONE
-            alone = bool(self.view.alone)
-            slow = bool(mode & MODE_SLOW)
-            maker = Recipes(plain, slow, swaps, scaled_tsc=scaled, alone=alone)
-            self._makers[plain, swaps] = maker
-        i = Decoder(maker.bits, raw, ip=0).decode()
-        unavailable = "" if i.is_invalid else self.forms.unavailable(i, mode)
-        recipe = maker.build(i, raw, unavailable)
+        recipe = self.answers.recipe(
+            plain, swaps, raw, lambda: self._make_recipe(raw, plain, swaps)
+        )
         at = self._recipes_at + self._recipes_used
         row = RawRecipe.at(at)
         row.context = context
@@ -163,6 +185,19 @@ class Translator:
         self._fill_recipe(row, recipe)
         self._recipe_insert(self.address, at)
         self.recipe_count += 1
+
+    def _make_recipe(self, raw: bytes, mode: int, swaps: int) -> Recipe:
+        """Write a recipe for an instruction in a mode and arrangement."""
+        maker = self._makers.get((mode, swaps))
+        if maker is None:
+            scaled = self.view.tsc_ratio != TSC_RATIO_ONE
+            alone = bool(self.view.alone)
+            slow = bool(mode & MODE_SLOW)
+            maker = Recipes(mode, slow, swaps, scaled_tsc=scaled, alone=alone)
+            self._makers[mode, swaps] = maker
+        i = Decoder(maker.bits, raw, ip=0).decode()
+        unavailable = "" if i.is_invalid else self.forms.unavailable(i, mode)
+        return maker.build(i, raw, unavailable)
 
     def _fill_recipe(self, row: Any, recipe: Recipe) -> None:
         """Write a recipe's fields, and its code behind it."""
