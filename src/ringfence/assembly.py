@@ -402,3 +402,23 @@ def _plug_card(
     card = E1000(memory, board.timers, host.network, config.mac)
     board.plug(card)
     return card
+
+
+def warm_up(config: MachineConfig) -> None:
+    """Load all the code that `assemble` needs for such a machine."""
+    from ringfence.boot import loader  # noqa: F401
+    from ringfence.chipset import acpi, board, clock, timekeeping  # noqa: F401
+    from ringfence.devices.e1000 import card  # noqa: F401
+    from ringfence.devices.virtio import (  # noqa: F401
+        balloon,
+        blk,
+        console,
+        net,
+        pci,
+        rng,
+        vsock,
+        vsock_unix,
+    )
+    from ringfence.paravirt import hypercalls, services  # noqa: F401
+
+    engines.preload(config.engine, config.engine_config).join()

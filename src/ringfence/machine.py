@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ringfence import engine as engines
 from ringfence.assembly import NICS, HostSide, MachineConfig, Origin, Parts, assemble
@@ -32,6 +30,7 @@ from ringfence.firmware import TestDevices
 from ringfence.memory.linear import read_linear, write_linear
 from ringfence.network.config import parse_mac
 from ringfence.settings import default_cache_dir, parse_memory
+from ringfence.state.movable import Movable
 from ringfence.storage.options import DiskOptions, parse_disk
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from ringfence.engine.exits import TraceRecord
     from ringfence.network.backend import NetworkBackend
     from ringfence.paravirt.hypercalls import Function
+    from ringfence.state.keeper import Keeper
 
 DEFAULT_APPEND = "console=ttyS0 panic=-1"
 """Kernel command line where neither the owner nor the image says another."""
@@ -56,7 +56,7 @@ class State(Enum):
     ENDED = "ended"
 
 
-class Machine:
+class Machine(Movable):
     """One virtual computer.
 
     Parameters
@@ -248,67 +248,20 @@ class Machine:
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._saving = threading.Lock()
-        self._last_snapshot: str | None = None
-        """Identity of the snapshot since which all writes to RAM are noted."""
         self._host = HostSide(config, network)
         try:
             self._parts = self._assemble(origin)
         except BaseException:
             self._host.close()
             raise
+        self._keeper: Keeper | None = None
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
     @classmethod
-    def restore(
-        cls,
-        path: str | Path,
-        *,
-        engine: str = "auto",
-        ports: Mapping[str, Callable[[bytes], None]] | None = None,
-        cache_dir: str | Path | None = None,
-        verify: bool = False,
-    ) -> Machine:
-        """Make a machine that goes on where a snapshot was taken; `start` it like any other.
-
-        RAM is read from the snapshot when the guest gets there, and what it changes is this
-        machine's alone. The same holds for disks: what is written is thrown away with the machine,
-        unless another snapshot keeps it.
-
-        Parameters
-        ----------
-        path : str or Path
-            The snapshot.
-        engine : str
-            As for a new machine; it need not be the one that the snapshot was taken under.
-        ports : mapping of str to callable, optional
-            Who listens at the named ports that the machine has.
-        cache_dir : str or Path, optional
-            As for a new machine.
-        verify : bool
-            Read all of the memory first and compare checksums.
-
-        Raises
-        ------
-        ImageError
-            The snapshot is damaged, of another release, or not complete.
-        HostError
-            This host lacks something, such as CPU features that the guest may use.
-        """
-        from ringfence.state import snapshots
-
-        folder = Path(cache_dir) if cache_dir else default_cache_dir()
-        config, origin = snapshots.load(Path(path), engine=engine, ports=ports, verify=verify)
+    def resumed(cls, config: MachineConfig, origin: Origin) -> Self:
+        """Make a machine that goes on from somewhere; it is not started."""
         machine = cls.__new__(cls)
-        try:
-            machine._build(
-                replace(config, engine_config=replace(config.engine_config, cache_dir=folder)),
-                None,
-                origin,
-            )
-        except BaseException:
-            origin.memory.close()
-            raise
+        machine._build(config, None, origin)
         return machine
 
     # -- life ---------------------------------------------------------------------------------
@@ -358,6 +311,8 @@ class Machine:
         """Let a paused guest go on; its time is where it was, or jumps (``pause_clock``)."""
         with self._change:
             self._require(State.PAUSED)
+            if self._keeper is not None:
+                self._keeper.reclaim_disks()
             self._pause_wanted = False
             self._state = State.RUNNING
             self._change.notify_all()
@@ -389,7 +344,8 @@ class Machine:
         """
         with self._change:
             if self._state is State.READY:
-                self._state, self._outcome = State.ENDED, StopReason.STOPPED
+                self._state = State.ENDED
+                self._outcome = self._parts.ending or StopReason.STOPPED
                 self.ended.set()
                 return
             self._stop_wanted = True
@@ -589,65 +545,30 @@ class Machine:
 
     # -- its state ----------------------------------------------------------------------------
 
-    def snapshot(
-        self, path: str | Path, *, base: str | Path | None = None, incremental: bool = False
-    ) -> None:
-        """Write the machine to a folder; a running guest stands still meanwhile, and goes on.
+    @property
+    def keeper(self) -> Keeper:
+        """Who takes snapshots and sends the machine elsewhere."""
+        from ringfence.state.keeper import Keeper
 
-        Parameters
-        ----------
-        path : str or Path
-            The folder, which must not exist; it is there when the snapshot is complete, or never.
-        base : str or Path, optional
-            The last snapshot of this machine, taken with ``incremental``: only what was written
-            since is kept, and the base has to stay where it is.
-        incremental : bool
-            Note from now on which pages are written, so that the next snapshot can build upon this
-            one. It costs the guest a little.
+        if self._keeper is None:
+            self._keeper = Keeper(self, self._host)
+        return self._keeper
 
-        Raises
-        ------
-        UsageError
-            The folder exists, another snapshot is under way, or ``base`` isn't the last one.
-        HostError
-            The host refuses, for lack of space for example; the machine goes on as before.
-        """
-        from ringfence.state.snapshots import Taking
+    @property
+    def runs(self) -> bool:
+        """Whether the guest runs now."""
+        return self._state is State.RUNNING
 
-        with self._alone(), Taking(Path(path), Path(base) if base else None) as taking:
-            if taking.base is not None and taking.base != self._last_snapshot:
-                raise UsageError(
-                    f"{base} is not this machine's last snapshot, or was taken without"
-                    " incremental=True: take a full one"
-                )
-            with self._standing() as parts:
-                taking.capture(self.config, parts, self._host)
-                parts.log_dirty(incremental)
-                self._last_snapshot = None
-            identity = taking.publish()
-            self._last_snapshot = identity if incremental else None
+    def still_parts(self) -> Parts:
+        """The parts of a machine that stands still, for its keeper."""
+        if self._state is State.ENDED:
+            raise UsageError("the machine has ended")
+        return self._still()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Be the only one who saves the machine's state."""
-        if not self._saving.acquire(blocking=False):
-            raise UsageError("a snapshot or migration of this machine is under way: wait for it")
-        try:
-            yield
-        finally:
-            self._saving.release()
-
-    @contextmanager
-    def _standing(self) -> Iterator[Parts]:
-        """Have the guest stand still; one that ran goes on afterwards."""
-        ran = self._state is State.RUNNING
-        if ran:
-            self.pause()
-        try:
-            yield self._still()
-        finally:
-            if ran and self._state is State.PAUSED:
-                self.resume()
+    def depart(self) -> None:
+        """End a machine that stands still, because it runs elsewhere from now on."""
+        self._parts.ending = StopReason.MIGRATED
+        self.stop()
 
     # -- the vCPU's thread --------------------------------------------------------------------
 
@@ -682,7 +603,6 @@ class Machine:
                     return StopReason.STOPPED
                 self._parts.close()
                 self._parts = self._assemble()
-                self._last_snapshot = None
                 self._resets += 1
                 self._parts.engine.set_trace(self._trace)
                 self.debug.attach(self._parts.engine)
@@ -704,10 +624,10 @@ class Machine:
                 parts.time.pause()
                 self._disconnect()
                 self._stand_still()
+                if self._stop_wanted:  # and RAM may be another process's already
+                    return parts.ending or StopReason.STOPPED
                 self._connect(parts)
                 parts.time.resume()
-                if self._stop_wanted:
-                    return StopReason.STOPPED
         finally:
             self._disconnect()
             parts.board.timers.stop()

@@ -117,6 +117,16 @@ CacheDir = Annotated[
 ]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A machine's name (see list).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MachineName = Annotated[
+    str | None, typer.Option("--name", help="What list, stop and so on call it.")
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", "-d", help="Print the name and leave it running.")
+]
+TlsFiles = Annotated[
+    tuple[Path, Path, Path] | None,
+    typer.Option(metavar="CERTIFICATE KEY AUTHORITY", help="Files for TLS; both sides need them."),
+]
 
 
 @app.command(epilog=EXAMPLES + "\n" + STATUSES)
@@ -242,9 +252,7 @@ def run(
         ),
     ] = None,
     gdb_wait: Annotated[bool, typer.Option("--gdb-wait", help="Let GDB start the guest.")] = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Print the name and leave it running.")
-    ] = False,
+    detach: Detach = False,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the engine's compiled code on disk.")
     ] = True,
@@ -348,6 +356,127 @@ def console(
     from ringfence.cli.machines import attach
 
     return attach(name, history=history)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\nringfence snapshot web /srv/snapshots/web\n"
+    "ringfence snapshot web one --incremental; ringfence snapshot web two --base one"
+)
+def snapshot(
+    name: Name,
+    path: Annotated[Path, typer.Argument(help="The folder to make.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The last snapshot, taken with --incremental: keep only changes."),
+    ] = None,
+    incremental: Annotated[
+        bool, typer.Option("--incremental", help="Let the next snapshot build upon this one.")
+    ] = False,
+) -> int:
+    """Write a running machine to a folder; it goes on."""
+    from ringfence.cli import moving
+
+    moving.snapshot(name, path, base=base, incremental=incremental)
+    return 0
+
+
+@app.command(epilog="[bold]Example[/bold]\nringfence restore /srv/snapshots/web --detach")
+def restore(
+    path: Annotated[Path, typer.Argument(help="A snapshot.")],
+    name: MachineName = None,
+    detach: Detach = False,
+    engine: Annotated[str, typer.Option(help="auto, translate or kvm.")] = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it first and compare checksums.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds until the guest is stopped (status 5).")
+    ] = None,
+) -> int:
+    """Go on from a snapshot. The snapshot stays as it is; changes to disks are thrown away."""
+    from ringfence.cli import moving
+    from ringfence.cli.run import Hosting
+
+    hosting = Hosting(stem=path.name, name=name, detach=detach, timeout=timeout)
+    return moving.restore(path, hosting, engine=engine, verify=verify)
+
+
+@app.command(epilog="[bold]Example[/bold]\nringfence clone /srv/snapshots/web -n 20")
+def clone(
+    path: Annotated[Path, typer.Argument(help="A snapshot.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 1,
+    name: Annotated[
+        str | None, typer.Option(help="What their names are made of: NAME, NAME-2, NAME-3…")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, translate or kvm.")] = "auto",
+) -> int:
+    """Start machines from a snapshot in the background; they share memory until they change it."""
+    from ringfence.cli import moving
+
+    return moving.clone(path, count, name, engine=engine)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\nringfence migrate web tcp://other:4444\n"
+    "ringfence migrate web unix:///tmp/new.sock"
+)
+def migrate(
+    name: Name,
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix://PATH.")],
+    downtime: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that the guest may stand still.")
+    ] = 0.05,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Compress pages, for slow links.")
+    ] = False,
+    tls: TlsFiles = None,
+    json: Json = False,
+) -> int:
+    """Move a running machine to where 'receive' waits. If that fails, it goes on where it is."""
+    from ringfence.cli import moving
+
+    moving.migrate(name, address, downtime=downtime, compress=compress, tls=tls or (), as_json=json)
+    return 0
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\nringfence receive tcp://0.0.0.0:4444 --detach --name web\n"
+    "ringfence receive unix:///tmp/new.sock --disk root.qcow2"
+)
+def receive(
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix://PATH.")],
+    name: MachineName = None,
+    detach: Detach = False,
+    disk: Annotated[
+        list[Path] | None,
+        typer.Option(help="A disk that the machine may open here (repeatable)."),
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option(help="Its network, if not the one that it comes with.")
+    ] = None,
+    vsock: Annotated[
+        Path | None, typer.Option(help="Unix socket to make for its vsock ports.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, translate or kvm.")] = "auto",
+    tls: TlsFiles = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds until the guest is stopped (status 5).")
+    ] = None,
+) -> int:
+    """Wait for a machine that 'migrate' sends, and run it here."""
+    from ringfence.cli import moving
+    from ringfence.cli.run import Hosting
+
+    hosting = Hosting(stem="received", name=name, detach=detach, timeout=timeout)
+    return moving.receive(
+        address,
+        hosting,
+        engine=engine,
+        disks=disk or (),
+        net=net,
+        vsock=vsock,
+        tls=tls or (),
+    )
 
 
 @pull_app.command("debian")

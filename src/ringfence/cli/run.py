@@ -78,9 +78,40 @@ def run_guest(options: RunOptions) -> int:
         from ringfence.cli.pull import ensure_image
 
         image = ensure_image(image)
-    claim = _claim(options, image)
-    if claim is None or not options.detach:
-        return _run_here(options, image, claim)
+    hosting = Hosting(
+        stem=image or "machine",
+        image=image,
+        name=options.name,
+        detach=options.detach,
+        timeout=options.timeout,
+        stats=options.stats,
+        trace=options.trace,
+        gdb=options.gdb,
+        gdb_wait=options.gdb_wait,
+    )
+    return host(lambda opened: _make(options, image, opened), hosting)
+
+
+@dataclass(frozen=True, slots=True)
+class Hosting:
+    """How a process has a machine: its name (or what a free one is made of), and for how long."""
+
+    stem: str
+    image: str | None = None
+    name: str | None = None
+    detach: bool = False
+    timeout: float | None = None
+    stats: str | None = None
+    trace: bool = False
+    gdb: str | None = None
+    gdb_wait: bool = False
+
+
+def host(make: Callable[[ExitStack], Machine], hosting: Hosting) -> int:
+    """Have the machine that ``make`` makes, here or in a process of its own; the exit status."""
+    claim = _claim(hosting)
+    if claim is None or not hosting.detach:
+        return _host_here(make, hosting, claim)
     from ringfence.cli.detach import daemonize
 
     ready = daemonize(claim.place.log)
@@ -89,52 +120,52 @@ def run_guest(options: RunOptions) -> int:
             print(claim.place.name)
         return ready
     claim.adopt()
-    status = _run_here(options, image, claim, ready)
+    status = _host_here(make, hosting, claim, ready)
     if not claim.place.log.stat().st_size:
         claim.place.log.unlink()
     return status
 
 
-def _claim(options: RunOptions, image: str | None) -> names.Claim | None:
+def _claim(hosting: Hosting) -> names.Claim | None:
     """Take the machine's name. Where none was asked for, it may do without."""
-    if options.name:
-        return names.claim(options.name)
+    if hosting.name:
+        return names.claim(hosting.name)
     try:
-        return names.claim_free(image or "machine")
+        return names.claim_free(hosting.stem)
     except HostError as error:
-        if options.detach:
+        if hosting.detach:
             raise
         print(f"ringfence: note: 'list' will not show this machine: {error}", file=sys.stderr)
         return None
 
 
-def _run_here(
-    options: RunOptions,
-    image: str | None,
+def _host_here(
+    make: Callable[[ExitStack], Machine],
+    hosting: Hosting,
     claim: names.Claim | None,
     started: Callable[[], None] | None = None,
 ) -> int:
     """Run the guest in this process; ``started`` is told when it runs."""
     with ExitStack() as opened:
         place = opened.enter_context(claim) if claim is not None else None
-        machine = _make(options, image, opened)
+        machine = make(opened)
         opened.callback(machine.close)
         if place is not None:
-            opened.enter_context(published(machine, place, image=image))
+            opened.enter_context(published(machine, place, image=hosting.image))
         session = Session(
             machine,
-            timeout=options.timeout,
-            trace=options.trace,
+            timeout=hosting.timeout,
+            trace=hosting.trace,
             started=started,
-            gdb=_gdb(options, machine),
-            wait=options.gdb_wait,
+            gdb=_gdb(hosting, machine),
+            wait=hosting.gdb_wait,
         )
         try:
             ending = session.run()
         except GuestTimeout:
-            _report(machine.stats(), options.stats)
+            _report(machine.stats(), hosting.stats)
             raise
-    _report(machine.stats(), options.stats)
+    _report(machine.stats(), hosting.stats)
     return _status(machine, ending)
 
 
@@ -167,14 +198,14 @@ def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
     )
 
 
-def _gdb(options: RunOptions, machine: Machine) -> GdbServer | None:
+def _gdb(hosting: Hosting, machine: Machine) -> GdbServer | None:
     """The server that GDB is to find, if one is wanted."""
-    if options.gdb is None:
+    if hosting.gdb is None:
         return None
     from ringfence.gdb.server import GdbServer
 
-    server = GdbServer(machine, options.gdb)
-    waits = ", which the guest waits for" if options.gdb_wait else ""
+    server = GdbServer(machine, hosting.gdb)
+    waits = ", which the guest waits for" if hosting.gdb_wait else ""
     print(f"ringfence: gdb: target remote {server.address}{waits}", file=sys.stderr, flush=True)
     return server
 
@@ -305,6 +336,8 @@ def _status(machine: Machine, ending: Ending | signal.Signals) -> int:
     outcome = machine.wait()
     if outcome is StopReason.GUEST_EXIT:
         return machine.exit_status or 0
+    if outcome is StopReason.MIGRATED:
+        print("ringfence: note: the machine runs elsewhere now", file=sys.stderr)
     if outcome is StopReason.CRASH:
         raise GuestCrash("the guest crashed; its registers:", machine.crash_report)
     if outcome is StopReason.RESET:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from ringfence.cli.terminal import HELP, Escape, EscapeFilter, RawTerminal
 from ringfence.errors import GuestTimeout, HostError
+from ringfence.machine import State
 
 if TYPE_CHECKING:
     from ringfence.console import Console
@@ -171,7 +172,7 @@ class Session:
                     with self.terminal:
                         if self.terminal.active:
                             self.terminal.say(GREETING)
-                        if not self._wait:
+                        if not self._wait and machine.state is State.READY:
                             machine.start()
                         if self._started is not None:
                             self._started()

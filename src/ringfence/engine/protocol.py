@@ -27,6 +27,7 @@ class StopReason(Enum):
     CRASH = "crash"
     STOPPED = "stopped"
     PAUSED = "paused"
+    MIGRATED = "migrated"
     GUEST_EXIT = "guest-exit"
     """The guest wrote an exit status to a test device."""
 

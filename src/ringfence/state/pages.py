@@ -15,7 +15,7 @@ from ringfence.memory.ram import GuestMemory
 
 CHUNK = 64
 """Pages that are compared at once."""
-MAX_RUN = 1024
+MAX_RUN = 256
 """Pages in a run that is handed out: what is moved at once."""
 _ZEROES = bytes(CHUNK * PAGE)
 _ZERO = bytes(PAGE)

@@ -34,6 +34,16 @@ class Storage:
             self.close()
             raise
 
+    def lend(self) -> None:
+        """Let another process open the images that were ours alone; see `Disk.lend`."""
+        for disk in self.disks:
+            disk.lend()
+
+    def reclaim(self) -> None:
+        """Have them for ourselves again; HostError if somebody else has one now."""
+        for disk in self.disks:
+            disk.reclaim()
+
     def close(self) -> None:
         """Finish what was submitted, flush, close the files."""
         self.pool.close()

@@ -65,6 +65,30 @@ class Disk(ABC):
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
         """Make a range read as zeroes; with ``unmap`` its space may be given back."""
 
+    def lend(self) -> None:
+        """Flush, and let another process open the image; only `reclaim` or `close` may follow."""
+        self.flush()
+        fd = self.locked
+        if fd is not None:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def reclaim(self) -> None:
+        """Lock the image again, which nobody has changed meanwhile.
+
+        Raises
+        ------
+        HostError
+            Another process has it.
+        """
+        fd = self.locked
+        if fd is not None:
+            lock(fd, read_only=self.read_only)
+
+    @property
+    def locked(self) -> int | None:
+        """The descriptor that holds the image's lock, if there is one to lend."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Flush and let go of files. No other call may be under way or follow."""
@@ -132,6 +156,16 @@ class Immediate:
             return False
 
 
+def lock(fd: int, *, read_only: bool, name: str = "") -> None:
+    """Lock an open image against other machines; HostError if one has it."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise HostError(
+            f"disk image {name} is in use by another machine: stop that one, or share it read-only"
+        ) from error
+
+
 def open_file(path: Path, *, read_only: bool, direct: bool = False) -> int:
     """Open an image file and lock it against other machines; return its descriptor.
 
@@ -156,12 +190,7 @@ def open_file(path: Path, *, read_only: bool, direct: bool = False) -> int:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise ImageError(f"disk image {path} is no file: expected a file or a block device")
-        fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise HostError(
-            f"disk image {path} is in use by another machine: stop that one, or share it read-only"
-        ) from error
+        lock(fd, read_only=read_only, name=str(path))
     except BaseException:
         os.close(fd)
         raise

@@ -190,6 +190,11 @@ class Qcow2Disk(Disk):
         del unmap
         self._clear(offset, length, partial=True)
 
+    @property
+    def locked(self) -> int | None:
+        """See `Disk.locked`."""
+        return self._fd
+
     def close(self) -> None:
         """See `Disk.close`."""
         if self._fd < 0:

@@ -133,6 +133,11 @@ class RawDisk(Disk):
         else:
             write_zero_bytes(self._fd, offset, length)
 
+    @property
+    def locked(self) -> int | None:
+        """See `Disk.locked`."""
+        return self._fd
+
     def close(self) -> None:
         """See `Disk.close`."""
         if self._fd >= 0:

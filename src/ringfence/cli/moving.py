@@ -1,0 +1,143 @@
+"""``ringfence snapshot``, ``restore``, ``clone``, ``migrate``, ``receive``."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ringfence import engine as engines
+from ringfence.api.client import Client
+from ringfence.cli.run import Hosting, host
+from ringfence.errors import UsageError
+from ringfence.machine import Machine
+from ringfence.network.config import parse_mac
+from ringfence.settings import default_cache_dir
+from ringfence.state.receive import Allowed
+from ringfence.state.wire import Tls, parse_address
+
+TLS_FILES = ("certificate", "key", "authority")
+MAX_CLONES = 1000
+
+
+def snapshot(name: str, path: Path, *, base: Path | None, incremental: bool) -> None:
+    """Have a running machine write a snapshot."""
+    arguments: dict[str, Any] = {"path": str(path.absolute()), "incremental": incremental}
+    if base is not None:
+        arguments["base"] = str(base.absolute())
+    with Client(name) as client:
+        client.call("snapshot", patience=None, **arguments)
+
+
+def restore(path: Path, hosting: Hosting, *, engine: str, verify: bool) -> int:
+    """Go on from a snapshot, in this process."""
+    return host(lambda opened: Machine.restore(path, engine=engine, verify=verify), hosting)
+
+
+def clone(path: Path, count: int, stem: str | None, *, engine: str) -> int:
+    """Start many machines from one snapshot, each in a process of its own.
+
+    All code is loaded before the processes part, so that they share it, as they share the
+    snapshot's memory, until one of them writes.
+    """
+    if not 1 <= count <= MAX_CLONES:
+        raise UsageError(f"{count} clones: expected 1 to {MAX_CLONES}")
+    from ringfence.state import snapshots
+
+    config, origin = snapshots.load(path, engine=engine)
+    origin.memory.close()
+    Machine.warm_up(config)
+    gc.collect()
+    gc.freeze()
+    parent = os.getpid()
+    for _ in range(count):
+        hosting = Hosting(stem=stem or path.name, detach=True)
+        status = host(lambda opened: _cloned(path, engine), hosting)
+        if status or os.getpid() != parent:
+            return status
+    return 0
+
+
+def _cloned(path: Path, engine: str) -> Machine:
+    """A machine from a snapshot with an identity of its own."""
+    from ringfence.state import snapshots
+
+    config, origin = snapshots.load(path, engine=engine)
+    config = replace(
+        config,
+        mac=parse_mac(None),
+        engine_config=replace(config.engine_config, cache_dir=default_cache_dir()),
+    )
+    return Machine.resumed(config, origin)
+
+
+def migrate(
+    name: str, address: str, *, downtime: float, compress: bool, tls: Sequence[Path], as_json: bool
+) -> None:
+    """Move a running machine."""
+    parse_address(address)
+    arguments: dict[str, Any] = {
+        "address": address,
+        "downtime": downtime,
+        "compress": compress,
+        **{name: str(file.absolute()) for name, file in zip(TLS_FILES, tls, strict=False)},
+    }
+    began = time.monotonic()
+    with Client(name) as client:
+        report = client.call("migrate", patience=None, progress=_Shown(began), **arguments)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(
+            f"ringfence: {name} runs at {address}: {report['total']:.2f} s, of which it stood still"
+            f" {report['downtime'] * 1000:.0f} ms; {report['sent'] >> 20} MiB in"
+            f" {report['rounds']} rounds",
+            file=sys.stderr,
+        )
+
+
+class _Shown:
+    """Progress on stderr, once a second, if it takes that long."""
+
+    def __init__(self, began: float) -> None:
+        self._next = began + 1.0
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        del fraction
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 1.0
+            print(f"ringfence: {stage}", file=sys.stderr)
+
+
+def receive(
+    address: str,
+    hosting: Hosting,
+    *,
+    engine: str,
+    disks: Sequence[Path],
+    net: str | None,
+    vsock: Path | None,
+    tls: Sequence[Path],
+) -> int:
+    """Wait for a machine, and have it here."""
+    allowed = Allowed(engine, tuple(disks), net, vsock)
+    engines.resolve(engine)
+
+    def listening(where: str) -> None:
+        print(f"ringfence: waiting at {where}", file=sys.stderr, flush=True)
+
+    return host(
+        lambda opened: Machine.receive(address, allowed, tls=tls_of(tls), listening=listening),
+        hosting,
+    )
+
+
+def tls_of(files: Sequence[Path]) -> Tls | None:
+    """What ``--tls CERTIFICATE KEY AUTHORITY`` names."""
+    return Tls(*files) if files else None

@@ -1,0 +1,146 @@
+"""What the owner of a machine does with its state: snapshots, and sending it elsewhere.
+
+One at a time: both need the log of dirty pages, and a guest that stands still now and then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from ringfence.assembly import HostSide, MachineConfig, Parts
+from ringfence.errors import UsageError
+from ringfence.state.send import Report, Sender, Watcher
+from ringfence.state.snapshots import Taking
+from ringfence.state.wire import Tls, parse_address
+
+
+class Kept(Protocol):
+    """What the keeper needs of a machine."""
+
+    config: MachineConfig
+
+    @property
+    def runs(self) -> bool:
+        """Whether the guest runs now."""
+
+    def pause(self) -> None:
+        """Stop the vCPUs and the guest's time."""
+
+    def resume(self) -> None:
+        """Let it go on."""
+
+    def still_parts(self) -> Parts:
+        """The parts of a machine that stands still; UsageError if it runs or has ended."""
+
+    def depart(self) -> None:
+        """End a paused machine that runs elsewhere from now on."""
+
+
+class Keeper:
+    """Takes snapshots of one machine, and sends it to other places.
+
+    Parameters
+    ----------
+    machine : Kept
+        The machine.
+    host : HostSide
+        Its disks.
+    """
+
+    def __init__(self, machine: Kept, host: HostSide) -> None:
+        self._machine = machine
+        self.host = host
+        self._busy = threading.Lock()
+        self._last: tuple[str, Parts] | None = None
+        """The snapshot since which all writes to RAM are noted, and what it was taken of."""
+        self._ran = self._lent = False
+
+    @property
+    def config(self) -> MachineConfig:
+        """The machine's."""
+        return self._machine.config
+
+    # ---- what the owner asks for
+
+    def snapshot(self, path: Path, base: Path | None, incremental: bool) -> None:
+        """See `Machine.snapshot`."""
+        with self._alone(), Taking(path, base) as taking:
+            with self.standing() as parts:
+                if taking.base is not None and self._last != (taking.base, parts):
+                    raise UsageError(
+                        f"{base} is not this machine's last snapshot, or was taken without"
+                        " incremental=True: take a full one"
+                    )
+                self._last = None
+                taking.capture(self.config, parts, self.host)
+                parts.log_dirty(incremental)
+            identity = taking.publish()
+            self._last = (identity, parts) if incremental else None
+
+    def migrate(
+        self, address: str, tls: Tls | None, downtime: float, compress: bool, watcher: Watcher
+    ) -> Report:
+        """See `Machine.migrate`."""
+        with self._alone():
+            self._last = None
+            place = parse_address(address)
+            sender = Sender(
+                self, place, tls=tls, downtime=downtime, compress=compress, watcher=watcher
+            )
+            return sender.run()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise UsageError("a snapshot or migration of this machine is under way: wait for it")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    # ---- what sending needs (see `send.Owner`)
+
+    @contextmanager
+    def standing(self) -> Iterator[Parts]:
+        """Have the guest stand still; one that ran goes on afterwards."""
+        ran = self._machine.runs
+        if ran:
+            self._machine.pause()
+        try:
+            yield self._machine.still_parts()
+        finally:
+            if ran:
+                self._machine.resume()
+
+    def halt(self) -> Parts:
+        """Have the guest stand still until `go_on`."""
+        self._ran = self._machine.runs
+        if self._ran:
+            self._machine.pause()
+        return self._machine.still_parts()
+
+    def lend_disks(self) -> None:
+        """Let another process open the disks, until `reclaim_disks`."""
+        self._lent = True
+        self.host.storage.lend()
+
+    def reclaim_disks(self) -> None:
+        """Have the disks for ourselves again; HostError if another process has one."""
+        if self._lent:
+            self.host.storage.reclaim()
+            self._lent = False
+
+    def go_on(self) -> None:
+        """Let it run again, if it ran before `halt`."""
+        self.reclaim_disks()
+        if self._ran:
+            self._ran = False
+            self._machine.resume()
+
+    def depart(self) -> None:
+        """The machine runs elsewhere."""
+        self._machine.depart()

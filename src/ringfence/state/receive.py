@@ -1,0 +1,307 @@
+"""Receiving a machine that another process or host sends.
+
+The sender is not trusted beyond what it sends: a guest. What its machine shall have on this host,
+disks above all, is named by who receives; a description that asks for more is refused before
+anything is opened. RAM is filled within its bounds; the state is checked as a snapshot's is.
+
+A machine that was restored waits for GO. Without it there is no machine here: what was received is
+thrown away, and the receiver can wait for the next attempt. After GO it runs, whatever becomes of
+the sender; for a while its fate is told to a sender that asks because our answer was lost.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lz4.block
+
+from ringfence import engine as engines
+from ringfence.assembly import MachineConfig, Origin, warm_up
+from ringfence.cpu import cpuid
+from ringfence.errors import HostError, RingfenceError, UsageError
+from ringfence.memory.dirty import PAGE, Run
+from ringfence.memory.ram import GuestMemory
+from ringfence.settings import default_cache_dir, parse_memory
+from ringfence.state import description
+from ringfence.state.wire import (
+    PLACE,
+    PROTOCOL,
+    Address,
+    Encoding,
+    Kind,
+    Link,
+    LinkError,
+    MoveFailed,
+    Tls,
+    checked,
+    secure,
+    unpack_places,
+)
+
+LINGER = 30.0
+"""Seconds that questions about a machine are answered after GO, or after it was given up."""
+QUERY_PATIENCE = 5.0
+
+Build = Callable[[MachineConfig, Origin], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a machine that comes may have here.
+
+    Attributes
+    ----------
+    engine : str
+        As for a new machine.
+    disks : sequence of Path
+        Disk images, shared with the sender's host, that it may open.
+    network : str or None
+        What its cable leads to instead of what the sender says; without it only ``user`` is taken.
+    vsock : Path or None
+        Where its sockets are reached; without it nowhere.
+    cache_dir : Path or None
+        Folder of the engine's compiled code.
+    """
+
+    engine: str = "auto"
+    disks: Sequence[Path] = ()
+    network: str | None = None
+    vsock: Path | None = None
+    cache_dir: Path | None = field(default_factory=default_cache_dir)
+
+    def accepted(self, config: MachineConfig) -> MachineConfig:
+        """The machine as it will be here.
+
+        Raises
+        ------
+        UsageError, HostError
+            It can't be had here, and why.
+        """
+        parse_memory(config.memory)
+        known = {each.resolve() for each in self.disks}
+        for options in config.disks:
+            if options.path.resolve() not in known:
+                raise UsageError(
+                    f"the machine uses the disk {options.path}, which the target was not allowed to"
+                    " open: name it there with --disk"
+                )
+            if not options.path.exists():
+                raise HostError(f"the disk {options.path} is not there on the target's host")
+        network = self.network if self.network is not None else config.network
+        if self.network is None and config.network not in (None, "none", "user"):
+            raise UsageError(
+                f"the machine's network is {config.network}: say at the target with --net what it"
+                " is to be there"
+            )
+        if config.vsock is not None and self.vsock is None:
+            raise UsageError(
+                "the machine has a vsock device: name a socket at the target (--vsock)"
+            )
+        engine = engines.select(self.engine, config.engine_config.cpus)
+        offered = cpuid.build_cpuid(cpuid.host_cpuid, cpus=config.engine_config.cpus)
+        cpuid.require(config.engine_config.features, offered)
+        return replace(
+            config,
+            engine=engine,
+            engine_config=replace(config.engine_config, cache_dir=self.cache_dir),
+            network=network,
+            vsock=self.vsock if config.vsock is not None else None,
+            capture=None,
+        )
+
+
+class Receiver:
+    """Listens for a machine; a context manager.
+
+    Parameters
+    ----------
+    address : Address
+        Where to listen; port 0 for any.
+    allowed : Allowed
+        What the machine may have.
+    build : callable
+        Makes a machine of a configuration and an origin: not started yet.
+    tls : Tls, optional
+        For TCP.
+
+    Attributes
+    ----------
+    address : Address
+        Where it listens really.
+    """
+
+    def __init__(
+        self, address: Address, allowed: Allowed, build: Build, tls: Tls | None = None
+    ) -> None:
+        self._allowed = allowed
+        self._build = build
+        self._tls = tls
+        self._listener = address.listen()
+        self.address = address
+        if not address.local:
+            self.address = Address(address.family, self._listener.getsockname())
+        self._fates: dict[str, str] = {}
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening. Safe to repeat."""
+        if self._listener.fileno() >= 0:
+            self._stop_listening()
+
+    def receive(self, progress: Callable[[str, int], None] = lambda stage, bytes_: None) -> Any:
+        """Wait for a machine; it runs when this returns, and belongs to the caller.
+
+        ``progress`` is told a stage and how many bytes of RAM have come.
+
+        Raises
+        ------
+        MoveFailed
+            An attempt failed: the machine is at the sender, or was lost with it. Call again to wait
+            for the next one.
+        """
+        while True:
+            link = self._accept()
+            if link is None:
+                continue
+            try:
+                hello = link.receive(Kind.HELLO, Kind.QUERY)
+                if hello.kind is Kind.QUERY:
+                    self._answer(link, hello.content())
+                    continue
+                machine = self._attempt(link, hello.content(), progress)
+            except RingfenceError as error:
+                self._say_failed(link, error)
+                raise MoveFailed(f"no machine was received: {error}") from error
+            finally:
+                link.close()
+            threading.Thread(target=self._linger, name="ringfence-fate", daemon=True).start()
+            return machine
+
+    def _accept(self) -> Link | None:
+        try:
+            connected, _ = self._listener.accept()
+        except OSError as error:
+            raise HostError(f"{self.address} does not listen any more ({error})") from error
+        connected.settimeout(QUERY_PATIENCE)
+        try:
+            return Link(secure(connected, self._tls, server=True))
+        except LinkError:
+            return None  # whoever that was, we wait for somebody we trust
+
+    # ---- one attempt
+
+    def _attempt(
+        self, link: Link, hello: dict[str, Any], progress: Callable[[str, int], None]
+    ) -> Any:
+        if hello.get("protocol") != PROTOCOL:
+            raise UsageError(
+                f"the sender speaks protocol {hello.get('protocol')!r}, expected {PROTOCOL}: use"
+                " the same release on both sides"
+            )
+        token = str(hello.get("token"))
+        config = self._allowed.accepted(description.configured(hello.get("machine")))
+        fd = link.receive_descriptor() if hello.get("handover") is True else None
+        memory = GuestMemory(config.memory, fd=fd)
+        try:
+            warm_up(config)
+            link.send(Kind.ACCEPT)
+            state = self._fill(link, memory, progress)
+            machine = self._build(config, Origin(memory, state))
+        except BaseException:
+            memory.close()
+            raise
+        try:
+            link.send(Kind.RESTORED)
+            self._fates[token] = "gone"
+            link.receive(Kind.GO)
+        except BaseException:
+            machine.close()
+            raise
+        self._fates[token] = "running"
+        machine.start()
+        with suppress(LinkError):  # the sender will ask, or is dead
+            link.send(Kind.RUNNING)
+        progress("running", 0)
+        return machine
+
+    def _fill(
+        self, link: Link, memory: GuestMemory, progress: Callable[[str, int], None]
+    ) -> dict[str, Any]:
+        """Take RAM, as often as it comes, until the state follows."""
+        count = memory.size // PAGE
+        come, told = 0, 0.0
+        while True:
+            message = link.receive(Kind.PAGES, Kind.ZEROES, Kind.STATE)
+            if message.kind is Kind.STATE:
+                return message.content()
+            if message.kind is Kind.ZEROES:
+                for run in unpack_places(message.data, count):
+                    memory.view[run.offset : run.offset + run.length] = bytes(run.length)
+                continue
+            if len(message.data) < PLACE.size:
+                raise LinkError("the other side sent noise (a place cut off)")
+            run = checked(Run(*PLACE.unpack_from(message.data)), count)
+            data = _unpacked(message.encoding, memoryview(message.data)[PLACE.size :], run.length)
+            memory.view[run.offset : run.offset + run.length] = data
+            come += run.length
+            if time.monotonic() - told > 0.5:
+                told = time.monotonic()
+                progress("memory", come)
+
+    @staticmethod
+    def _say_failed(link: Link, error: RingfenceError) -> None:
+        if not isinstance(error, MoveFailed):
+            with suppress(LinkError):
+                link.send(Kind.FAILED, {"reason": str(error)})
+
+    # ---- what became of it
+
+    def _answer(self, link: Link, question: dict[str, Any]) -> None:
+        fate = self._fates.get(str(question.get("token")), "gone")
+        link.send(Kind.ANSWER, {"fate": fate})
+
+    def _linger(self) -> None:
+        """Answer questions for a while."""
+        deadline = time.monotonic() + LINGER
+        while (left := deadline - time.monotonic()) > 0:
+            self._listener.settimeout(left)
+            try:
+                link = self._accept()
+            except HostError:
+                break
+            if link is None:
+                continue
+            with suppress(RingfenceError):
+                self._answer(link, link.receive(Kind.QUERY).content())
+            link.close()
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        self._listener.close()
+        if self.address.local:
+            with suppress(OSError):
+                Path(self.address.place).unlink()
+
+
+def _unpacked(encoding: int, data: memoryview, length: int) -> bytes | memoryview:
+    if encoding == Encoding.LZ4:
+        try:
+            data = memoryview(lz4.block.decompress(data, uncompressed_size=length))
+        except lz4.block.LZ4BlockError as error:
+            raise LinkError("the other side sent pages that can't be unpacked") from error
+    elif encoding != Encoding.PLAIN:
+        raise LinkError(f"the other side sent pages in encoding {encoding}")
+    if len(data) != length:
+        raise LinkError(f"the other side sent {len(data)} bytes for {length}")
+    return data

@@ -1,0 +1,337 @@
+"""What goes over the line when a machine moves: messages, and the link that carries them.
+
+A message is a header of 16 bytes (magic, kind, encoding, length, checksum) and its
+payload: plain data as JSON, or pages. Every length is checked before anything is allocated, every
+payload against its checksum before it is believed. An end of the link at whatever byte, silence for
+longer than `Link.patience`, and noise are all a `LinkError` that says so.
+
+The conversation, in order (the source speaks first):
+
+| source | target | means |
+|---|---|---|
+| HELLO | | what machine comes, how large it is |
+| | ACCEPT or FAILED | it can be had here, or why not |
+| PAGES, ZEROES | | RAM, while the guest goes on; again what it wrote meanwhile |
+| STATE | | the guest stands still: the rest; disks are let go of |
+| | RESTORED or FAILED | the machine could run here at once |
+| GO | | from here on the source never runs it again |
+| | RUNNING | it runs |
+
+Either side may send FAILED with a reason instead. Before GO, whatever goes wrong leaves the machine
+at the source; who has received GO owns it. If the answer to GO is lost, the source can't know, so
+it connects once more and sends QUERY with the token of HELLO; the target answers what became of it.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from ringfence.errors import HostError, ImageError, UsageError
+from ringfence.memory.dirty import PAGE, Run
+from ringfence.state import plain
+from ringfence.state.pages import MAX_RUN
+
+PROTOCOL = 1
+MAGIC = b"RfMv"
+HEADER = struct.Struct("<4sBBHII")
+"""Magic, kind, encoding, zero, length of the payload, CRC-32 of kind, encoding and payload."""
+PLACE = struct.Struct("<QI")
+"""First page and how many, at the start of PAGES and repeated in ZEROES."""
+MAX_PAGES = MAX_RUN
+"""Pages in one message."""
+PATIENCE = 30.0
+"""Seconds of silence until the other side is given up."""
+
+
+class Kind(IntEnum):
+    """Kinds of messages."""
+
+    HELLO = 1
+    ACCEPT = 2
+    PAGES = 3
+    ZEROES = 4
+    STATE = 5
+    RESTORED = 6
+    GO = 7
+    RUNNING = 8
+    FAILED = 9
+    QUERY = 10
+    ANSWER = 11
+
+
+class Encoding(IntEnum):
+    """How the bytes of PAGES are packed."""
+
+    PLAIN = 0
+    LZ4 = 1
+
+
+_MOST = {Kind.HELLO: 1 << 20, Kind.STATE: 64 << 20, Kind.PAGES: MAX_PAGES * PAGE + PLACE.size}
+_MOST_OTHERS = 64 << 10
+
+
+class LinkError(HostError):
+    """The link was cut, fell silent, or carried something that is no message."""
+
+
+class MoveFailed(HostError):
+    """The machine did not move; the message says why and where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files for TLS with certificates on both sides: our own, its key, and whom we trust.
+
+    Both sides have to present a certificate signed by ``authority``; names in them don't matter.
+    """
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+    def context(self, server: bool) -> ssl.SSLContext:
+        """The context of one side; UsageError where the files are no such thing."""
+        side = ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT
+        context = ssl.SSLContext(side)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+            context.load_verify_locations(self.authority)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"TLS with {self.certificate} is not possible: {error}") from error
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to connect or to listen: ``tcp://HOST:PORT`` or ``unix://PATH``."""
+
+    family: socket.AddressFamily
+    place: Any
+
+    def __str__(self) -> str:
+        if self.family == socket.AF_UNIX:
+            return f"unix://{self.place}"
+        host, port = self.place[:2]
+        return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+    @property
+    def local(self) -> bool:
+        """Whether descriptors can be passed."""
+        return self.family == socket.AF_UNIX
+
+    def connect(self, timeout: float) -> socket.socket:
+        """A connected socket; OSError."""
+        if self.family != socket.AF_UNIX:
+            return socket.create_connection(self.place[:2], timeout)
+        made = socket.socket(self.family)
+        try:
+            made.settimeout(timeout)
+            made.connect(self.place)
+        except BaseException:
+            made.close()
+            raise
+        return made
+
+    def listen(self) -> socket.socket:
+        """A listening socket; HostError."""
+        try:
+            if self.family != socket.AF_UNIX:
+                return socket.create_server(self.place[:2], family=self.family)
+            path = Path(self.place)
+            if path.is_socket() and self._is_stale():
+                path.unlink()
+            made = socket.socket(self.family)
+            made.bind(self.place)
+            path.chmod(0o600)
+            made.listen(4)
+            return made
+        except OSError as error:
+            raise HostError(f"can't listen at {self} ({error.strerror or error})") from error
+
+    def _is_stale(self) -> bool:
+        try:
+            self.connect(1).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def parse_address(text: str) -> Address:
+    """Read an address; UsageError if it is none."""
+    kind, separator, rest = text.partition("://")
+    if kind == "unix" and separator and rest:
+        return Address(socket.AF_UNIX, rest)
+    host, _, port = rest.rpartition(":")
+    if kind == "tcp" and host and port.isascii() and port.isdigit() and int(port) < 1 << 16:
+        host = host.removeprefix("[").removesuffix("]")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return Address(family, (host, int(port)))
+    raise UsageError(f"{text!r} is no address: expected tcp://HOST:PORT or unix://PATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message that was received whole: ``data`` as it is, `content` as plain data."""
+
+    kind: Kind
+    encoding: int
+    data: bytes
+
+    def content(self) -> dict[str, Any]:
+        """The payload as a dict; LinkError if it is none."""
+        try:
+            found = plain.loads(self.data, "message")
+        except ImageError as error:
+            raise LinkError(f"the other side sent noise ({error})") from error
+        if not isinstance(found, dict):
+            raise LinkError("the other side sent noise (no object)")
+        return found
+
+
+class Link:
+    """A connection that carries messages.
+
+    Parameters
+    ----------
+    connected : socket.socket
+        The connection, which belongs to the link now.
+    patience : float
+        Seconds of silence until `LinkError`.
+    """
+
+    def __init__(self, connected: socket.socket, patience: float = PATIENCE) -> None:
+        self._socket = connected
+        self.patience = patience
+        connected.settimeout(patience)
+        if connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sent = 0
+        """Bytes."""
+
+    def close(self) -> None:
+        """Hang up. Safe to repeat."""
+        self._socket.close()
+
+    def send(self, kind: Kind, content: dict[str, Any] | None = None) -> None:
+        """Send plain data."""
+        self.send_raw(kind, plain.dumps({} if content is None else content))
+
+    def send_raw(self, kind: Kind, data: bytes, encoding: int = 0) -> None:
+        """Send bytes."""
+        header = pack_header(kind, data, encoding)
+        try:
+            self._socket.sendall(header + data if len(data) < 4096 else header)
+            if len(data) >= 4096:
+                self._socket.sendall(data)
+        except OSError as error:
+            raise self._lost(error) from error
+        self.sent += HEADER.size + len(data)
+
+    def send_descriptor(self, fd: int) -> None:
+        """Pass a file descriptor along (Unix sockets only)."""
+        try:
+            socket.send_fds(self._socket, [b"\0"], [fd])
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def receive_descriptor(self) -> int:
+        """Take a file descriptor that was passed along."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+        except OSError as error:
+            raise self._lost(error) from error
+        if len(data) != 1 or len(descriptors) != 1:
+            raise LinkError("the other side passed no descriptor")
+        return descriptors[0]
+
+    def receive(self, *wanted: Kind) -> Message:
+        """Wait for one of some kinds of messages.
+
+        Raises
+        ------
+        LinkError
+            It did not come, or something else did.
+        MoveFailed
+            The other side says that it failed.
+        """
+        magic, number, encoding, zero, length, checksum = HEADER.unpack(self._read(HEADER.size))
+        if magic != MAGIC or zero or number not in Kind.__members__.values():
+            raise LinkError("the other side sent noise: is it a Ringfence of this release?")
+        kind = Kind(number)
+        if length > _MOST.get(kind, _MOST_OTHERS):
+            raise LinkError(f"the other side sent {length} bytes of {kind.name}")
+        data = self._read(length)
+        if _checksum(kind, encoding, data) != checksum:
+            raise LinkError(f"{kind.name} was damaged on its way")
+        message = Message(kind, encoding, data)
+        if kind is Kind.FAILED and kind not in wanted:
+            raise MoveFailed(str(message.content().get("reason"))[:1000])
+        if kind not in wanted:
+            raise LinkError(f"the other side sent {kind.name} out of turn")
+        return message
+
+    def _read(self, length: int) -> bytes:
+        data = bytearray(length)
+        view = memoryview(data)
+        try:
+            while len(view):
+                done = self._socket.recv_into(view)
+                if not done:
+                    raise LinkError("the link was cut")
+                view = view[done:]
+        except TimeoutError as error:
+            raise LinkError(f"the other side was silent for {self.patience:g} s") from error
+        except OSError as error:
+            raise self._lost(error) from error
+        return bytes(data)
+
+    @staticmethod
+    def _lost(error: OSError) -> LinkError:
+        return LinkError(f"the link was cut ({error.strerror or error})")
+
+
+def pack_header(kind: int, data: bytes, encoding: int = 0) -> bytes:
+    """The header of a message."""
+    return HEADER.pack(MAGIC, kind, encoding, 0, len(data), _checksum(kind, encoding, data))
+
+
+def _checksum(kind: int, encoding: int, data: bytes) -> int:
+    """CRC-32 of what a message says."""
+    return zlib.crc32(data, zlib.crc32(bytes((kind, encoding))))
+
+
+def secure(connected: socket.socket, tls: Tls | None, *, server: bool) -> socket.socket:
+    """The connection with TLS, if that is wanted; LinkError if the other side isn't trusted."""
+    if tls is None:
+        return connected
+    try:
+        return tls.context(server).wrap_socket(connected, server_side=server)
+    except OSError as error:
+        connected.close()
+        raise LinkError(f"TLS with the other side failed: {error}") from error
+
+
+def unpack_places(data: bytes, pages: int) -> list[Run]:
+    """The runs that ZEROES names, all of them inside RAM; LinkError otherwise."""
+    if len(data) % PLACE.size:
+        raise LinkError("the other side sent noise (a place cut off)")
+    return [checked(Run(*place), pages) for place in PLACE.iter_unpack(data)]
+
+
+def checked(run: Run, pages: int) -> Run:
+    """A run that is inside ``pages`` pages; LinkError otherwise."""
+    if not run.count or run.first + run.count > pages:
+        raise LinkError(f"the other side sent pages {run.first} to {run.first + run.count}")
+    return run
