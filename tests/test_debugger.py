@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from ringfence import Machine
-from ringfence.engine.debug import Access, StopKind
+from ringfence.engine.debug import Access, DebugStop, StopKind
+from ringfence.engine.kvm.probe import Kind, verdict
 from ringfence.errors import GuestTimeout, UsageError
 from ringfence.images.builtin import LOAD_ADDRESS, assemble, elf_kernel
 from ringfence.machine import State
@@ -27,13 +28,14 @@ counter: .quad 0
 """
 START, AGAIN, LOADED, DEC, SPIN = (LOAD_ADDRESS + at for at in (0, 5, 12, 19, 23))
 COUNTER = LOAD_ADDRESS + 4096
+KERNEL = elf_kernel(assemble(SOURCE), LOAD_ADDRESS)
 WAIT = 20.0
 
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     with Machine(
-        kernel=elf_kernel(assemble(SOURCE), LOAD_ADDRESS),
+        kernel=KERNEL,
         memory="16M",
         engine="translate",
         cache=False,
@@ -65,6 +67,30 @@ def test_breakpoints_and_steps(machine: Machine) -> None:
     machine.pause()
     assert debug.stops == () and machine.state is State.PAUSED
     assert SPIN <= machine.registers()["rip"] < SPIN + 5
+
+
+def test_under_kvm() -> None:
+    if verdict().kind is Kind.NONE:
+        pytest.skip("no KVM here")
+    with Machine(kernel=KERNEL, memory="16M", engine="kvm") as machine:
+        debug = machine.debug
+        debug.breakpoint(AGAIN)
+        machine.start()
+        for left in (3, 2):
+            stop = debug.wait(WAIT)
+            assert stop == DebugStop(StopKind.BREAKPOINT, 0, AGAIN)
+            assert machine.registers()["rcx"] == left
+            machine.resume()
+        assert debug.wait(WAIT) is not None
+        for at in (LOADED, DEC):
+            assert debug.step() == DebugStop(StopKind.STEP, 0, at)
+        for n in range(1, 4):
+            debug.breakpoint(SPIN + n)
+        with pytest.raises(UsageError, match="has 4"):
+            debug.watchpoint(COUNTER)
+        debug.clear()
+        with pytest.raises(UsageError, match="aligned"):
+            debug.watchpoint(COUNTER + 1, 8)
 
 
 def test_a_breakpoint_in_running_code(machine: Machine) -> None:

@@ -538,11 +538,13 @@ class KvmEngine:
         mmio.data[:size] = list(value.to_bytes(size, "little"))
         self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
 
-    def _on_debug(self, run: Any) -> StopReason:
-        """The owner's debugger wants to look."""
-        self._owner.note(run.debug.arch, self.index)
+    def _on_debug(self, run: Any) -> StopReason | None:
+        """The owner's debugger wants to look, or a breakpoint was passed."""
+        told = self._owner.note(run.debug.arch, self.index)
         event = vocabulary.Debug(run.debug.arch.dr6)
         self._count(Reason.DEBUG, time.perf_counter_ns(), lambda: event)
+        if not told:
+            return None
         return StopReason.STOPPED if self._stop else StopReason.PAUSED
 
     def _on_halt(self, run: Any) -> None:

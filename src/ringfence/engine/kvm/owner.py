@@ -1,7 +1,8 @@
 """The owner's debugger at a vCPU under KVM: the CPU's four debug registers, through KVM.
 
 While the owner has any breakpoint, watchpoint or step, the guest's own debug registers don't count
-(KVM_GUESTDBG_USE_HW_BP). A resumed vCPU that stands at a breakpoint gets RF, as a #DB handler does.
+(KVM_GUESTDBG_USE_HW_BP). A vCPU that stands at a breakpoint *passes* it by a single step without
+it; RF would do on hardware, but not where KVM emulates the instruction.
 
 Source: Linux, Documentation/virt/kvm/api.rst, KVM_SET_GUEST_DEBUG; SDM vol. 3, 18.2.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 from ringfence.cpu.debug import DR6_B, DR6_BS, DR7_FIXED, RW_ACCESS, RW_WRITE
-from ringfence.cpu.state import FLAG_RF
 from ringfence.engine.debug import Access, DebugPoints, DebugStop, StopKind, Watchpoint
 from ringfence.engine.kvm import abi
 from ringfence.engine.kvm.abi import Request
@@ -32,6 +32,8 @@ class OwnerDebug:
         """What each debug register is for."""
         self._step = False
         self._told = False
+        self._passed: int | None = None
+        """The breakpoint that the vCPU is about to pass."""
         self.stop: DebugStop | None = None
         """Why the vCPU came back, if it was for the owner's debugger."""
 
@@ -61,12 +63,14 @@ class OwnerDebug:
         debug = abi.KvmGuestDebug()
         if self._slots:
             debug.control |= abi.GUESTDBG_ENABLE | abi.GUESTDBG_USE_HW_BP
-        if self._step:
+        if self._step or self._passed is not None:
             debug.control |= abi.GUESTDBG_ENABLE | abi.GUESTDBG_SINGLESTEP | abi.GUESTDBG_BLOCKIRQ
         if not debug.control and not self._told:
             return
         control = DR7_FIXED
         for n, slot in enumerate(self._slots):
+            if slot == self._passed:
+                continue
             control |= 2 << 2 * n
             if isinstance(slot, Watchpoint):
                 kind = RW_ACCESS if slot.access & Access.READ else RW_WRITE
@@ -81,20 +85,25 @@ class OwnerDebug:
     def begin(self) -> None:
         """The vCPU is about to run: where it stopped for the owner, it goes on."""
         stop, self.stop = self.stop, None
-        if stop is not None and self._slots:
+        if stop is not None and stop.rip in self._slots:
             regs = self._vcpu.get(Request.GET_REGS, abi.KvmRegs)
             if regs.rip == stop.rip:
-                regs.rflags |= FLAG_RF
-                self._vcpu.ask(Request.SET_REGS, regs)
+                self._passed = stop.rip
+                self._tell()
 
-    def note(self, arch: Any, cpu: int) -> None:
-        """The vCPU left the guest with KVM_EXIT_DEBUG."""
+    def note(self, arch: Any, cpu: int) -> bool:
+        """The vCPU left the guest with KVM_EXIT_DEBUG; whether its owner wants to know."""
+        passed, self._passed = self._passed, None
+        if passed is not None:
+            self._tell()
         hit = arch.dr6 & DR6_B & (1 << len(self._slots)) - 1
         if not hit or arch.dr6 & DR6_BS:
-            self.stop = DebugStop(StopKind.STEP, cpu, arch.pc)
-            return
+            if self._step:
+                self.stop = DebugStop(StopKind.STEP, cpu, arch.pc)
+            return self._step
         slot = self._slots[hit.bit_length() - 1]
         if isinstance(slot, Watchpoint):
             self.stop = DebugStop(StopKind.WATCHPOINT, cpu, arch.pc, slot)
         else:
             self.stop = DebugStop(StopKind.BREAKPOINT, cpu, arch.pc)
+        return True
