@@ -44,7 +44,7 @@ from ringfence.engine.translate.block import (
     Vcpu,
 )
 from ringfence.engine.translate.builder import line_mask
-from ringfence.engine.translate.pages import page_at, retire
+from ringfence.engine.translate.pages import code_address, page_at, retire
 from ringfence.engine.translate.tables import PAGE, PageRow, Writer
 from ringfence.memory.mmu import (
     OFFSET_MASK,
@@ -105,7 +105,7 @@ def begin(vcpu: Vcpu) -> int:
     flags = vcpu.other_flags & (FLAG_TF | FLAG_RF)
     vcpu.begun_flags = flags
     vcpu.other_flags = vcpu.other_flags & ~FLAG_RF
-    vcpu.passing = has_break(vcpu.breaks, vcpu.break_count, vcpu.rip)
+    vcpu.passing = has_break(vcpu.breaks, vcpu.break_count, code_address(vcpu, vcpu.mode))
     vcpu.debug_pending = vcpu.debug_pending & ~PENDING_LOOK
     mode_changed(vcpu)
     if not vcpu.mode & MODE_STEP:
@@ -119,7 +119,7 @@ def end_instruction(vcpu: Vcpu) -> int:
     undo_begin(vcpu)
     if vcpu.stepped:
         vcpu.stepped = 0
-        if not vcpu.other_flags & FLAG_RF or vcpu.rip != vcpu.owner_skip:
+        if not vcpu.other_flags & FLAG_RF or code_address(vcpu, vcpu.mode) != vcpu.owner_skip:
             vcpu.owner_skip = NO_SKIP  # else it is a string instruction that goes on
         if vcpu.begun_flags & FLAG_TF:
             vcpu.debug_pending = vcpu.debug_pending | DR6_BS
@@ -146,11 +146,12 @@ def boundary(vcpu: Vcpu) -> int:
         vcpu.debug_pending = vcpu.debug_pending & ~PENDING_GUEST
         return raise_debug(vcpu, traps)
     if vcpu.break_count:
-        known = has_break(vcpu.owner_breaks, vcpu.owner_break_count, vcpu.rip)
-        if known and vcpu.rip != vcpu.owner_skip:
+        address = code_address(vcpu, vcpu.mode)
+        known = has_break(vcpu.owner_breaks, vcpu.owner_break_count, address)
+        if known and address != vcpu.owner_skip:
             return owner_stops(vcpu, STOP_BREAKPOINT)
         if not vcpu.other_flags & FLAG_RF:
-            hit = execution_hits(vcpu, vcpu.rip)
+            hit = execution_hits(vcpu, address)
             if hit:
                 return raise_debug(vcpu, hit)
     return begin(vcpu)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from ringfence.cpu.state import CS
 from ringfence.engine.debug import DebugPoints, DebugStop, StopKind, Watchpoint
-from ringfence.engine.translate.block import STOP_BREAKPOINT, STOP_STEP
+from ringfence.engine.translate.block import MODE_LONG, STOP_BREAKPOINT, STOP_STEP
 from ringfence.engine.translate.debugging import BREAKS_MAX, NO_SKIP
 from ringfence.errors import UsageError
 from ringfence.memory.mmu import OWNER_WATCHES, PENDING_OWNER_SHIFT
@@ -69,8 +70,12 @@ class OwnerDebug:
     def begin(self) -> None:
         """The vCPU is about to run: where it stopped for the owner, it goes on."""
         stop, self.stop = self.stop, None
-        here = stop is not None and stop.rip == self._view.rip
-        self._view.owner_skip = self._view.rip if here else NO_SKIP
+        view = self._view
+        here = stop is not None and stop.rip == view.rip
+        at = view.rip
+        if not view.mode & MODE_LONG:
+            at = (at + view.seg_base[CS]) & 0xFFFFFFFF
+        view.owner_skip = at if here else NO_SKIP
 
     def note(self, why: int) -> None:
         """The vCPU left guest code for EXIT_DEBUG; ``why`` is its ``exit_data``."""
