@@ -46,6 +46,13 @@ def generic(store: Store) -> Image:
 
 
 @pytest.fixture(scope="session")
+def i386(store: Store) -> Image:
+    """Debian's 32-bit kernel with busybox."""
+    support.require(shutil.which("apt-get"), "apt")
+    return pull_debian(store, flavour="i386")
+
+
+@pytest.fixture(scope="session")
 def with_init(cloud: Image, tmp_path_factory: pytest.TempPathFactory) -> support.MakeInitrd:
     """A function that makes an initramfs of busybox and a script for /init."""
     folder = tmp_path_factory.mktemp("initrd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from guest import support
 from guest.support import APPEND, BOOT, MakeInitrd, Session, boot_arguments
 from ringfence import Machine
 from ringfence.engine import StopReason
+from ringfence.images.root import build_initramfs
 from ringfence.images.store import Image
 
 pytestmark = pytest.mark.boot
+SEQUENCE_SUM = hashlib.sha256("".join(f"{n}\n" for n in range(1, 2001)).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("flavour", ["cloud", "generic"])
+@pytest.mark.parametrize("flavour", ["cloud", "generic", "i386"])
 def test_command_line_boots_to_a_shell(
     flavour: str, cache: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -106,3 +109,28 @@ def test_panic_resets_with_status_7(cloud: Image, with_init: MakeInitrd, cache: 
     assert ended.status == 7, ended.errors
     assert len(ended.errors.splitlines()) == 1
     assert "reset" in ended.errors
+
+
+def test_a_32_bit_program_in_a_64_bit_system(cloud: Image, i386: Image, cache: Path) -> None:
+    """busybox for i386 under Debian's amd64 kernel: system calls, signals, faults, threads' TLS."""
+    script = (
+        "#!/bin/sh\n/bin/busybox32 sh -c 'echo $((6*7)); kill -TERM $$' || echo status $?\n"
+        "/bin/busybox32 seq 1 2000 | /bin/busybox32 sha256sum\n"
+        '/bin/busybox32 sh -c \'trap "echo caught" USR1; kill -USR1 $$; i=0;'
+        " while [ $i -lt 2000 ]; do i=$((i+1)); done; echo $i'\n"
+        "/bin/busybox32 poweroff -f\n"
+    )
+    initrd = build_initramfs(
+        cloud.folder / "busybox", {"/bin/busybox32": i386.folder / "busybox"}, init=script
+    )
+    with Machine(
+        kernel=cloud.kernel, initrd=initrd, append=APPEND + " quiet", engine="translate",
+        cache_dir=cache,
+    ) as machine:  # fmt: skip
+        machine.start()
+        assert machine.wait(BOOT) is StopReason.POWER_OFF
+        said = machine.console.output.split()
+    assert said[said.index("42") + 1 :][:6] == [
+        "Terminated", "status", "143", SEQUENCE_SUM, "-", "caught",
+    ]  # fmt: skip
+    assert "2000" in said

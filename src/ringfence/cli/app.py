@@ -92,6 +92,7 @@ class Flavour(StrEnum):
 
     CLOUD = "cloud"
     GENERIC = "generic"
+    I386 = "i386"
 
 
 def _version(wanted: bool) -> None:
@@ -482,7 +483,8 @@ def receive(
 @pull_app.command("debian")
 def pull_debian(
     flavour: Annotated[
-        Flavour, typer.Option(help="Small cloud kernel, or the one with all drivers.")
+        Flavour,
+        typer.Option(help="Small cloud kernel, the one with all drivers, or a 32-bit system."),
     ] = Flavour.CLOUD,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Fetch again although the image is there.")
@@ -490,7 +492,7 @@ def pull_debian(
 ) -> int:
     """Fetch Debian's kernel and busybox with apt (no root needed) and build an image.
 
-    It is called 'debian', or 'debian-generic' with the generic kernel.
+    It is called 'debian', or 'debian-generic' and 'debian-i386' with another kernel.
     """
     from ringfence.cli.pull import pull
 

@@ -54,9 +54,13 @@ class Apt:
     suite : str, optional
         Take packages from this suite of the host's distribution ("trixie") instead of the ones
         that the host has in its sources.
+    architecture : str, optional
+        Another architecture than the host's ("i386").
     """
 
-    def __init__(self, folder: Path, *, suite: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, suite: str | None = None, architecture: str | None = None
+    ) -> None:
         for tool in ("apt-get", "apt-cache", "apt-config"):
             if shutil.which(tool) is None:
                 raise HostError(
@@ -70,7 +74,7 @@ class Apt:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "state/status").touch()
         self._config = self.folder / "apt.conf"
-        self._configure(suite)
+        self._configure(suite, architecture)
 
     def update(self, progress: Progress = no_progress) -> None:
         """Fetch the package lists.
@@ -139,7 +143,7 @@ class Apt:
         said = (self._unfetched or [self._complaint or "apt gave no reason"])[-1].strip()
         return f"{said} (is the network up, and are apt's sources right?)"
 
-    def _configure(self, suite: str | None) -> None:
+    def _configure(self, suite: str | None, architecture: str | None) -> None:
         host = subprocess.run(
             ["apt-config", "dump"], capture_output=True, text=True, errors="replace", check=False
         )
@@ -160,6 +164,9 @@ class Apt:
         }
         if os.geteuid() == 0:
             own["APT::Sandbox::User"] = "root"  # "_apt" may not enter a folder of root's
+        if architecture is not None:
+            lines = [line for line in lines if not line.startswith("APT::Architectures")]
+            own["APT::Architecture"] = architecture
         if suite is not None:
             own["Dir::Etc::sourcelist"] = self._sources_of(suite)
             own["Dir::Etc::sourceparts"] = self.folder / "parts/"

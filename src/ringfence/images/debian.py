@@ -22,8 +22,11 @@ from ringfence.images.store import Image, Package, Store, write_atomically
 METAPACKAGES = {
     "cloud": ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-kvm"),
     "generic": ("linux-image-amd64", "linux-image-generic"),
+    "i386": ("linux-image-686-pae",),
 }
 """Per flavour, the packages that depend on the newest kernel: Debian's name, then Ubuntu's."""
+ARCHITECTURES = {"i386": "i386"}
+"""Flavours that aren't of the host's architecture."""
 CMDLINE = "console=ttyS0"
 _VERSIONED = re.compile(r"linux-image(?:-unsigned)?-\d.*")
 _KERNEL = re.compile(r"boot/vmlinuz-(.+)")
@@ -51,7 +54,8 @@ def pull_debian(
     store : Store
         Where the image goes.
     flavour : str
-        "cloud" (small, for virtual machines) or "generic" (drivers for all sorts of hardware).
+        "cloud" (small, for virtual machines), "generic" (drivers for all sorts of hardware), or
+        "i386" (a 32-bit system).
     progress : callable
         Called with a stage ("update", "download", "unpack", "build") and a fraction, 0.0 to 1.0.
     suite : str, optional
@@ -76,7 +80,7 @@ def pull_debian(
     present = store.get(name)
     if present is not None and not refresh:
         return present
-    apt = _apt(store, suite)
+    apt = _apt(store, suite, ARCHITECTURES.get(flavour))
     apt.update(progress)
     kernel_packages = _resolve_kernel(apt, flavour)
     fetched = apt.download(
@@ -142,9 +146,10 @@ def fetch_packages(
     return apt.download(wanted, dest.absolute(), progress)
 
 
-def _apt(store: Store, suite: str | None) -> Apt:
+def _apt(store: Store, suite: str | None, architecture: str | None = None) -> Apt:
+    folder = "-".join(filter(None, ("state", architecture)))
     try:
-        return Apt(store.root / "apt" / "state", suite=suite)
+        return Apt(store.root / "apt" / folder, suite=suite, architecture=architecture)
     except OSError as error:
         raise HostError(
             f"{store.root} can't be written ({error.strerror}): set RINGFENCE_HOME to a folder of"
