@@ -167,6 +167,11 @@ CASES: dict[str, tuple[int, Case]] = {
         + others(4) + "mov rax, [rsi]\nreport rax\njmp finish\nother: pause\njmp other\n",
         [LOCKED // 8 * 4],
     )),
+    "locked increments across two pages": (3, Case(
+        f"mov ecx, {LOCKED // 50}\n1: lock inc qword ptr [{DATA + 0xFFD}]\nloop 1b\n{READY}" + SPLIT
+        + others(3) + f"mov rax, [{DATA + 0xFFD}]\nreport rax\njmp finish\n"
+        "other: pause\njmp other\n", [LOCKED // 50 * 3],
+    )),
     "code that another CPU rewrites": (3, Case(
         # The boot CPU writes "mov eax, n; ret" and says n; the others must return no older n.
         SPLIT + f"mov dword ptr [{DATA + 256}], 0\nmov byte ptr [{LARGE + 0x70000}], 0xb8\n"

@@ -32,10 +32,12 @@ from ringfence.memory.walk_state import Walker
 from ringfence.native.dialect import (
     address_of,
     atomic_and64,
+    atomic_cas64,
     atomic_or64,
     load64,
     native,
     native_inline,
+    sched_yield,
 )
 from ringfence.native.layout import Array, u8, u32, u64
 
@@ -53,6 +55,11 @@ class Coherent(Walker):
     vcpu_number: Annotated[int, u32]
     alone: Annotated[int, u8]
     """Whether it is the machine's only vCPU: then only devices write at the same time."""
+    split_lock: Annotated[int, u64]
+    """Host address of the shared word by which one vCPU at a time changes an operand that lies in
+    two pages: such operands are worked on in a copy."""
+    split_held: Annotated[int, u8]
+    """Whether this vCPU has it."""
     vcpus: Annotated[int, u64]
     """Host address of a table of all vCPUs' blocks."""
     page_use: Annotated[int, u64]
@@ -92,6 +99,24 @@ def writer_bit(cpu: Coherent) -> int:
 def fence(cpu: Coherent) -> int:
     """Make own stores seen by all before the loads that follow are done."""
     return atomic_or64(address_of(cpu.reading[0]), 0)
+
+
+@native
+def take_split_lock(cpu: Coherent) -> int:
+    """Be the only vCPU that changes an operand across two pages; held for one instruction."""
+    while not atomic_cas64(cpu.split_lock, 0, 1):
+        sched_yield()
+    cpu.split_held = 1
+    return 0
+
+
+@native
+def release_split_lock(cpu: Coherent) -> int:
+    """The operand is written, or the instruction has failed."""
+    if cpu.split_held:
+        cpu.split_held = 0
+        atomic_and64(cpu.split_lock, 0)
+    return 0
 
 
 @native_inline

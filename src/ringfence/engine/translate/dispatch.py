@@ -83,7 +83,11 @@ from ringfence.engine.translate.pages import (
 )
 from ringfence.engine.translate.tables import TraceRow, Writer
 from ringfence.engine.translate.thunks import THUNKS
-from ringfence.memory.coherence import note_code_write
+from ringfence.memory.coherence import (
+    note_code_write,
+    release_split_lock,
+    take_split_lock,
+)
 from ringfence.memory.mmu import (
     ITLB_ENTRIES,
     OFFSET_MASK,
@@ -115,6 +119,8 @@ from ringfence.native.dialect import (
     store64,
 )
 
+SLOW_CHANGE = SLOW_READ | SLOW_WRITE
+SLOW_RIGHTS = SLOW_CHANGE | SLOW_MASKED
 T_INDIRECT_MISS = THUNKS.index("indirect_miss")
 
 
@@ -530,6 +536,7 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     locked. Else the operand's bytes are gathered in ``bounce``, and nothing is written before
     ``slow_commit``. OK, FAULT, or EXIT_MMIO_READ for the VMM to fill it.
     """
+    release_split_lock(vcpu)
     # As far from a 64-byte boundary as the operand is, for instructions that want it aligned.
     vcpu.slow_pointer = address_of(vcpu.bounce[0]) + (address & 63)
     vcpu.slow_skipped = 0
@@ -566,6 +573,8 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     if page and first == size:
         vcpu.slow_pointer = page + offset - vcpu.slow_skipped
         return OK
+    if page and second and not vcpu.alone and kind & SLOW_RIGHTS == SLOW_CHANGE:
+        take_split_lock(vcpu)
     if page:
         rep_movsb(start, page + offset, first)
     elif first == size:
@@ -617,6 +626,7 @@ def slow_commit(vcpu: Vcpu) -> int:
     if second:
         rep_movsb(second, vcpu.slow_pointer + first, size - first)
         note_code_write(vcpu, second, size - first)
+    release_split_lock(vcpu)
     return OK
 
 

@@ -142,6 +142,7 @@ class TranslateEngine:
         self._awaited: list[threading.Event] = []
         self._protect = library.function("tlb_protect_page", 2)
         self._release_write = library.function("release_write", 2)
+        self._release_split_lock = library.function("release_split_lock", 1)
         self._note_outside_write = library.function("note_outside_write", 3)
         view.trace_table = self._allocate(TRACE_SLOTS * pages.SLOT_BYTES)
         view.trace_slots = TRACE_SLOTS
@@ -953,6 +954,7 @@ class TranslateEngine:
     def _on_host_fault(self) -> StopReason | None:
         """The host's CPU raised an exception in translated code: it is the guest's."""
         view = self.view
+        self._release_split_lock(self.block)
         found = self.translator.locate(view.fault_pc)
         trap = view.fault_trap
         if found is None or trap == state.PF:

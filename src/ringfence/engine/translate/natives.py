@@ -101,6 +101,7 @@ _ROOTS = (
     decoding.form_insert,
     decoding.recipe_insert,
     pages.forget_code,
+    coherence.release_split_lock,
     coherence.release_write,
     coherence.note_outside_write,
     dispatch.code_is_stale,

@@ -50,6 +50,7 @@ class Siblings:
         self._memory: list[mmap.mmap] = []
         self._table = self._allocate(VCPUS_MAX * 8)
         self._page_use = self._allocate((memory.mapped >> 12) * 8)
+        self._split_lock = self._allocate(8)
         self._gatherer: TranslateEngine | None = None
         memory.watch_dma(self._written)
         board.on_input = self._stop_gathering
@@ -66,6 +67,7 @@ class Siblings:
         view.alone = self.alone
         view.vcpus = self._table
         view.page_use = self._page_use
+        view.split_lock = self._split_lock
         ctypes.c_uint64.from_address(self._table + vcpu.index * 8).value = vcpu.block
         self.vcpus.append(vcpu)
 
