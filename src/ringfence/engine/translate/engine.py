@@ -4,8 +4,6 @@
 accesses, halts, attention. Nothing else of the guest's life passes through Python. The state that
 emitted code and helpers share is one ``Vcpu`` block (see ``block``); the routines that lead in and
 out are in ``thunks``.
-
-Longer than most files here: the handlers are short, many, and share the loop's state.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from ringfence.cpu import components, cpuid, reset, state
 from ringfence.cpu import signals as cpu_signals
 from ringfence.cpu.dump import dump
-from ringfence.cpu.faults import GeneralProtection
 from ringfence.cpu.registers import named_registers, set_named_register
 from ringfence.cpu.saved import State, restore_cpu, save_cpu
 from ringfence.cpu.tsc import MSRS as TSC_MSRS
@@ -30,6 +27,7 @@ from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, debugging, natives, pages, signals
+from ringfence.engine.translate.accesses import MASK64, DeviceAccesses
 from ringfence.engine.translate.block import GS_BIAS, Vcpu
 from ringfence.engine.translate.emulate import emulate
 from ringfence.engine.translate.owner import OwnerDebug
@@ -46,13 +44,10 @@ if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
-GATHER_NS = 3_000_000
-"""How long console output may wait for the guest to leave translated code by itself."""
 ORDERS_SINGLY = 64
 """More orders than that, after a long sleep, and dropping the whole TLB is quicker."""
 TRACE_SLOTS = 1 << 19
 PAGE_ROWS = 1 << 16
-MASK64 = (1 << 64) - 1
 
 
 def _anonymous(size: int) -> tuple[mmap.mmap, int]:
@@ -72,7 +67,7 @@ def create_vcpus(memory: GuestMemory, board: Any, config: EngineConfig) -> list[
     return [TranslateEngine(memory, board, config, index, siblings) for index in range(config.cpus)]
 
 
-class TranslateEngine:
+class TranslateEngine(DeviceAccesses):
     """One vCPU under binary translation; see ``engine.VirtualCpu`` for the protocol.
 
     Parameters
@@ -518,25 +513,6 @@ class TranslateEngine:
 
     # --- exits -------------------------------------------------------------------------------
 
-    def _count(self, reason: Reason, began: int, event: Callable[[], Any]) -> None:
-        """Account for an exit, and show it to whoever traces."""
-        elapsed = time.perf_counter_ns() - began
-        self.counters.add(reason, elapsed)
-        if self._trace is not None:
-            self._trace(vocabulary.TraceRecord(event(), self.view.rip, elapsed))
-
-    def _continue(self) -> None:
-        """Go on behind the instruction that caused the exit."""
-        view = self.view
-        view.rip = view.next_rip
-        view.jump_target = self._follow
-
-    def _raise(self, vector: int, error: int = 0) -> None:
-        """Deliver an exception at the present instruction."""
-        view = self.view
-        view.exc_vector, view.exc_error = vector, error
-        view.jump_target = self._deliver
-
     def _on_translator(self) -> StopReason | None:
         """The translator met something for the first time, or a table of its is full."""
         view = self.view
@@ -591,10 +567,6 @@ class TranslateEngine:
             return self._on_shutdown()
         self._count(Reason.INTERRUPT_WINDOW, began, lambda: vocabulary.InterruptWindow(vector))
         return self._rest()
-
-    def _stopped(self) -> StopReason | None:
-        """Whether the machine ends, in the middle of an instruction perhaps; a pause waits."""
-        return StopReason.STOPPED if self.view.stop_request and self._stop else None
 
     def _stopped_between(self) -> StopReason | None:
         """Whether to stop before the instruction at RIP; it is looked up when the guest goes on."""
@@ -657,255 +629,6 @@ class TranslateEngine:
         if vector == state.NMI:
             return int(self._deliver_nmi(self.block))
         return int(self._deliver_interrupt(self.block, vector))
-
-    def _gather_ports(self) -> None:
-        """After an access to the board: may the console's ports be served without it?"""
-        with self.board.lock:
-            status = self.board.quiet_status()
-            if status is None or not self.siblings.may_gather(self):
-                return
-            self.view.gather_value = status
-            self.view.gather = 1
-            if not self._gather_timer:
-                self._gather_timer = True
-                timers = self.board.timers
-                timers.arm(self.board.clock.now() + GATHER_NS, self._gathered_long_enough)
-
-    def _gathered_long_enough(self) -> None:
-        """Fetch bytes that have waited (the timer thread, with the board's lock)."""
-        self._gather_timer = False
-        view = self.view
-        if view is None:
-            return
-        view.gather = 0  # the next access arms the timer anew
-        if view.gathered_count:
-            view.service_request = 1
-            view.attention = 1
-
-    def _hand_over(self) -> None:
-        """Give the board the bytes gathered since the last exit."""
-        view = self.view
-        count = view.gathered_count
-        view.gathered_count = 0
-        view.service_request = 0
-        began = time.perf_counter_ns()
-        with self.board.lock:
-            for value in view.gathered[:count]:
-                self.board.port_write(view.gather_write, 1, value)
-        self.counters.add(Reason.PORT_OUT, time.perf_counter_ns() - began)
-
-    def _on_port_in(self) -> StopReason | None:
-        began = time.perf_counter_ns()
-        view = self.view
-        port, size = view.exit_data[0], view.exit_data[1]
-        view.gather = 0
-        if port == view.gather_read:
-            self.siblings.take_console(self)
-        value = self.board.port_read(port, size)
-        if size == 4:
-            view.gpr[0] = value & 0xFFFFFFFF
-        else:
-            mask = (1 << 8 * size) - 1
-            view.gpr[0] = view.gpr[0] & ~mask & MASK64 | value & mask
-        self._count(Reason.PORT_IN, began, lambda: vocabulary.PortIn(port, size))
-        if port == view.gather_read:
-            self._gather_ports()
-        self._continue()
-        return None
-
-    def _on_port_out(self) -> StopReason | None:
-        began = time.perf_counter_ns()
-        view = self.view
-        port, size, value = view.exit_data[0], view.exit_data[1], view.exit_data[2]
-        view.gather = 0
-        if port == view.gather_write:
-            self.siblings.take_console(self)
-        self.board.port_write(port, size, value)
-        self._count(Reason.PORT_OUT, began, lambda: vocabulary.PortOut(port, size, value))
-        self._continue()
-        return self._stopped()
-
-    def _on_port_string(self) -> StopReason | None:
-        """INS and OUTS, up to 4096 elements at a time."""
-        began = time.perf_counter_ns()
-        view = self.view
-        port, size, outward, repeat = (view.exit_data[n] for n in range(4))
-        flags = view.op[3]
-        mask = (MASK64, 0xFFFFFFFF, 0xFFFF)[flags & 3]
-        checked = flags & strings.CHECKED
-        segment = (flags >> 8 & 0xFF) - 1 if outward else state.ES
-        base = view.seg_base[segment] if outward and segment >= 0 else 0
-        user = int(view.cpl == 3)
-        index = state.RSI if outward else state.RDI
-        step = -size if view.flag_df else size
-        left = view.gpr[state.RCX] & mask if repeat else 1
-        for _ in range(min(left, 1 if view.debug_pending else 4096)):
-            offset = view.gpr[index] & mask
-            address = (offset + base) & MASK64
-            if checked:
-                if self._segment_linear(self.block, segment, offset, size, int(not outward)):
-                    view.jump_target = self._deliver
-                    return None
-                address = view.linear
-            if outward:
-                if self._linear_read(self.block, address, size, user):
-                    view.jump_target = self._deliver
-                    return None
-                self.board.port_write(port, size, view.value & (1 << 8 * size) - 1)
-            else:
-                # Ask whether the write is allowed before the device gives up its data.
-                ends = (address, (address + size - 1) & MASK64)
-                if any(self._walk(self.block, at, user << 2 | state.PF_WRITE) for at in ends):
-                    view.jump_target = self._deliver
-                    return None
-                value = self.board.port_read(port, size)
-                self._linear_write(self.block, address, size, value, user)
-            kept = 0xFFFF if mask == 0xFFFF else MASK64
-            view.gpr[index] = view.gpr[index] & ~kept | (offset + step) & mask
-            left -= 1
-            if repeat:
-                view.gpr[state.RCX] = view.gpr[state.RCX] & ~kept | left
-        reason = Reason.PORT_OUT if outward else Reason.PORT_IN
-        self._count(
-            reason,
-            began,
-            lambda: vocabulary.PortOut(port, size, 0) if outward else vocabulary.PortIn(port, size),
-        )
-        if left == 0:
-            self._continue()
-        else:
-            view.jump_target = self._find
-            if view.debug_pending:
-                view.other_flags |= state.FLAG_RF  # as `strings.fx_string` does
-        return self._stopped()
-
-    def _on_mmio_read(self) -> StopReason | None:
-        began = time.perf_counter_ns()
-        view = self.view
-        address, size = view.exit_data[0], view.exit_data[1]
-        data = self._read_mmio(address, size)
-        ctypes.memmove(view.slow_pointer + view.slow_skipped, data, size)
-        view.jump_target = self._resume
-        self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
-        return None
-
-    def _read_mmio(self, address: int, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            take = min(8, size - len(data))
-            value = self.board.mmio_read(address + len(data), take, self.index)
-            data += (value & (1 << 8 * take) - 1).to_bytes(take, "little")
-        return data
-
-    def _on_mmio_write(self) -> StopReason | None:
-        began = time.perf_counter_ns()
-        view = self.view
-        address, size = view.exit_data[0], view.exit_data[1]
-        data = ctypes.string_at(view.slow_pointer + view.slow_skipped, size)
-        for at in range(0, size, 8):
-            part = data[at : at + 8]
-            self.board.mmio_write(
-                address + at, len(part), int.from_bytes(part, "little"), self.index
-            )
-        view.jump_target = self._resume
-        self._count(
-            Reason.MMIO_WRITE,
-            began,
-            lambda: vocabulary.MmioWrite(address, size, int.from_bytes(data[:8], "little")),
-        )
-        return None  # its instruction is still under way: who wants the CPU waits for the next one
-
-    def _on_mmio_string(self) -> StopReason | None:
-        """An element in a device: carried to its end before the guest or an interrupt goes on."""
-        view = self.view
-        while True:
-            self._string_access()
-            status = self._string(self.block)
-            if status != state.EXIT or not view.string_ready:
-                break
-        view.jump_target = self._deliver if status == state.FAULT else self._find
-        return self._stopped()
-
-    def _string_access(self) -> None:
-        """One half of an element: from the device, or to it."""
-        began = time.perf_counter_ns()
-        view = self.view
-        address, size, write, value = (view.exit_data[n] for n in range(4))
-        value &= (1 << 8 * size) - 1
-        if write:
-            self.board.mmio_write(address, size, value, self.index)
-            view.string_ready |= 2
-            self._count(
-                Reason.MMIO_WRITE, began, lambda: vocabulary.MmioWrite(address, size, value)
-            )
-        else:
-            view.string_value = self.board.mmio_read(address, size, self.index)
-            view.string_ready |= 1
-            self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
-
-    def _on_msr_read(self) -> StopReason | None:
-        began = time.perf_counter_ns()
-        view = self.view
-        index = view.exit_data[0]
-        try:
-            device = self._msrs.get(index)
-            value = device.msr_read(index) if device else self.board.msr_read(self.index, index)
-        except GeneralProtection:
-            self._raise(state.GP)
-            return None
-        view.gpr[state.RAX] = value & 0xFFFFFFFF
-        view.gpr[state.RDX] = value >> 32 & 0xFFFFFFFF
-        self._continue()
-        self._count(Reason.MSR_READ, began, lambda: vocabulary.MsrRead(index))
-        return None
-
-    def _on_msr_write(self) -> StopReason | None:
-        began = time.perf_counter_ns()
-        view = self.view
-        index, value = view.exit_data[0], view.exit_data[1]
-        try:
-            device = self._msrs.get(index)
-            if device:
-                device.msr_write(index, value)
-            else:
-                self.board.msr_write(self.index, index, value)
-        except GeneralProtection:
-            self._raise(state.GP)
-            return None
-        self._continue()
-        self._count(Reason.MSR_WRITE, began, lambda: vocabulary.MsrWrite(index, value))
-        return self._stopped()
-
-    def _on_cr8_read(self) -> StopReason | None:
-        self.view.gpr[self.view.exit_data[0]] = self.board.read_cr8(self.index)
-        self._continue()
-        return None
-
-    def _on_cr8_write(self) -> StopReason | None:
-        value = self.view.exit_data[0]
-        if value >> 4:
-            self._raise(state.GP)
-            return None
-        self.board.write_cr8(self.index, value)
-        self._continue()
-        return None
-
-    def _on_hypercall(self) -> StopReason | None:
-        """VMCALL and VMMCALL, with KVM's calling convention (see ``paravirt.hypercalls``)."""
-        began = time.perf_counter_ns()
-        view = self.view
-        if self._services is None:
-            self._raise(state.UD)
-            return None
-        wide = view.efer & state.EFER_LMA and view.seg_attr[state.CS] & state.ATTR_L
-        bits = 64 if wide else 32
-        mask = (1 << bits) - 1
-        registers = (state.RAX, state.RBX, state.RCX, state.RDX, state.RSI)
-        number, *arguments = (view.gpr[register] & mask for register in registers)
-        view.gpr[state.RAX] = self._services.hypercall(view.cpl, number, arguments, bits) & mask
-        self._continue()
-        self._count(Reason.HYPERCALL, began, lambda: vocabulary.Hypercall(number, tuple(arguments)))
-        return self._stopped()
 
     def _on_debug(self) -> StopReason | None:
         """The owner's debugger wants to look."""
