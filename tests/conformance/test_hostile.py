@@ -26,6 +26,12 @@ ENDLESS: dict[str, str] = {
     "mov ecx, -1\nrep movsb",
     "a handler that faults": f"lea rax, [rip + 5f]\nmov [{IDT + 16 * 6}], ax\nmov r14, rax\nud2\n"
     "5: mov rsp, KSTACK\nud2",
+    "a breakpoint on #DB's own handler": f"mov byte ptr [{IDT + 16 + 4}], 1\ngate 1, 5f\n"
+    "lea rax, [rip + 5f]\nmov dr0, rax\nmov eax, 0x402\nmov dr7, rax\n5: iretq",
+    "a watched stack of #DB": f"mov byte ptr [{IDT + 16 + 4}], 1\ngate 1, 5f\n"
+    "lea rax, [IST1 - 16]\nmov dr0, rax\nmov eax, 0xb0402\nmov dr7, rax\n"
+    "1: mov [IST1 - 16], rax\njmp 1b\n5: nop\niretq",
+    "a step that never ends": "gate 1, 5f\npush 0x102\npopfq\n1: jmp 1b\n5: iretq",
     "user code in a loop": "user 0x202\n1: jmp 1b\nkernel",
     "interrupts to itself": "gate 0x41, 5f\nmov ebx, 0xfee00000\n"
     "mov dword ptr [rbx + 0xf0], 0x1ff\nsti\n1: mov dword ptr [rbx + 0x300], 0x40041\njmp 1b\n"
