@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ringfence import Machine
+from ringfence.engine import StopReason
 from ringfence.engine.debug import Access, DebugStop, StopKind
 from ringfence.engine.kvm.probe import Kind, verdict
 from ringfence.errors import GuestTimeout, UsageError
@@ -166,3 +167,13 @@ def test_all_of_many(machine: Machine) -> None:
         machine.debug.breakpoint(COUNTER + n)
     with pytest.raises(UsageError, match="at most 1024"):
         machine.debug.breakpoint(1 << 40)
+
+
+def test_restored_debug_registers_fire(machine: Machine) -> None:
+    vcpu = machine.vcpus[0]
+    saved = vcpu.save()
+    saved["cpu"]["dr"][0], saved["cpu"]["dr"][7] = AGAIN, 0x402
+    vcpu.restore(saved)
+    machine.start()
+    assert machine.wait(WAIT) is StopReason.CRASH  # the guest has no handler for its #DB
+    assert machine.registers()["rip"] == AGAIN

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu import components, cpuid, reset, state
 from ringfence.cpu import signals as cpu_signals
+from ringfence.cpu.debug import DR7_GD
 from ringfence.cpu.dump import dump
 from ringfence.cpu.registers import named_registers, set_named_register
 from ringfence.cpu.saved import State, restore_cpu, save_cpu
@@ -36,7 +37,7 @@ from ringfence.engine.translate.siblings import Siblings
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
 from ringfence.errors import GuestCrash, HostError
-from ringfence.memory import strings
+from ringfence.memory import mmu, strings
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
@@ -262,6 +263,7 @@ class TranslateEngine(DeviceAccesses):
     def _start_anew(self) -> None:
         """The state was replaced: nothing that was derived from the old one holds."""
         self._flush_all(self.block)
+        self._owner.renew()
         self._mode_changed(self.block)
         self.view.jump_target = self._find
 
@@ -441,8 +443,7 @@ class TranslateEngine(DeviceAccesses):
         """See ``VirtualCpu``."""
         view = self.view
         restore_cpu(view, saved["cpu"], view.xstate_mask)
-        self.library.function("tlb_flush_all", 1)(self.block)
-        self._mode_changed(self.block)
+        self._start_anew()
         pending = view.exc_vector != state.NO_EXCEPTION
         view.jump_target = self._deliver if pending else self._find
         view.irq_request = view.attention = 1  # who knows what came before it was saved
@@ -632,8 +633,15 @@ class TranslateEngine(DeviceAccesses):
 
     def _on_debug(self) -> StopReason | None:
         """The owner's debugger wants to look."""
-        self.view.jump_target = self._find
-        self._owner.note(self.view.exit_data[0])
+        view = self.view
+        view.jump_target = self._find
+        self._owner.note(view.exit_data[0])
+        traps = view.debug_pending & mmu.PENDING_GUEST
+        if traps:  # the guest's own of the same instruction come when it goes on
+            view.debug_pending &= ~traps
+            view.dr[6] |= traps
+            view.dr[7] &= ~DR7_GD
+            self._raise(state.DB)
         self._count(Reason.DEBUG, time.perf_counter_ns(), vocabulary.Debug)
         return StopReason.STOPPED if self._stop else StopReason.PAUSED
 

@@ -67,6 +67,12 @@ class OwnerDebug:
             view.attention = 1  # an interrupt may have waited for the end of it
             self._mode_changed(view.self_address)
 
+    def renew(self) -> None:
+        """The vCPU's state was replaced, its debug registers with it."""
+        view = self._view
+        view.debug_pending = view.begun_flags = view.stepped = view.passing = 0
+        self._changed(view.self_address)
+
     def begin(self) -> None:
         """The vCPU is about to run: where it stopped for the owner, it goes on."""
         stop, self.stop = self.stop, None
