@@ -82,6 +82,8 @@ class Machine(Movable):
     disks : sequence of str, Path or DiskOptions
         Disk images for /dev/vda, /dev/vdb…; text as `storage.options.parse_disk` reads it, such as
         ``"root.qcow2,snapshot"``. They are open as long as the machine is.
+    ephemeral : bool
+        Throw away what the guest writes on its image's own disk, which is /dev/vda before others.
     rng : bool
         Whether the guest has an entropy device, beside the CPU's RDRAND and RDSEED.
     balloon : bool
@@ -155,6 +157,7 @@ class Machine(Movable):
         cache: bool = True,
         cache_dir: str | Path | None = None,
         disks: Sequence[str | Path | DiskOptions] = (),
+        ephemeral: bool = False,
         rng: bool = False,
         balloon: bool = False,
         ports: Mapping[str, Callable[[bytes], None]] | None = None,
@@ -183,10 +186,11 @@ class Machine(Movable):
         engine = engines.select(engine, cpus)
         folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
         firmware = _firmware(bios, nvram)
+        own: tuple[DiskOptions, ...] = ()
         if firmware is not None and kernel is None and image is None:
             cmdline = append or ""
         elif kernel is None:
-            kernel, initrd, cmdline = _from_image(image or "debian", initrd, append)
+            kernel, initrd, cmdline, own = _from_image(image or "debian", initrd, append, ephemeral)
         elif image is not None:
             raise UsageError("both an image and a kernel were given: expected one of them")
         else:
@@ -199,7 +203,7 @@ class Machine(Movable):
             engine,
             EngineConfig(cpus, cache_dir=folder),
             on_reset,
-            tuple(parse_disk(disk) for disk in disks),
+            (*own, *(parse_disk(disk) for disk in disks)),
             rng,
             balloon,
             dict(ports or {}),
@@ -719,17 +723,20 @@ def _firmware(bios: str | Path | Firmware | None, nvram: str | Path | None) -> F
 
 
 def _from_image(
-    name: str, initrd: ImageSource | None, append: str | None
-) -> tuple[ImageSource, ImageSource | None, str]:
-    """Kernel, initrd and command line of a stored or built-in image."""
+    name: str, initrd: ImageSource | None, append: str | None, ephemeral: bool
+) -> tuple[ImageSource, ImageSource | None, str, tuple[DiskOptions, ...]]:
+    """Kernel, initrd, command line and disk (if any) of a stored or built-in image."""
     from ringfence.images import builtin
     from ringfence.images.store import Store
 
     kernel: ImageSource
+    disks: tuple[DiskOptions, ...] = ()
     if name == builtin.NAME:
         kernel, cmdline = builtin.builtin_kernel(), DEFAULT_APPEND
     else:
         image = Store().find(name)
         kernel, initrd = image.kernel, initrd or image.initrd
         cmdline = " ".join(dict.fromkeys(f"{DEFAULT_APPEND} {image.cmdline}".split()))
-    return kernel, initrd, f"{cmdline} {append}" if append else cmdline
+        if image.disk is not None:
+            disks = (DiskOptions(image.disk, "raw", snapshot=ephemeral),)
+    return kernel, initrd, f"{cmdline} {append}" if append else cmdline, disks

@@ -45,12 +45,18 @@ def make_tar(files: Mapping[str, bytes | str]) -> bytes:
     return out.getvalue()
 
 
-def make_deb(files: Mapping[str, bytes | str], suffix: str = ".xz") -> bytes:
-    """A Debian package with these files."""
-    control = b"Package: thing\nVersion: 1:2-3\nDescription: a thing\n that does\n"
+def make_deb(
+    files: Mapping[str, bytes | str],
+    suffix: str = ".xz",
+    fields: bytes = b"",
+    scripts: Mapping[str, bytes] | None = None,
+) -> bytes:
+    """A Debian package with these files, further control fields, and control files."""
+    control = b"Package: thing\nVersion: 1:2-3\n" + fields
+    control += b"Description: a thing\n that does\n"
     members = {
         "debian-binary": b"2.0\n",
-        f"control.tar{suffix}": PACKERS[suffix](make_tar({"control": control})),
+        f"control.tar{suffix}": PACKERS[suffix](make_tar({"control": control, **(scripts or {})})),
         f"data.tar{suffix}": PACKERS[suffix](make_tar(files)),
     }
     out = b"!<arch>\n"

@@ -124,6 +124,7 @@ def status(call: Call) -> dict[str, Any]:
         "engine": machine.config.engine,
         "memory": machine.config.memory,
         "cpus": machine.config.engine_config.cpus,
+        "vsock": str(vsock.absolute()) if (vsock := machine.config.vsock) else None,
         "seconds": machine.seconds,
         "commands": sorted(all_commands()),
     }

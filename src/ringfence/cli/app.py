@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ringfence.errors import GuestCrash, RingfenceError
+from ringfence.errors import GuestCrash, RingfenceError, UsageError
 
 INTERNAL_ERROR = 70
 """EX_SOFTWARE of sysexits(3): a bug of ours."""
@@ -46,6 +46,7 @@ ringfence run --net user --forward 8080:80
 ringfence run --bios seabios --disk disk.img
 ringfence run --kernel test.elf --test-devices --append "first second"
 ringfence run --gdb :1234 --gdb-wait
+ringfence run debian-disk --ephemeral --net user
 ringfence run --name web --detach; ringfence console web; ringfence stop web
 
 The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
@@ -180,6 +181,9 @@ def run(
             " readonly, snapshot (throw changes away), direct, serial=TEXT, backing.",
         ),
     ] = None,
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="Throw away what is written on the image's disk.")
+    ] = False,
     rng: Annotated[
         bool, typer.Option("--rng/--no-rng", help="Give the guest an entropy device.")
     ] = False,
@@ -241,6 +245,13 @@ def run(
         Path | None,
         typer.Option(help="File that keeps UEFI's variables; made if it is not there."),
     ] = None,
+    agent: Annotated[
+        bool | None,
+        typer.Option(
+            "--agent/--no-agent",
+            help="Give the guest a vsock device for exec and cp (default: with --name, --detach).",
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(help="What list, stop and so on call it (default: the image's name)."),
@@ -291,6 +302,8 @@ def run(
             test_devices=test_devices,
             debug_exit=debug_exit,
             debug_console=debugcon,
+            ephemeral=ephemeral,
+            agent=agent,
             name=name,
             detach=detach,
             bios=bios,
@@ -341,6 +354,43 @@ def resume(name: Name) -> int:
 
     order(name, "resume")
     return 0
+
+
+@app.command(
+    "exec",
+    context_settings={"allow_interspersed_args": False},
+    epilog="[bold]Examples[/bold]\nringfence exec web -- uname -a\n"
+    "ringfence exec -t web -- top\ntar -c src | ringfence exec -i web -- tar -x -C /root\n\n"
+    "The status is the command's, 128+N if signal N ended it.",
+)
+def exec_(
+    name: Name,
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run.")],
+    tty: Annotated[bool, typer.Option("-t", "--tty", help="Run it on a terminal.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("-i", "--interactive", help="Pass stdin on to it.")
+    ] = False,
+) -> int:
+    """Run a command in a machine's guest, as root."""
+    from ringfence.cli.remote import run_command
+
+    words = command[1:] if command[0] == "--" else command
+    if not words:
+        raise UsageError("exec was given no command: expected NAME -- COMMAND...")
+    return run_command(name, words, tty=tty, stdin=interactive)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\nringfence cp notes.txt web:/root\nringfence cp web:/var/log ."
+)
+def cp(
+    source: Annotated[str, typer.Argument(help="A path of the host's, or NAME:PATH.")],
+    target: Annotated[str, typer.Argument(help="The same, and the other of the two.")],
+) -> int:
+    """Copy a file or folder into a machine's guest, or out of it."""
+    from ringfence.cli.remote import copy
+
+    return copy(source, target)
 
 
 @app.command(
@@ -480,7 +530,15 @@ def receive(
     )
 
 
-@pull_app.command("debian")
+PULL_EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence pull debian
+ringfence pull debian --disk --include curl --ssh-key ~/.ssh/id_ed25519.pub
+ringfence pull debian --disk --user-data cloud.yaml --name web --refresh
+"""
+
+
+@pull_app.command("debian", epilog=PULL_EXAMPLES)
 def pull_debian(
     flavour: Annotated[
         Flavour,
@@ -489,13 +547,47 @@ def pull_debian(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Fetch again although the image is there.")
     ] = False,
+    disk: Annotated[
+        bool, typer.Option("--disk", help="Install a whole system, with systemd and apt.")
+    ] = False,
+    size: Annotated[
+        str, typer.Option(help="With --disk: its size; what is free costs nothing.")
+    ] = "4G",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE", help="With --disk: install this, too (repeatable)."),
+    ] = None,
+    ssh_key: Annotated[
+        Path | None, typer.Option(help="With --disk: public keys that may log in as root by SSH.")
+    ] = None,
+    user_data: Annotated[
+        Path | None, typer.Option(help="With --disk: what cloud-init is to do at the first boot.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="With --disk: the image's name (default: debian-disk).")
+    ] = None,
 ) -> int:
-    """Fetch Debian's kernel and busybox with apt (no root needed) and build an image.
+    """Fetch Debian with apt (no root needed) and build an image.
 
-    It is called 'debian', or 'debian-generic' and 'debian-i386' with another kernel.
+    Without --disk it is the kernel with busybox, called 'debian', or 'debian-generic' and
+    'debian-i386' with another kernel. With --disk, a guest installs a system on a disk of its own,
+    in a minute or two; root has no password on its serial console.
     """
-    from ringfence.cli.pull import pull
+    from ringfence.cli.pull import pull, pull_disk
 
+    if disk:
+        pull_disk(
+            flavour.value,
+            name=name,
+            size=size,
+            include=tuple(include or ()),
+            ssh_key=ssh_key,
+            user_data=user_data,
+            refresh=refresh,
+        )
+        return 0
+    if include or ssh_key or user_data or name:
+        raise UsageError("--include, --ssh-key, --user-data and --name need --disk")
     pull(flavour.value, refresh=refresh)
     return 0
 

@@ -79,6 +79,7 @@ def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Check]:
         _tried("W^X dual mapping", True, _dual_mapping),
         _limits(),
         _apt(),
+        _mke2fs(),
         _user_network(),
         _tap(),
         _tried("cache folder", False, _cache),
@@ -169,6 +170,16 @@ def _apt() -> Check:
     found = shutil.which("apt-get")
     detail = found or "not found: 'ringfence pull' can't fetch Debian's kernel, 'run builtin' works"
     return Check("apt", found is not None, False, detail)
+
+
+def _mke2fs() -> Check:
+    from ringfence.installer.debian import find_mke2fs
+
+    name = "file systems"
+    try:
+        return Check(name, True, False, find_mke2fs())
+    except HostError as error:
+        return Check(name, False, False, f"{error} for 'pull debian --disk'")
 
 
 def _user_network() -> Check:

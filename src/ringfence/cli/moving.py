@@ -8,12 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ringfence import engine as engines
 from ringfence.api.client import Client
+from ringfence.api.names import Place
 from ringfence.cli.run import Hosting, host
 from ringfence.errors import UsageError
 from ringfence.machine import Machine
@@ -37,7 +39,12 @@ def snapshot(name: str, path: Path, *, base: Path | None, incremental: bool) -> 
 
 def restore(path: Path, hosting: Hosting, *, engine: str, verify: bool) -> int:
     """Go on from a snapshot, in this process."""
-    return host(lambda opened: Machine.restore(path, engine=engine, verify=verify), hosting)
+
+    def make(opened: ExitStack, place: Place | None) -> Machine:
+        vsock = place.vsock if place else None
+        return Machine.restore(path, engine=engine, verify=verify, vsock=vsock)
+
+    return host(make, hosting)
 
 
 def clone(path: Path, count: int, stem: str | None, *, engine: str) -> int:
@@ -58,13 +65,13 @@ def clone(path: Path, count: int, stem: str | None, *, engine: str) -> int:
     parent = os.getpid()
     for _ in range(count):
         hosting = Hosting(stem=stem or path.name, detach=True)
-        status = host(lambda opened: _cloned(path, engine), hosting)
+        status = host(lambda opened, place: _cloned(path, engine, place), hosting)
         if status or os.getpid() != parent:
             return status
     return 0
 
 
-def _cloned(path: Path, engine: str) -> Machine:
+def _cloned(path: Path, engine: str, place: Place | None) -> Machine:
     """A machine from a snapshot with an identity of its own."""
     from ringfence.state import snapshots
 
@@ -72,6 +79,7 @@ def _cloned(path: Path, engine: str) -> Machine:
     config = replace(
         config,
         mac=parse_mac(None),
+        vsock=place.vsock if place and config.vsock else config.vsock,
         engine_config=replace(config.engine_config, cache_dir=default_cache_dir()),
     )
     return Machine.resumed(config, origin)
@@ -126,16 +134,17 @@ def receive(
     tls: Sequence[Path],
 ) -> int:
     """Wait for a machine, and have it here."""
-    allowed = Allowed(engine, tuple(disks), net, vsock)
     engines.resolve(engine)
 
     def listening(where: str) -> None:
         print(f"ringfence: waiting at {where}", file=sys.stderr, flush=True)
 
-    return host(
-        lambda opened: Machine.receive(address, allowed, tls=tls_of(tls), listening=listening),
-        hosting,
-    )
+    def make(opened: ExitStack, place: Place | None) -> Machine:
+        own = place.vsock if place else None
+        allowed = Allowed(engine, tuple(disks), net, vsock or own)
+        return Machine.receive(address, allowed, tls=tls_of(tls), listening=listening)
+
+    return host(make, hosting)
 
 
 def tls_of(files: Sequence[Path]) -> Tls | None:

@@ -11,7 +11,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ringfence.errors import UsageError
 
 if TYPE_CHECKING:
     from ringfence.images.store import Image
@@ -73,6 +76,47 @@ def pull_firmware(name: str) -> None:
     print(f"ringfence: {name}: {files.code}", file=sys.stderr)
 
 
+def pull_disk(
+    flavour: str,
+    *,
+    name: str | None,
+    size: str,
+    include: tuple[str, ...],
+    ssh_key: Path | None,
+    user_data: Path | None,
+    refresh: bool,
+) -> None:
+    """Install Debian on a disk, showing how far it is."""
+    from ringfence.images.store import Store
+    from ringfence.installer.debian import NAME, SMALLEST, access_by_ssh, install_debian, seed
+    from ringfence.settings import parse_size
+
+    room = parse_size(size)
+    if room < SMALLEST:
+        raise UsageError(f"--size {size} is too small: expected at least {SMALLEST >> 20}M")
+    packages, files = list(include), dict[str, bytes]()
+    for option, extra in ((ssh_key, access_by_ssh), (user_data, seed)):
+        if option is not None:
+            try:
+                more, contents = extra(option.read_bytes())
+            except OSError as error:
+                raise UsageError(f"{option} can't be read: {error.strerror}") from error
+            packages += more
+            files |= contents
+    with _progress(name or NAME) as progress:
+        image = install_debian(
+            Store(),
+            name=name or NAME,
+            flavour=flavour,
+            size=room,
+            packages=packages,
+            files=files,
+            progress=progress,
+            refresh=refresh,
+        )
+    print(f"ringfence: {_line(image)}", file=sys.stderr)
+
+
 def show_images(*, as_json: bool) -> None:
     """Print the stored images and the built-in one."""
     from ringfence.images.builtin import NAME as BUILTIN
@@ -86,6 +130,7 @@ def show_images(*, as_json: bool) -> None:
                 "kernel_version": image.kernel_version,
                 "kernel": str(image.kernel),
                 "initrd": str(image.initrd) if image.initrd else None,
+                "disk": str(image.disk) if image.disk else None,
                 "cmdline": image.cmdline,
                 "packages": {package.name: package.version for package in image.packages},
                 "builtin": False,
@@ -102,7 +147,12 @@ def show_images(*, as_json: bool) -> None:
 
 def _line(image: Image) -> str:
     size = image.kernel_size + image.initrd_size
-    return f"{image.name}: Linux {image.kernel_version}, {size / (1 << 20):.1f} MiB"
+    disk = ""
+    if image.disk is not None:
+        status = image.disk.stat()
+        used = status.st_blocks * 512 / (1 << 20)
+        disk = f", disk of {status.st_size >> 20} MiB ({used:.0f} MiB used)"
+    return f"{image.name}: Linux {image.kernel_version}, {size / (1 << 20):.1f} MiB{disk}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,6 +58,8 @@ class RunOptions:
     test_devices: bool = False
     debug_exit: str | None = None
     debug_console: str | None = None
+    ephemeral: bool = False
+    agent: bool | None = None
     name: str | None = None
     detach: bool = False
     bios: str | None = None
@@ -89,7 +91,13 @@ def run_guest(options: RunOptions) -> int:
         gdb=options.gdb,
         gdb_wait=options.gdb_wait,
     )
-    return host(lambda opened: _make(options, image, opened), hosting)
+
+    def make(opened: ExitStack, place: names.Place | None) -> Machine:
+        if place is not None and options.vsock is None and _wants_agent(options):
+            return _make(replace(options, vsock=place.vsock), image, opened)
+        return _make(options, image, opened)
+
+    return host(make, hosting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,11 @@ class Hosting:
     gdb_wait: bool = False
 
 
-def host(make: Callable[[ExitStack], Machine], hosting: Hosting) -> int:
+Maker = Callable[[ExitStack, "names.Place | None"], Machine]
+"""Makes a machine, given what is closed behind it and where its sockets go, if it has a name."""
+
+
+def host(make: Maker, hosting: Hosting) -> int:
     """Have the machine that ``make`` makes, here or in a process of its own; the exit status."""
     claim = _claim(hosting)
     if claim is None or not hosting.detach:
@@ -140,7 +152,7 @@ def _claim(hosting: Hosting) -> names.Claim | None:
 
 
 def _host_here(
-    make: Callable[[ExitStack], Machine],
+    make: Maker,
     hosting: Hosting,
     claim: names.Claim | None,
     started: Callable[[], None] | None = None,
@@ -148,7 +160,7 @@ def _host_here(
     """Run the guest in this process; ``started`` is told when it runs."""
     with ExitStack() as opened:
         place = opened.enter_context(claim) if claim is not None else None
-        machine = make(opened)
+        machine = make(opened, place)
         opened.callback(machine.close)
         if place is not None:
             opened.enter_context(published(machine, place, image=hosting.image))
@@ -169,6 +181,13 @@ def _host_here(
     return _status(machine, ending)
 
 
+def _wants_agent(options: RunOptions) -> bool:
+    """Whether to have a way in for commands: unless told, where the machine is meant to be met."""
+    if options.agent is None:
+        return options.name is not None or options.detach
+    return options.agent
+
+
 def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
     return Machine(
         image=image,
@@ -186,6 +205,7 @@ def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
         cache=options.cache,
         cache_dir=options.cache_dir,
         disks=options.disks,
+        ephemeral=options.ephemeral,
         rng=options.rng,
         vsock=options.vsock,
         tsc_hz=options.tsc_hz,

@@ -96,6 +96,20 @@ class Apt:
         match = re.search(r"(?m)^  Candidate: (\S+)", text)
         return match[1] if match and match[1] != "(none)" else None
 
+    def essential(self) -> list[str]:
+        """The packages that a system can't do without (Debian Policy 3.8)."""
+        text, _ = self._run(["apt-cache", "dumpavail"])
+        return re.findall(r"(?m)^Package: (\S+)\n(?:\S.*\n| .*\n)*?Essential: yes$", text)
+
+    def sources(self) -> str:
+        """A sources.list of the same archives (sources.list(5)), for a system that starts anew."""
+        query = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)"]
+        text, _ = self._run([*query, "Created-By: Packages"])
+        lines = dict.fromkeys(line.strip() for line in text.splitlines())
+        return "".join(
+            f"deb {line}\n" for line in lines if re.fullmatch(r"https?:\S+ \S+ \S+", line)
+        )
+
     def closure(self, names: Sequence[str]) -> list[str]:
         """The packages and all that they need, "name=version", as apt resolves it."""
         command = ["apt-get", "--simulate", "--no-install-recommends", "install", *names]

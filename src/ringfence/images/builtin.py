@@ -257,6 +257,22 @@ def assemble(source: str) -> bytes:
     return bytes(section.data())
 
 
+def elf_program(code: bytes, page: int, entry: int) -> bytes:
+    """A static ELF64 program for Linux: position-independent ``code``, entered at an offset.
+
+    ``page`` is where its headers come to lie in memory; they are in its segment, as the kernel maps
+    whole pages of the file.
+    """
+    start = 64 + 56
+    identification = b"\x7fELF" + bytes([2, 1, 1, 0]) + bytes(8)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        identification, 2, 62, 1, page + start + entry, 64, 0, 0, 64, 56, 1, 64, 0, 0,
+    )  # fmt: skip
+    size = start + len(code)
+    return header + struct.pack("<IIQQQQQQ", 1, 5, 0, page, page, size, size, 4096) + code
+
+
 def elf_kernel(text: bytes, address: int) -> bytes:
     """An ELF64 executable with one segment, ``text`` at physical and virtual ``address``.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import lzma
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,24 +69,37 @@ def read_files(deb: Path | bytes, wanted: Callable[[str], bool] | None = None) -
     return _tar_members(deb, "data.tar", wanted)
 
 
-def _tar_members(
-    deb: Path | bytes, prefix: str, wanted: Callable[[str], bool] | None = None
-) -> Iterator[DebFile]:
+@contextmanager
+def open_tar(deb: Path | bytes, prefix: str) -> Iterator[tarfile.TarFile]:
+    """Open a package's ``data.tar`` or ``control.tar`` as a stream, to be read in order.
+
+    Raises
+    ------
+    ImageError
+        There is none. What is damaged inside raises as tarfile and the decompressor do.
+    """
     contents = deb if isinstance(deb, bytes) else _read(deb)
     for name, member in _ar_members(contents, _name(deb)):
         if name.startswith(prefix):
-            try:
-                with (
-                    open_packed(name, member) as stream,
-                    tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as tar,
-                ):
-                    yield from _tar_files(tar, wanted)
-            except (tarfile.TarError, lzma.LZMAError, OSError, EOFError, ValueError) as error:
-                raise ImageError(
-                    f"{_name(deb)} is damaged, {name} can't be unpacked ({error}): fetch it again"
-                ) from error
+            with (
+                open_packed(name, member) as stream,
+                tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as tar,
+            ):
+                yield tar
             return
     raise ImageError(f"{_name(deb)} has no {prefix}: expected a Debian package")
+
+
+def _tar_members(
+    deb: Path | bytes, prefix: str, wanted: Callable[[str], bool] | None = None
+) -> Iterator[DebFile]:
+    try:
+        with open_tar(deb, prefix) as tar:
+            yield from _tar_files(tar, wanted)
+    except (tarfile.TarError, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+        raise ImageError(
+            f"{_name(deb)} is damaged, {prefix} can't be unpacked ({error}): fetch it again"
+        ) from error
 
 
 def _tar_files(tar: tarfile.TarFile, wanted: Callable[[str], bool] | None) -> Iterator[DebFile]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.errors import HostError, ImageError, UsageError
+from ringfence.images import guest_agent
 from ringfence.images.apt import Apt, Fetched, Progress, no_progress
 from ringfence.images.deb import read_files
 from ringfence.images.modules import pick_modules
@@ -28,12 +30,15 @@ METAPACKAGES = {
 ARCHITECTURES = {"i386": "i386"}
 """Flavours that aren't of the host's architecture."""
 CMDLINE = "console=ttyS0"
+RECIPE = "2"
+"""What our part of an image is; one of another recipe is made again when it is pulled."""
 _VERSIONED = re.compile(r"linux-image(?:-unsigned)?-\d.*")
 _KERNEL = re.compile(r"boot/vmlinuz-(.+)")
 _MODULE = re.compile(
     r"(?:usr/)?lib/modules/[^/]+/"
-    r"(kernel/(?:drivers/(?:virtio|block|char|net(?=/[^/]+$)|net/ethernet/intel/e1000)"
-    r"|net/(?:core|vmw_vsock)|lib|crypto)/.+\.ko(?:\.\w+)?)"
+    r"(kernel/(?:drivers/(?:virtio|block|char|net(?=/[^/]+$)|net/ethernet/intel/e1000"
+    r"|acpi|input)|net/(?:core|vmw_vsock)|fs/(?:ext4|jbd2)|fs(?=/mbcache)|lib|crypto)/"
+    r".+\.ko(?:\.\w+)?)"
 )
 """Where the modules of a virtual machine, and those that they need, are in a kernel package."""
 
@@ -78,25 +83,24 @@ def pull_debian(
         raise UsageError(f"no flavour {flavour!r}: expected {' or '.join(METAPACKAGES)}")
     name = name or "-".join(filter(None, ("debian", flavour, suite)))
     present = store.get(name)
-    if present is not None and not refresh:
+    if present is not None and present.extra.get("recipe") == RECIPE and not refresh:
         return present
-    apt = _apt(store, suite, ARCHITECTURES.get(flavour))
+    apt = open_apt(store, suite, ARCHITECTURES.get(flavour))
     apt.update(progress)
-    kernel_packages = _resolve_kernel(apt, flavour)
-    fetched = apt.download(
-        [*kernel_packages, "busybox-static"], store.root / "apt" / "packages", progress
-    )
-    release, kernel, modules = _unpack_kernel(fetched[:-1], progress)
+    parts = fetch_parts(apt, store, flavour, progress)
+    release, modules = parts.release, parts.modules
     with store.filling(name) as folder, tempfile.TemporaryDirectory() as scratch:
         busybox = Path(scratch) / "busybox"
-        busybox.write_bytes(_busybox(fetched[-1]))
+        busybox.write_bytes(parts.busybox)
         busybox.chmod(0o755)
         progress("build", 0.0)
         extra: dict[str, bytes | Path] = dict(pick_modules(release, modules))
         if extra:
             extra["/etc/ringfence/10-modules.sh"] = MODULES_SCRIPT.encode()
         extra["/etc/ringfence/20-network.sh"] = NETWORK_SCRIPT.encode()
-        write_atomically(folder / "vmlinuz", kernel)
+        if flavour not in ARCHITECTURES:
+            extra |= guest_agent.initramfs_files()
+        write_atomically(folder / "vmlinuz", parts.kernel)
         write_atomically(folder / "initrd", build_initramfs(busybox, extra))
         write_atomically(folder / "busybox", busybox.read_bytes(), 0o755)
         store.write_manifest(
@@ -106,11 +110,44 @@ def pull_debian(
             initrd="initrd",
             cmdline=CMDLINE,
             kernel_version=release,
-            packages=tuple(Package(item.name, item.version) for item in fetched),
-            extra={"flavour": flavour, "suite": suite or ""},
+            packages=tuple(Package(item.name, item.version) for item in parts.packages),
+            extra={"flavour": flavour, "suite": suite or "", "recipe": RECIPE},
         )
     progress("build", 1.0)
     return store.find(name)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every guest of Debian's is made of.
+
+    Attributes
+    ----------
+    release : str
+        The kernel's, as ``uname -r`` gives it.
+    kernel : bytes
+        A bzImage.
+    modules : mapping
+        Drivers and what they need, by path below /lib/modules/<release>; see `pick_modules`.
+    busybox : bytes
+        A static program.
+    packages : tuple of Fetched
+        Where all this is from: the kernel's packages, then busybox.
+    """
+
+    release: str
+    kernel: bytes
+    modules: Mapping[str, bytes]
+    busybox: bytes
+    packages: tuple[Fetched, ...]
+
+
+def fetch_parts(apt: Apt, store: Store, flavour: str, progress: Progress) -> Parts:
+    """Download and unpack kernel and busybox; apt's lists must be fresh."""
+    names = [*_resolve_kernel(apt, flavour), "busybox-static"]
+    fetched = apt.download(names, store.root / "apt" / "packages", progress)
+    release, kernel, modules = _unpack_kernel(fetched[:-1], progress)
+    return Parts(release, kernel, modules, _busybox(fetched[-1]), tuple(fetched))
 
 
 def fetch_packages(
@@ -140,13 +177,14 @@ def fetch_packages(
     HostError
         apt is missing, the network is down, or a package is unknown.
     """
-    apt = _apt(store or Store(), suite)
+    apt = open_apt(store or Store(), suite)
     apt.update(progress)
     wanted = apt.closure(names) if dependencies else list(names)
     return apt.download(wanted, dest.absolute(), progress)
 
 
-def _apt(store: Store, suite: str | None, architecture: str | None = None) -> Apt:
+def open_apt(store: Store, suite: str | None = None, architecture: str | None = None) -> Apt:
+    """The host's apt with a state folder of ours; HostError where there can be none."""
     folder = "-".join(filter(None, ("state", architecture)))
     try:
         return Apt(store.root / "apt" / folder, suite=suite, architecture=architecture)

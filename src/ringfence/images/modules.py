@@ -26,8 +26,11 @@ DEFAULT_MODULES = (
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "e1000",
+    "button",
+    "evdev",
 )
-"""Drivers of the devices that a Ringfence machine may have; those that are built in are absent."""
+"""Drivers of the devices that a machine may have, and of its power button; those that are built in
+are absent."""
 
 
 def module_name(path: str) -> str:

@@ -61,6 +61,8 @@ class Image:
         What it was made of.
     extra : Mapping[str, str]
         Whatever else its maker noted (distribution, flavour).
+    disk : Path or None
+        The guest's first disk, raw, if it has one.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Image:
     kernel_version: str
     packages: tuple[Package, ...] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
+    disk: Path | None = None
 
     @property
     def kernel_size(self) -> int:
@@ -184,6 +187,7 @@ class Store:
         kernel_version: str,
         packages: tuple[Package, ...] = (),
         extra: Mapping[str, str] | None = None,
+        disk: str | None = None,
     ) -> None:
         """Write the manifest of an image that is being filled; file names relative to it."""
         sizes = {
@@ -196,6 +200,7 @@ class Store:
             "name": name,
             "kernel": kernel,
             "initrd": initrd,
+            "disk": disk,
             "cmdline": cmdline,
             "kernel_version": kernel_version,
             "sizes": sizes,
@@ -224,6 +229,7 @@ class Store:
                 kernel_version=manifest["kernel_version"],
                 packages=tuple(Package(p["name"], p["version"]) for p in manifest["packages"]),
                 extra=manifest.get("extra", {}),
+                disk=folder / manifest["disk"] if manifest.get("disk") else None,
             )
             for part, size in manifest["sizes"].items():
                 if (folder / manifest[part]).stat().st_size != size:

@@ -27,7 +27,7 @@ import ast
 import builtins
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar, cast
 
 from ringfence.native.layout import Struct
@@ -552,9 +552,18 @@ def _as_load(node: ast.expr) -> ast.expr:
 
 
 class Unit:
-    """A set of ``@native`` functions and all that they call, as one LLVM module."""
+    """A set of ``@native`` functions and all that they call, as one LLVM module.
 
-    def __init__(self, roots: Iterable[Any]) -> None:
+    Parameters
+    ----------
+    roots : iterable of native functions
+        What has to be in it.
+    assembled : collection of str
+        Names of external functions that assembly beside it defines.
+    """
+
+    def __init__(self, roots: Iterable[Any], assembled: Collection[str] = ()) -> None:
+        self.assembled = assembled
         self.functions: dict[str, NativeFunction] = {}
         self.pending: list[NativeFunction] = []
         for root in roots:
@@ -577,14 +586,19 @@ class Unit:
         bodies = []
         while self.pending:
             bodies.append(_Function(self, self.pending.pop()).compile())
+        declared = []
         for name, function in self.functions.items():
-            if function.external:
+            if name in self.assembled:
+                arguments = ", ".join(["i64"] * function.function.__code__.co_argcount)
+                declared.append(f"declare i64 @{name}({arguments})")
+            elif function.external:
                 raise DialectError(f"external function {name} has no definition in this unit")
         return "\n\n".join(
             [
                 "declare i64 @llvm.ctpop.i64(i64)",
                 "declare i64 @llvm.cttz.i64(i64, i1)",
                 "declare i64 @llvm.readcyclecounter()",
+                *declared,
                 *bodies,
                 "attributes #0 = { " + _ATTRIBUTES.format(features=NO_VECTOR) + " }",
             ]

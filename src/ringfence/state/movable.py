@@ -51,6 +51,7 @@ class Movable(ABC):
         ports: Mapping[str, Callable[[bytes], None]] | None = None,
         cache_dir: str | Path | None = None,
         verify: bool = False,
+        vsock: str | Path | None = None,
     ) -> Self:
         """Make a machine that goes on where a snapshot was taken; `start` it like any other.
 
@@ -70,6 +71,8 @@ class Movable(ABC):
             As for a new machine.
         verify : bool
             Read all of the memory first and compare checksums.
+        vsock : str or Path, optional
+            Where the socket of a machine that has a vsock device goes, instead of where it was.
 
         Raises
         ------
@@ -83,6 +86,8 @@ class Movable(ABC):
         folder = Path(cache_dir) if cache_dir else default_cache_dir()
         config, origin = snapshots.load(Path(path), engine=engine, ports=ports, verify=verify)
         config = replace(config, engine_config=replace(config.engine_config, cache_dir=folder))
+        if vsock is not None and config.vsock is not None:
+            config = replace(config, vsock=Path(vsock))
         try:
             return cls.resumed(config, origin)
         except BaseException:
