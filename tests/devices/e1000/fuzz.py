@@ -1,56 +1,45 @@
-"""What a hostile driver does to the card, replayable from a seed.
+"""What a hostile driver does to the card, replayable from a seed (see `fuzzing.harness`).
 
-An *input* is one access of a register, one descriptor or packet of descriptors, one frame from the
+An input is one access of a register, one descriptor or packet of descriptors, one frame from the
 wire, or some time that passes. Values are drawn from those that hurt: ends of ranges, ring sizes,
 addresses at RAM's ends and outside it, descriptors of all kinds. After each run the card is reset
 and has to pass a frame either way.
-
-As a program: ``python -m devices.e1000.fuzz SEED RUNS`` (from the tests' folder) prints how many
-inputs were tried.
 """
 
 from __future__ import annotations
 
-import random
 import struct
-import sys
 
 from devices.e1000.driver import MEMORY, RX_RING, TX_RING, Driver, frame_of
+from fuzzing.harness import EDGES, FAR, Fuzzer
 from ringfence.devices.e1000 import receive, transmit
 from ringfence.devices.e1000.card import IO_BAR
 from ringfence.devices.e1000.registers import CTRL, RCTL, TCTL, Ring, TxDescriptor
 
-INPUTS = 400
-"""Per run."""
-EDGES = (0, 1, 7, 8, 15, 16, 63, 64, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 0x10000, 0xFFFFF)
 ADDRESSES = (
     *(0, 1, 0x1000, MEMORY - 1, MEMORY - 16, MEMORY - 2048, MEMORY, TX_RING, RX_RING, 0x300000),
-    *(0xA0000, 0xC0000000, 0xFEE00000, 0xFFFFFFFF, 1 << 32, 1 << 63, (1 << 64) - 1, (1 << 64) - 16),
+    *FAR,
 )
 
 
-class Fuzzer:
-    """One hostile driver."""
+class CardFuzzer(Fuzzer):
+    """A hostile driver of the card."""
 
     def __init__(self, seed: int) -> None:
-        self.source = random.Random(seed)
+        super().__init__(seed)
         self.driver = Driver()
         self.registers = sorted({*self.driver.card._readers, *self.driver.card._writers})
-        self.inputs = 0
+        self.steps = (self.register, self.ring, self.descriptor, self.descriptor, self.packet,
+                      self.packet, self.frame, self.frame, self.time, self.odd)  # fmt: skip
 
-    def run(self) -> None:
-        """Some inputs, then a reset and a frame either way."""
+    def begin(self) -> None:
         driver, source = self.driver, self.source
         if source.random() < 0.8:
             driver.tx_tail = driver.rx_head = 0
             driver.start(rctl=source.getrandbits(27), tctl=source.getrandbits(26))
-        steps = (self.register, self.ring, self.descriptor, self.descriptor, self.packet,
-                 self.packet, self.frame, self.frame, self.time, self.odd)  # fmt: skip
-        for _ in range(INPUTS):
-            source.choice(steps)()
-            self.inputs += 1
-            driver.wire.frames.clear()
-        self.check()
+
+    def after(self) -> None:
+        self.driver.wire.frames.clear()
 
     def check(self) -> None:
         """What holds whatever was done, and that the card works after a reset."""
@@ -70,17 +59,6 @@ class Fuzzer:
         assert driver.card.receive(frame_of(64))
         assert [data[:-4] for data in driver.take()] == [frame_of(64)]
         driver.wire.frames.clear()
-
-    def value(self) -> int:
-        source = self.source
-        kind = source.random()
-        if kind < 0.4:
-            return source.choice(EDGES)
-        if kind < 0.7:
-            return 1 << source.randrange(32)
-        if kind < 0.8:
-            return source.choice(ADDRESSES) & 0xFFFFFFFF
-        return source.getrandbits(32)
 
     def register(self) -> None:
         offset = self.source.choice(self.registers)
@@ -195,15 +173,3 @@ class Fuzzer:
             card.set_link(source.random() < 0.8)
         else:
             card.config_write(4, 2, source.choice((7, 7, 7, 3, source.getrandbits(16))))
-
-
-def fuzz(seed: int, runs: int) -> int:
-    """Run that often; return how many inputs there were."""
-    fuzzer = Fuzzer(seed)
-    for _ in range(runs):
-        fuzzer.run()
-    return fuzzer.inputs
-
-
-if __name__ == "__main__":
-    print(fuzz(int(sys.argv[1]), int(sys.argv[2])), "inputs")

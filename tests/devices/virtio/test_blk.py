@@ -5,73 +5,17 @@ from __future__ import annotations
 import random
 import struct
 import threading
-from collections.abc import Callable
 
 import pytest
 
+from devices.virtio.backends import SIZE, Inline, Ramdisk
 from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, DEVICE, Driver, Segment
 from ringfence.devices.virtio import blk
 from ringfence.devices.virtio.blk import VirtioBlk
-from ringfence.memory.buffers import Buffers, scatter
 from ringfence.storage.pool import IoPool
 
-SIZE = 1 << 20
 HEADER, STATUS, DATA = BUFFERS, BUFFERS + 0x800, BUFFERS + 0x1000
-
-
-class Ramdisk:
-    """A disk that notes what is done to it."""
-
-    def __init__(self, read_only: bool = False) -> None:
-        self.size = SIZE
-        self.read_only = read_only
-        self.data = bytearray(random.Random(1).randbytes(SIZE))
-        self.log: list[tuple[object, ...]] = []
-        self.fails = False
-        self.quick = False
-
-    def read(self, offset: int, buffers: Buffers) -> None:
-        if self.fails:
-            raise OSError("no")
-        scatter(memoryview(self.data)[offset:], buffers)
-
-    def write(self, offset: int, buffers: Buffers) -> None:
-        data = b"".join(buffers)
-        self.log.append(("write", offset, len(data)))
-        self.data[offset : offset + len(data)] = data
-
-    def read_now(self, offset: int, buffers: Buffers) -> bool:
-        if self.quick:
-            self.read(offset, buffers)
-        return self.quick
-
-    def write_now(self, offset: int, buffers: Buffers) -> bool:
-        if self.quick:
-            self.write(offset, buffers)
-        return self.quick
-
-    def flush(self) -> None:
-        self.log.append(("flush",))
-
-    def discard(self, offset: int, length: int) -> None:
-        self.log.append(("discard", offset, length))
-
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
-        self.log.append(("zero", offset, length, unmap))
-
-
-class Inline:
-    """A pool that does jobs at once, or when told."""
-
-    def __init__(self) -> None:
-        self.held: list[Callable[[], None]] | None = None
-
-    def submit(self, job: Callable[[], None]) -> None:
-        if self.held is None:
-            job()
-        else:
-            self.held.append(job)
 
 
 def disk_driver(drive: Drive, disk: Ramdisk, **options: int) -> Driver:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 import pytest
 
+from devices.virtio.backends import Wire
 from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, Driver
 from ringfence.devices.virtio import net
@@ -14,27 +14,6 @@ from ringfence.devices.virtio.net import VirtioNet
 
 MAC = bytes.fromhex("020000000001")
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-
-
-class Wire:
-    """A backend that notes what it is given."""
-
-    def __init__(self) -> None:
-        self.frames: list[bytes] = []
-        self.resumed = 0
-        self.receive: Callable[[bytes], bool] = lambda frame: False
-
-    def attach(self, receive: Callable[[bytes], bool]) -> None:
-        self.receive = receive
-
-    def detach(self) -> None:
-        self.receive = lambda frame: False
-
-    def resume(self) -> None:
-        self.resumed += 1
-
-    def transmit(self, frame: bytes) -> None:
-        self.frames.append(frame)
 
 
 def card(drive: Drive, *, packed: bool = False, pairs: int = 1, features: int = -1) -> Driver:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from devices.virtio.backends import Note
 from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, Driver
 from ringfence.devices.virtio import vsock
@@ -26,7 +27,6 @@ from ringfence.devices.virtio.vsock import (
     RW,
     SHUTDOWN,
     Key,
-    Shut,
     VirtioVsock,
 )
 from ringfence.devices.virtio.vsock_unix import UnixHost
@@ -34,38 +34,6 @@ from ringfence.errors import HostError
 
 CID = 3
 PATIENCE = 20.0
-
-
-class Note:
-    """A host's end that notes what it is told."""
-
-    def __init__(self) -> None:
-        self.log: list[tuple[object, ...]] = []
-        self.behind = False
-
-    def attach(self, device: VirtioVsock) -> None:
-        self.device = device
-
-    def connect(self, key: Key) -> None:
-        self.log.append(("connect", key))
-
-    def established(self, key: Key) -> None:
-        self.log.append(("established", key))
-
-    def data(self, key: Key, data: bytes) -> None:
-        self.log.append(("data", key, data))
-
-    def credit(self, key: Key) -> None:
-        self.log.append(("credit", key))
-
-    def shut(self, key: Key, flags: Shut) -> None:
-        self.log.append(("shut", key, int(flags)))
-
-    def ended(self, key: Key) -> None:
-        self.log.append(("ended", key))
-
-    def close(self) -> None:
-        pass
 
 
 class Guest:

@@ -1,0 +1,119 @@
+"""The host's side of devices, in memory: backends that note what they are told, or fail."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from ringfence.devices.virtio.vsock import Key, Shut, VirtioVsock
+from ringfence.memory.buffers import Buffers, scatter
+
+SIZE = 1 << 20
+"""Bytes of a `Ramdisk`."""
+
+
+class Ramdisk:
+    """A disk that notes what is done to it."""
+
+    def __init__(self, read_only: bool = False) -> None:
+        self.size = SIZE
+        self.read_only = read_only
+        self.data = bytearray(random.Random(1).randbytes(SIZE))
+        self.log: list[tuple[object, ...]] = []
+        self.fails = False
+        self.quick = False
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        if self.fails:
+            raise OSError("no")
+        scatter(memoryview(self.data)[offset:], buffers)
+
+    def write(self, offset: int, buffers: Buffers) -> None:
+        data = b"".join(buffers)
+        self.log.append(("write", offset, len(data)))
+        self.data[offset : offset + len(data)] = data
+
+    def read_now(self, offset: int, buffers: Buffers) -> bool:
+        if self.quick:
+            self.read(offset, buffers)
+        return self.quick
+
+    def write_now(self, offset: int, buffers: Buffers) -> bool:
+        if self.quick:
+            self.write(offset, buffers)
+        return self.quick
+
+    def flush(self) -> None:
+        self.log.append(("flush",))
+
+    def discard(self, offset: int, length: int) -> None:
+        self.log.append(("discard", offset, length))
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        self.log.append(("zero", offset, length, unmap))
+
+
+class Inline:
+    """A pool that does jobs at once, or when told."""
+
+    def __init__(self) -> None:
+        self.held: list[Callable[[], None]] | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        if self.held is None:
+            job()
+        else:
+            self.held.append(job)
+
+
+class Wire:
+    """A backend that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+        self.resumed = 0
+        self.receive: Callable[[bytes], bool] = lambda frame: False
+
+    def attach(self, receive: Callable[[bytes], bool]) -> None:
+        self.receive = receive
+
+    def detach(self) -> None:
+        self.receive = lambda frame: False
+
+    def resume(self) -> None:
+        self.resumed += 1
+
+    def transmit(self, frame: bytes) -> None:
+        self.frames.append(frame)
+
+
+class Note:
+    """A host's end that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[object, ...]] = []
+        self.behind = False
+
+    def attach(self, device: VirtioVsock) -> None:
+        self.device = device
+
+    def connect(self, key: Key) -> None:
+        self.log.append(("connect", key))
+
+    def established(self, key: Key) -> None:
+        self.log.append(("established", key))
+
+    def data(self, key: Key, data: bytes) -> None:
+        self.log.append(("data", key, data))
+
+    def credit(self, key: Key) -> None:
+        self.log.append(("credit", key))
+
+    def shut(self, key: Key, flags: Shut) -> None:
+        self.log.append(("shut", key, int(flags)))
+
+    def ended(self, key: Key) -> None:
+        self.log.append(("ended", key))
+
+    def close(self) -> None:
+        pass
