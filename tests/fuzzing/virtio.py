@@ -92,7 +92,7 @@ class VirtioFuzzer(Fuzzer):
         self.start()
 
     def after(self) -> None:
-        if not self.driver.function.status == 15 and self.chance(0.3):
+        if self.driver.function.status != 15 and self.chance(0.3):
             self.start()
 
     def check(self) -> None:
