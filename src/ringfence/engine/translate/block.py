@@ -113,6 +113,8 @@ class Vcpu(Mmu):
     """Host address to continue at."""
     found_local: Annotated[int, u64]
     """Local entry of the trace that the last look-up found."""
+    found_onward: Annotated[int, u64]
+    """Its entry for jumps forward."""
     resume_pc: Annotated[int, u64]
     """Where a slow access returns to, inside its trace."""
     slow_pointer: Annotated[int, u64]

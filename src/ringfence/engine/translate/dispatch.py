@@ -81,7 +81,7 @@ from ringfence.engine.translate.pages import (
     trace_key,
     translate,
 )
-from ringfence.engine.translate.tables import TraceRow, Writer
+from ringfence.engine.translate.tables import ONWARD, TraceRow, Writer
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.memory.coherence import (
     note_code_write,
@@ -386,7 +386,9 @@ def link(vcpu: Vcpu, site: int, within: int) -> int:
     # table changed without a flush to another page than the one that the jump itself is in.
     now = vcpu.itlb_user[index] if vcpu.cpl == 3 else vcpu.itlb_kernel[index]
     if vcpu.rip == wanted and (not within or now == page):
-        target = vcpu.found_local if within else vcpu.jump_target
+        target = vcpu.jump_target
+        if within:
+            target = vcpu.found_onward if within == ONWARD else vcpu.found_local
         vcpu.links += 1
         store32(site + vcpu.code_alias, target - (site + 4))
     return OK

@@ -218,6 +218,7 @@ def go_to(vcpu: Vcpu, row: TraceRow) -> int:
     """Guest execution goes on in this trace."""
     vcpu.jump_target = row.start + row.checked
     vcpu.found_local = row.start + row.local
+    vcpu.found_onward = row.start + row.onward
     return OK
 
 
@@ -363,6 +364,7 @@ def succeed(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow) -> int:
         if old.offset == row.offset and not page.mode & MODE_ENTERED:
             write_jump(vcpu, old.start + old.checked, row.start + row.checked)
             write_jump(vcpu, old.start + old.local, row.start + row.local)
+            write_jump(vcpu, old.start + old.onward, row.start + row.local)
             led += 1
         number = old.next
     return 0
@@ -380,6 +382,7 @@ def kill(vcpu: Vcpu, w: Writer, page: PageRow, row: TraceRow, number: int) -> in
         store32(indirect + 4, w.indirect_miss)
         write_jump(vcpu, start + row.checked, start + row.reenter)
         write_jump(vcpu, start + row.local, start + row.reenter_local)
+        write_jump(vcpu, start + row.onward, start + row.reenter_local)
     elif page.mode & MODE_CAREFUL:
         # Reached by links, with RIP set: look up again.
         store32(start + vcpu.code_alias, 0x2524FF65)

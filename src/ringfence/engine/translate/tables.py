@@ -37,6 +37,9 @@ CANONICAL = (0, 1, 2, 3, 11, 5, 6, 7, 8, NONE, NONE, NONE, 12, 13, 14, 15)
 HOMELESS = (9, 10, 11)
 """Guest registers that live in the block, unless a trace arranges its registers otherwise."""
 
+WITHIN, ONWARD = 1, 2
+"""A direct jump's target is in the same code page; and it lies ahead."""
+
 HOST, PARKED = range(2)
 """Where the guest's status flags are."""
 
@@ -293,6 +296,7 @@ class Link(Struct):
     position: Annotated[int, u64]
     target: Annotated[int, u64]
     within: Annotated[int, u8]
+    """0 to another code page, WITHIN, or ONWARD."""
     park: Annotated[int, u8]
     conditional: Annotated[int, u8]
 
@@ -344,6 +348,8 @@ class TraceRow(Struct):
     local: Annotated[int, u32]
     reenter: Annotated[int, u32]
     reenter_local: Annotated[int, u32]
+    onward: Annotated[int, u32]
+    """Where jumps forward within the page enter."""
     mark: Annotated[int, u32]
     """Index of its first mark: position << 16 | flags are parked << 15 | guest offset."""
     marks: Annotated[int, u32]
@@ -447,6 +453,8 @@ class Writer(Struct):
     """Where the next byte goes."""
     state: Annotated[int, u8]
     live_head: Annotated[int, u8]
+    enables: Annotated[int, u8]
+    """Whether the trace sets IF: what follows has to look at ``attention``."""
     inside: Annotated[int, u64]
     """Behind the code that arranges registers."""
     body: Annotated[int, u64]

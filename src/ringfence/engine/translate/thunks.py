@@ -14,6 +14,7 @@ from __future__ import annotations
 from ringfence.cpu.components import MXCSR, XCOMP_BV
 from ringfence.cpu.state import EXIT, FAULT, OK, STATUS_FLAGS
 from ringfence.engine.translate.block import EXIT_HOST_FAULT, GS_BIAS, gs
+from ringfence.engine.translate.tables import ONWARD
 
 HOST_OF_GUEST = {
     "rax": 0, "rcx": 1, "rdx": 2, "rbx": 3, "r11": 4, "rbp": 5, "rsi": 6, "rdi": 7, "r8": 8,
@@ -27,6 +28,7 @@ THUNKS = (
     "indirect_miss",
     "lookup",
     "link_local",
+    "link_onward",
     "link_page",
     "miss",
     "slow",
@@ -169,6 +171,7 @@ def assembly() -> str:
         "careful": [*save_all, *_call("lookup_careful"), "jmp rf_decide"],
         # R10: host address of the displacement to patch. Flags are in the host's flags.
         "link_local": [*_PARK, *save_all, "mov edx, 1", "jmp rf_link"],
+        "link_onward": [*_PARK, *save_all, f"mov edx, {ONWARD}", "jmp rf_link"],
         "link_page": [*save_all, "xor edx, edx", "jmp rf_link"],
         # The same for the jump to a careful trace; flags are parked.
         "link_careful": [*save_all, *_call("link_careful", "mov rsi, r10"), "jmp rf_decide"],

@@ -6,10 +6,11 @@ entry for each way of getting there, in this order in memory:
 * *indirect*: R9 holds the guest address wanted; the trace checks that it is its own;
 * *checked*: from another code page by a direct jump; the trace checks that its linear page still
   leads to the code page it was made for (one comparison with ``itlb_*``);
-* *local*: from the same code page; nothing to check.
+* *local*: from the same code page; nothing to check;
+* *onward*: the same by a jump forward, which no endless loop consists of.
 
-All then look at ``attention``. At the indirect and the checked entry the guest's status flags are
-parked in the block (or dead); at the local entry they are in the host's flags. A trace knows
+All but the last then look at ``attention``. At the indirect and the checked entry the status
+flags are parked in the block (or dead); at the others they are in the host's flags. A trace knows
 whether its own code reads the flags it enters with, so these checks cost no flag juggling almost
 everywhere.
 
@@ -78,12 +79,14 @@ from ringfence.engine.translate.tables import (
     JMP,
     LOOP,
     NONE,
+    ONWARD,
     PAGE,
     PARKED,
     PLAIN,
     RELOC_ITLB,
     RELOC_PAGE,
     STI,
+    WITHIN,
     Escape,
     Group,
     Insn,
@@ -109,8 +112,8 @@ _RIP, _ATTENTION = gs("rip"), gs("attention")
 _T_EFFECT, _T_EFFECT_VECTOR = THUNK["effect"], THUNK["effect_vector"]
 _T_EMULATE, _T_LOOKUP, _T_MISS = THUNK["emulate"], THUNK["lookup"], THUNK["miss"]
 _T_ATTENTION, _T_INDIRECT_MISS = THUNK["attention"], THUNK["indirect_miss"]
-_T_STRADDLE, _T_LINK_PAGE, _T_LINK_LOCAL = (
-    THUNK["straddle"], THUNK["link_page"], THUNK["link_local"],
+_T_STRADDLE, _T_LINK_PAGE, _T_LINK_LOCAL, _T_LINK_ONWARD = (
+    THUNK["straddle"], THUNK["link_page"], THUNK["link_local"], THUNK["link_onward"],
 )  # fmt: skip
 
 
@@ -145,6 +148,8 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
     w.state = HOST
     row.checked = 0
     row.local = 0
+    row.onward = 0
+    w.enables = 0
     if w.entered:
         w.state = PARKED
         if w.slow:
@@ -162,7 +167,7 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
         write_instruction(w, cast(Insn, insn_at(w, n)), n)
     last: Insn = cast(Insn, insn_at(w, w.count - 1))
     if not ends_trace(last.kind):
-        write_jump(w, last.offset + last.length, last.live)
+        write_jump(w, last.offset + last.length, last.live, WITHIN)
     write_stubs(w, row, start)
     return 0
 
@@ -204,7 +209,7 @@ def write_instruction(w: Writer, i: Insn, n: int) -> int:
         write_conditional(w, i)
     elif kind in (JMP, CALL):
         operation(w, i)
-        write_jump(w, i.offset + i.value, i.live)
+        write_jump(w, i.offset + i.value, i.live, ahead(w, i))
     elif kind == INDIRECT:
         operation(w, i)
         leave_indirect(w)
@@ -264,6 +269,7 @@ def write_head(w: Writer, row: TraceRow, start: int) -> int:
     put(w, 0x850F, 6)
     w.attention = w.out - 4
     w.body = w.out
+    row.onward = row.local if w.live_head else w.out - w.code
     if w.step:
         gs_byte(w, GS_MOVE_BYTE, gs("stepped"), 1)
     return 0
@@ -305,6 +311,7 @@ def write_effect(w: Writer, i: Insn) -> int:
 @native
 def write_sti(w: Writer, live: int) -> int:
     """Set IF; the trace ends behind the next instruction, where interrupts are seen."""
+    w.enables = 1
     gs_byte(w, GS_MOVE_BYTE, gs("flag_if"), 1)
     if not live or w.state == PARKED:
         gs_byte(w, GS_COMPARE_BYTE, gs("irq_request"), 0)
@@ -314,8 +321,8 @@ def write_sti(w: Writer, live: int) -> int:
 
 
 @native
-def write_jump(w: Writer, target: int, live: int) -> int:
-    """End of the trace: go on at a known address."""
+def write_jump(w: Writer, target: int, live: int, near: int) -> int:
+    """End of the trace: go on at a known address; ``near``: how, if it is in the same page."""
     if w.slow:
         if live:
             park(w, live)
@@ -326,7 +333,7 @@ def write_jump(w: Writer, target: int, live: int) -> int:
         add_back_edge(w)
         return 0
     swap_out(w)
-    within = 1 if target < PAGE and w.state != PARKED else 0
+    within = near if target < PAGE and w.state != PARKED else 0
     if not within and live:
         park(w, live)
     put(w, 0xE9, 5)
@@ -358,6 +365,12 @@ def go_to_r9(w: Writer, template: int) -> int:
 
 
 @native_inline
+def ahead(w: Writer, i: Insn) -> int:
+    """How a direct jump within the page goes: ONWARD if forward, and nothing is to be looked at."""
+    return ONWARD if i.offset < i.offset + i.value and not w.enables else WITHIN
+
+
+@native_inline
 def loops(w: Writer, target: int) -> int:
     """Whether a jump leads to the trace's own start with its registers arranged already."""
     first: Insn = cast(Insn, insn_at(w, 0))
@@ -380,7 +393,7 @@ def write_conditional(w: Writer, i: Insn) -> int:
     if loops(w, target):
         add_back_edge(w)
         return 0
-    within = target < PAGE and not w.slow
+    within = ahead(w, i) if target < PAGE and not w.slow else 0
     add_link(w, target, within, not within, 1)
     return 0
 
@@ -459,7 +472,10 @@ def link_stub(w: Writer, link: Link) -> int:
     set_rip(w, link.target)
     put(w, 0x158D4C, 3)  # lea r10, [rip + site]
     put(w, site - w.out - 4, 4)
-    gs_jump(w, _T_LINK_LOCAL if link.within else _T_LINK_PAGE)
+    thunk = _T_LINK_PAGE
+    if link.within:
+        thunk = _T_LINK_ONWARD if link.within == ONWARD else _T_LINK_LOCAL
+    gs_jump(w, thunk)
     return 0
 
 
