@@ -62,6 +62,16 @@ def test_ports_follow_pmbase(board: Board, power: piix.PowerFunction) -> None:
     assert board.port_read(0x3C4, 2) == 0xFFFF
 
 
+def test_soft_off(rig: Rig) -> None:
+    piix.detach_power(rig.board.ports)
+    rig.board.pci.plug(piix.IsaBridge(), piix.SLOT, piix.ISA_FUNCTION)
+    rig.board.pci.plug(piix.PowerFunction(rig.board.pm), piix.SLOT, piix.POWER_FUNCTION)
+    configure(rig.board, PMBASE, 4, 0xB001)
+    configure(rig.board, PMREGMISC, 1, 1)
+    rig.board.port_write(0xB004, 2, 0x2001)
+    assert rig.events == ["off"]
+
+
 def test_saved(board: Board, power: piix.PowerFunction) -> None:
     configure(board, PMBASE, 4, 0xB001)
     configure(board, PMREGMISC, 1, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ringfence.chipset.uart import POLLING
+
 BASE = 0x3F8
 RBR, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(BASE, BASE + 8)
 
@@ -134,3 +136,16 @@ def test_restore_keeps_input(uart) -> None:
     drain(uart)
     uart.board.uart.restore(state)
     assert drain(uart) == bytes(range(40))
+
+
+def test_a_guest_that_polls_without_rts_gets_input(uart) -> None:
+    """As UEFI's driver does; one that only writes looks at LSR once for each byte."""
+    uart.out(MCR, 0)
+    uart.board.receive(b"x")
+    for _ in range(100):
+        assert not uart.inb(LSR) & 1
+        uart.out(RBR, ord("."))
+    for _ in range(POLLING - 1):
+        assert not uart.inb(LSR) & 1
+    assert uart.inb(LSR) & 1
+    assert uart.inb(RBR) == ord("x")

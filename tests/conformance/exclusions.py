@@ -16,8 +16,15 @@ _WINDOW = "a stretch of a few instructions with IF set is interpreted without a 
 _DATA = "DR0-DR3 watch neither data nor ports, and nothing that user code does"
 _MONITOR = "user code reaches the host's MONITOR and MWAIT"
 
+_APIC = "CPUID is what KVM was told once, whatever IA32_APIC_BASE says"
+
 KNOWN: dict[str, dict[str, str]] = {
+    "kvm": {
+        "an xAPIC that is disabled, and enabled again": _APIC,
+    },
     "software KVM": {
+        "an xAPIC that is disabled, and enabled again": _APIC,
+        "every reserved bit of CR4": "SMAP and PKE are accepted, though CPUID shows neither",
         "#GP interrupt through a missing gate in user": _INT,
         "INT in user": _INT,
         "INT through a gate of the kernel's": _INT,

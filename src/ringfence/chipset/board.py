@@ -207,6 +207,11 @@ class Board:
         with self.lock:
             self.lapics[cpu].msr_write(index, value)
 
+    def apic_enabled(self, cpu: int) -> bool:
+        """Tell whether a local APIC is there (IA32_APIC_BASE.EN), as CPUID shows."""
+        with self.lock:
+            return self.lapics[cpu].enabled
+
     def read_cr8(self, cpu: int) -> int:
         """Return CR8."""
         with self.lock:

@@ -21,6 +21,8 @@ SLOT, ISA_FUNCTION, POWER_FUNCTION = 1, 0, 3
 PIRQ_ROUTE = Register(0x60, 4)
 X_BUS_CHIP_SELECT = Register(0x4E, 2)
 PMBASE, DEVACTB, PMREGMISC = Register(0x40, 4), Register(0x58, 4), Register(0x80, 1)
+SOFT_OFF = 0
+"""SLP_TYP for power-off (7.2.3), as firmware knows it that reads no tables."""
 PMBASE_MASK, PMIOSE, APMC_EN = 0xFFC0, 0x01, 1 << 25
 
 
@@ -45,6 +47,7 @@ class PowerFunction(PciDevice):
     def __init__(self, power: pm.PowerManagement) -> None:
         super().__init__(POWER_MANAGEMENT, pin=0)
         self._power = power
+        power.off_types.add(SOFT_OFF)
         self._window: Window | None = None
         self._slot: Socket | None = None
         self.config.set(PMBASE, 1)

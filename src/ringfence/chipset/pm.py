@@ -57,6 +57,8 @@ class PowerManagement(Saved):
         self.status = 0
         self.enable = 0
         self.control = SCI_EN
+        self.off_types = {SLP_TYP_S5}
+        """Values of SLP_TYP that turn the machine off."""
         self.carries = 0
         """Half turns of the 32-bit timer that TMR_STS has been set for."""
 
@@ -98,7 +100,7 @@ class PowerManagement(Saved):
             self.enable = (self.enable & keep | value << shift) & _ENABLE
         elif offset < 6:
             self.control = (self.control & keep | value << shift) & _CONTROL | SCI_EN
-            if value << shift & SLP_EN and self.control >> 10 & 7 == SLP_TYP_S5:
+            if value << shift & SLP_EN and self.control >> 10 & 7 in self.off_types:
                 self._on_power_off()
 
     def _ticks(self) -> int:

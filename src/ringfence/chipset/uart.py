@@ -7,7 +7,9 @@ first byte; so a byte costs one append. Registers are National's PC16550D data s
 Reception: the host's bytes wait in an unbounded queue that refills the 16-byte FIFO whenever the
 guest makes room. Like a terminal with hardware flow control, the host obeys RTS once the guest has
 written MCR, so nothing typed before the driver is up gets lost to the driver's clearing of the
-FIFO. The character time-out passes in no time: data below the trigger level interrupt at once.
+FIFO; a guest that polls for input without RTS, as UEFI does, is known by its repeated looks at LSR
+and gets it all the same. The character time-out passes in no time: data below the trigger level
+interrupt at once.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ BASE, LENGTH, IRQ = 0x3F8, 8, 4
 FIFO_SIZE = 16
 FLUSH_NS = 2_000_000
 FLUSH_BYTES = 512
+POLLING = 8
+"""Looks at LSR without a byte written in between, by which the guest seems to wait for input."""
 
 RBR_THR, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 IER_RDI, IER_THRI, IER_RLSI, IER_MSI = 0x01, 0x02, 0x04, 0x08
@@ -53,7 +57,7 @@ class Uart(Saved):
 
     FIELDS = (
         "ier", "fcr", "lcr", "mcr", "lsr", "msr", "scr", "divisor",
-        "thri", "held_by_rts",
+        "thri", "held_by_rts", "polls",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +79,8 @@ class Uart(Saved):
         """The THR-empty interrupt is pending."""
         self.held_by_rts = False
         """True once the guest has written MCR: from then on RTS gates the host's bytes."""
+        self.polls = 0
+        """Looks at LSR since THR was written last, up to POLLING."""
 
     # ---- the host's side
 
@@ -105,6 +111,9 @@ class Uart(Saved):
     def read(self, offset: int, size: int) -> int:
         """Read a register (PC16550D table II)."""
         if offset == LSR:
+            self.polls = min(self.polls + 1, POLLING)
+            if self.polls == POLLING:
+                self._refill()
             value = self.lsr
             if value & LSR_BREAKS:
                 self.lsr = value & ~LSR_BREAKS
@@ -123,6 +132,7 @@ class Uart(Saved):
     def write(self, offset: int, size: int, value: int) -> None:
         """Write a register."""
         if offset == RBR_THR:
+            self.polls = 0
             if self.lcr & LCR_DLAB:
                 self.divisor = self.divisor & 0xFF00 | value
             elif self.mcr & MCR_LOOP:
@@ -244,7 +254,8 @@ class Uart(Saved):
         queue, fifo = self.queue, self.fifo
         if not queue or self.mcr & MCR_LOOP:
             return False
-        if self.held_by_rts and not (self.mcr & MCR_RTS or self.ier & IER_RDI):
+        wanted = self.mcr & MCR_RTS or self.ier & IER_RDI or self.polls == POLLING
+        if self.held_by_rts and not wanted:
             return False
         room = min(self._capacity() - len(fifo), len(queue))
         if room <= 0:

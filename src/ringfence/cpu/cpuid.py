@@ -47,6 +47,7 @@ SIGNATURE = (FAMILY - 0xF) << 20 | (MODEL >> 4) << 16 | 0xF00 | (MODEL & 15) << 
 MAX_BASIC, MAX_EXTENDED, MAX_HYPERVISOR = 0xD, 0x80000021, 0x40000001
 OSXSAVE_BIT = 27
 OSXSAVE = 1 << OSXSAVE_BIT
+APIC = 1 << 9
 CACHE_LINE = 64
 
 EAX, EBX, ECX, EDX = range(4)
@@ -332,6 +333,8 @@ def fx_cpuid(cpu: Cpu) -> int:
     cpu.gpr[RDX] = load32(row + 20) if row else 0
     if leaf == 1 and cpu.cr4 & CR4_OSXSAVE:
         cpu.gpr[RCX] = cpu.gpr[RCX] | OSXSAVE
+    if leaf == 1 and cpu.apic_disabled:
+        cpu.gpr[RDX] = cpu.gpr[RDX] & ~APIC
     if leaf == 0xB and not cpu.gpr[RCX]:
         cpu.gpr[RCX] = subleaf & 0xFF
     if leaf == 0xD and subleaf < 2 and row:

@@ -47,7 +47,7 @@ TRANSIENT = frozenset(
 """Fields of `Cpu` that are no register, or are saved in another form."""
 
 _BOOLEANS = (
-    "flag_if", "flag_df", "nmi_blocked", "halted", "kicked", "wait_for_sipi",
+    "flag_if", "flag_df", "nmi_blocked", "halted", "kicked", "apic_disabled", "wait_for_sipi",
     "nmi_pending", "init_pending", "sipi_pending",
 )  # fmt: skip
 

@@ -125,6 +125,8 @@ class Cpu(Struct):
     halted: Annotated[int, u8]
     kicked: Annotated[int, u8]
     """The next end of HLT needs no interrupt: another CPU has asked for it. Set by any thread."""
+    apic_disabled: Annotated[int, u8]
+    """IA32_APIC_BASE.EN is clear, so CPUID shows no local APIC (SDM vol. 3, 11.4.3)."""
     wait_for_sipi: Annotated[int, u8]
     """Since INIT: nothing but a start-up message is heard (SDM vol. 3, 9.4.4)."""
     nmi_pending: Annotated[int, u8]

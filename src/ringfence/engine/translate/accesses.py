@@ -285,6 +285,7 @@ class DeviceAccesses:
                 device.msr_write(index, value)
             else:
                 self.board.msr_write(self.index, index, value)
+                view.apic_disabled = not self.board.apic_enabled(self.index)
         except GeneralProtection:
             self._raise(state.GP)
             return None
