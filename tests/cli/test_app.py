@@ -24,7 +24,7 @@ from ringfence.engine.kvm.probe import Kind
         (["run", "--memory", "512"], "a number without a unit is bytes"),
         (["run", "--memory", "-1G"], "not a size"),
         (["run", "--cpus", "two"], "--cpus"),
-        (["run", "--cpus", "2"], "not available yet"),
+        (["run", "--cpus", "99"], "expected 1 to 32"),
         (["run", "--cpus", "-5"], "expected 1"),
         (["run", "--engine", "trap"], "not available yet"),
         (["run", "--engine", "warp"], "unknown engine"),

@@ -111,7 +111,7 @@ def select(name: str, cpus: int) -> str:
     if not 1 <= cpus <= most:
         expected = "1" if most == 1 else f"1 to {most}"
         raise UsageError(
-            f"{cpus} vCPUs are not available yet under engine '{engine}': expected {expected}"
+            f"{cpus} vCPUs are not available under engine '{engine}': expected {expected}"
         )
     return engine
 
