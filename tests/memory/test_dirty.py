@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.errors import HostError
 from ringfence.memory.dirty import PAGE, DirtyLog, Run
 from ringfence.memory.ram import GuestMemory, Layer
 
@@ -81,5 +82,9 @@ def test_a_memfd_is_taken_over() -> None:
     first.close()
     assert second.read(0x2000, 6) == b"SHARED"
     second.close()
+    small = os.memfd_create("small", os.MFD_ALLOW_SEALING)
+    os.ftruncate(small, SIZE)
+    with pytest.raises(HostError, match="no sealed memory"):
+        GuestMemory(SIZE, fd=small)
     with pytest.raises(ValueError, match="released"):
         second.read(0, 1)

@@ -16,7 +16,7 @@ from ringfence.state.wire import Tls, parse_address
 
 def guest(memory: str = "4M", **options: object) -> Machine:
     """The built-in guest at its prompt."""
-    machine = Machine(image="builtin", engine="translate", memory=memory, **options)  # type: ignore[arg-type]
+    machine = Machine(image="builtin", engine="translate", memory=memory, cache=False, **options)  # type: ignore[arg-type]
     machine.start()
     machine.console.wait_for("> ", 90)
     return machine
@@ -30,15 +30,18 @@ def lives(machine: Machine) -> bool:
     return True
 
 
+def allow(*disks: Path) -> Allowed:
+    """What tests allow: one compiled library per process, as in `guest`, and some disks."""
+    return Allowed(engine="translate", disks=disks, cache_dir=None)
+
+
 class Target:
     """Who receives, in a thread: one attempt after the other until a machine has come."""
 
     def __init__(
         self, address: str, allowed: Allowed | None = None, tls: Tls | None = None
     ) -> None:
-        self.receiver = Receiver(
-            parse_address(address), allowed or Allowed(engine="translate"), Machine.resumed, tls
-        )
+        self.receiver = Receiver(parse_address(address), allowed or allow(), Machine.resumed, tls)
         self.address = str(self.receiver.address)
         self.machine: Machine | None = None
         self.failures: list[str] = []

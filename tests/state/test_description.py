@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.assembly import MachineConfig, TestDevices
+from ringfence.boot.firmware import Firmware
 from ringfence.engine import EngineConfig
 from ringfence.errors import ImageError
 from ringfence.state import plain
@@ -35,6 +36,8 @@ FULL = MachineConfig(
     network="user",
     forwards=("8080:80",),
     capture=Path("/tmp/wire.pcap"),
+    firmware=Firmware(b"code", b"variables"),
+    nvram=Path("/tmp/vars"),
     tsc_hz=2_000_000_000,
     pause_clock="run",
     boot="multiboot",

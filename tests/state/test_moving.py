@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from ringfence import Machine
 from ringfence.engine import StopReason
 from ringfence.errors import HostError, ImageError, UsageError
 from ringfence.machine import State
-from ringfence.state import plain
-from ringfence.state.receive import Allowed
+from ringfence.memory.dirty import DirtyLog
+from ringfence.state import plain, send
 from ringfence.state.wire import (
     HEADER,
     MAGIC,
@@ -30,7 +31,7 @@ from ringfence.state.wire import (
     pack_header,
     parse_address,
 )
-from state.moving import Change, Line, Target, cut_at, flip_at, guest, lives, nothing
+from state.moving import Change, Line, Target, allow, cut_at, flip_at, guest, lives, nothing
 
 NOWHERE = "unix:///nonexistent/socket"
 
@@ -75,6 +76,34 @@ def test_a_paused_machine_moves_and_a_moved_one_moves_on(tmp_path: Path) -> None
     assert lives(second.take())
     first.close()
     second.close()
+
+
+def test_a_guest_that_never_fits_is_held_back_and_then_stopped(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DirtyLog, "count", lambda log: log.pages)
+    told = []
+    with guest() as machine:
+        report = machine.migrate(target.address, downtime=0.0, progress=told.append)
+    assert 1 < report.rounds < send.ROUNDS
+    assert max(progress.held for progress in told) == send.HOLDS[-1]
+    assert lives(target.take())
+
+
+def test_two_hands_make_it_stand_still() -> None:
+    with guest() as machine:
+
+        def halt() -> None:
+            for _ in range(100):
+                with machine.keeper.standing():
+                    assert machine.state is State.PAUSED
+
+        threads = [threading.Thread(target=halt) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert lives(machine)
 
 
 # ---- the line
@@ -125,16 +154,21 @@ def test_the_line_is_cut_anywhere(target: Target, tmp_path: Path, length: tuple[
     assert lives(target.take())
 
 
-def test_bits_flip_anywhere(target: Target, tmp_path: Path, length: tuple[int, int]) -> None:
+def test_bits_flip_anywhere(
+    target: Target, tmp_path: Path, length: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     forth, back = length
     positions = {int(share * forth) for share in SHARES} | {0, 4, 5, 8, 11, 12, 15, forth - 1000}
     with guest() as machine:
-        for position in sorted(positions):
-            error = try_with(machine, target, tmp_path, flip_at(position), nothing)
-            assert "goes on here" in error, position
-        for position in range(0, back - HEADER.size - 2, 7):
-            error = try_with(machine, target, tmp_path, nothing, flip_at(position))
-            assert "goes on here" in error, position
+        with monkeypatch.context() as patch:
+            # A longer length has both sides wait for each other.
+            patch.setattr("ringfence.state.wire.Link.__init__.__defaults__", (1.0,))
+            for position in sorted(positions):
+                error = try_with(machine, target, tmp_path, flip_at(position), nothing)
+                assert "goes on here" in error, position
+            for position in range(0, back - HEADER.size - 2, 7):
+                error = try_with(machine, target, tmp_path, nothing, flip_at(position))
+                assert "goes on here" in error, position
         assert lives(machine)
         machine.migrate(target.address)
     assert lives(target.take())
@@ -169,7 +203,7 @@ def test_nobody_can_be_asked(
     monkeypatch.setattr("ringfence.state.send.ASK_AGAIN", 0.3)
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
-    target = Target("tcp://127.0.0.1:0", Allowed(engine="translate", disks=[disk]))
+    target = Target("tcp://127.0.0.1:0", allow(disk))
     line = Line(tmp_path, target.address, nothing, cut_at(2 * (HEADER.size + 2) + 3), once=True)
     with guest(disks=[disk]) as machine:
         with pytest.raises(MoveFailed, match=r"is unknown.*stays paused here"):
@@ -221,7 +255,7 @@ def test_disks_have_to_be_named_and_go_along(tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     refusing = Target("tcp://127.0.0.1:0")
-    allowing = Target("tcp://127.0.0.1:0", Allowed(engine="translate", disks=[disk]))
+    allowing = Target("tcp://127.0.0.1:0", allow(disk))
     with guest(disks=[disk]) as machine:
         with pytest.raises(MoveFailed, match=r"disk\.img.*not allowed to open: name it"):
             machine.migrate(refusing.address)
@@ -229,7 +263,7 @@ def test_disks_have_to_be_named_and_go_along(tmp_path: Path) -> None:
         machine.migrate(allowing.address)
     assert lives(allowing.take())
     with pytest.raises(HostError, match="in use"):
-        Machine(image="builtin", engine="translate", disks=[disk])
+        Machine(image="builtin", engine="translate", cache=False, disks=[disk])
     refusing.close()
     allowing.close()
 

@@ -9,6 +9,8 @@ off-by-one of ours can reach other host memory.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -61,6 +63,13 @@ class Layer:
 
     fd: int
     runs: Sequence[Run]
+
+
+def _check_memfd(fd: int, size: int) -> None:
+    """Raise OSError unless ``fd`` has ``size`` bytes for ever: else accesses would fault."""
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    if not seals & fcntl.F_SEAL_SHRINK or os.fstat(fd).st_size != size:
+        raise OSError(errno.EINVAL, f"no sealed memory of {size} bytes was handed over")
 
 
 class GuestMemory:
@@ -130,9 +139,11 @@ class GuestMemory:
         try:
             if fd is not None:
                 self.fd = fd
+                _check_memfd(fd, self.mapped)
             elif layers is None:
-                self.fd = os.memfd_create("ringfence-ram", os.MFD_CLOEXEC)
+                self.fd = os.memfd_create("ringfence-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
                 os.ftruncate(self.fd, self.mapped)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             fence = _libc.mmap(
                 None,
                 self.mapped + 2 * GUARD,

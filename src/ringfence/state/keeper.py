@@ -55,6 +55,8 @@ class Keeper:
         self._machine = machine
         self.host = host
         self._busy = threading.Lock()
+        self._standing = threading.RLock()
+        """Held while the guest stands still for a moment, for the sender or to hold it back."""
         self._last: tuple[str, Parts] | None = None
         """The snapshot since which all writes to RAM are noted, and what it was taken of."""
         self._ran = self._lent = False
@@ -107,14 +109,15 @@ class Keeper:
     @contextmanager
     def standing(self) -> Iterator[Parts]:
         """Have the guest stand still; one that ran goes on afterwards."""
-        ran = self._machine.runs
-        if ran:
-            self._machine.pause()
-        try:
-            yield self._machine.still_parts()
-        finally:
+        with self._standing:
+            ran = self._machine.runs
             if ran:
-                self._machine.resume()
+                self._machine.pause()
+            try:
+                yield self._machine.still_parts()
+            finally:
+                if ran:
+                    self._machine.resume()
 
     def halt(self) -> Parts:
         """Have the guest stand still until `go_on`."""

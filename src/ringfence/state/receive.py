@@ -59,21 +59,21 @@ class Allowed:
     ----------
     engine : str
         As for a new machine.
-    disks : sequence of Path
+    disks : sequence of str or Path
         Disk images, shared with the sender's host, that it may open.
     network : str or None
         What its cable leads to instead of what the sender says; without it only ``user`` is taken.
-    vsock : Path or None
+    vsock : str or Path, optional
         Where its sockets are reached; without it nowhere.
-    cache_dir : Path or None
+    cache_dir : str or Path, optional
         Folder of the engine's compiled code.
     """
 
     engine: str = "auto"
-    disks: Sequence[Path] = ()
+    disks: Sequence[str | Path] = ()
     network: str | None = None
-    vsock: Path | None = None
-    cache_dir: Path | None = field(default_factory=default_cache_dir)
+    vsock: str | Path | None = None
+    cache_dir: str | Path | None = field(default_factory=default_cache_dir)
 
     def accepted(self, config: MachineConfig) -> MachineConfig:
         """The machine as it will be here.
@@ -84,7 +84,7 @@ class Allowed:
             It can't be had here, and why.
         """
         parse_memory(config.memory)
-        known = {each.resolve() for each in self.disks}
+        known = {Path(each).resolve() for each in self.disks}
         for options in config.disks:
             if options.path.resolve() not in known:
                 raise UsageError(
@@ -109,9 +109,11 @@ class Allowed:
         return replace(
             config,
             engine=engine,
-            engine_config=replace(config.engine_config, cache_dir=self.cache_dir),
+            engine_config=replace(
+                config.engine_config, cache_dir=Path(self.cache_dir) if self.cache_dir else None
+            ),
             network=network,
-            vsock=self.vsock if config.vsock is not None else None,
+            vsock=Path(self.vsock) if config.vsock and self.vsock else None,
             capture=None,
         )
 

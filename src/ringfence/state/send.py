@@ -51,9 +51,11 @@ ROUNDS = 30
 """Rounds until the guest is stopped whatever is left."""
 SHRINKING = 0.7
 """A round is shorter than the last if it has less than this share of its pages."""
-HOLD_STEP, HOLD_MOST = 0.25, 0.75
-"""How much more of its time a guest is held back after a round that did not get shorter."""
-HOLD_PERIOD = 0.02
+HOLDS = (0.3, 0.6, 0.8, 0.9, 0.96)
+"""Shares of its time that a guest is held back: the next one after each round not shorter."""
+HOPELESS = 3
+"""Rounds that don't get shorter although it is held back as much as can be: then it is stopped."""
+HOLD_PERIOD = 0.05
 """Seconds from one pause of a guest that is held back to the next."""
 OVERHEAD = 0.015
 """Seconds that the end takes besides sending pages, as far as one knows before."""
@@ -236,7 +238,7 @@ class Sender:
             parts.log_dirty(True)
             runs = pages.all_pages(parts.memory)
         held = _Held(self._owner)
-        before = 0
+        before = stuck = 0
         try:
             for number in range(1, ROUNDS + 1):
                 began, sent = time.monotonic(), self._link.sent
@@ -249,10 +251,11 @@ class Sender:
                     left = parts.memory.dirty.count() * PAGE
                     downtime = left / max(rate, 1.0) + OVERHEAD
                     self._tell(left=left, rate=rate, dirty_rate=left / seconds, downtime=downtime)
-                    if downtime <= self._limit or number == ROUNDS:
+                    if downtime <= self._limit or number == ROUNDS or stuck == HOPELESS:
                         return number
                     runs = parts.memory.dirty.take()
                 if number > 1 and left > SHRINKING * before:
+                    stuck += held.share == HOLDS[-1]
                     held.tighten()
                     self._tell(held=held.share)
                 before = left
@@ -388,7 +391,7 @@ class _Held:
 
     def tighten(self) -> None:
         """Hold it back more."""
-        self.share = min(HOLD_MOST, self.share + HOLD_STEP)
+        self.share = next((share for share in HOLDS if share > self.share), HOLDS[-1])
         if self._thread is None:
             self._thread = threading.Thread(target=self._hold, name="ringfence-hold", daemon=True)
             self._thread.start()

@@ -1,0 +1,147 @@
+"""A booted guest that moves from process to process without noticing."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guest import support
+from guest.support import PROGRAMS, Shell, environment
+from ringfence import Machine
+from ringfence.images.root import build_initramfs
+from ringfence.images.store import Image
+from ringfence.state.receive import Allowed
+
+pytestmark = pytest.mark.boot
+
+MOVES = 20
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled watcher."""
+    return support.compile_c(PROGRAMS / "steady.c", tmp_path_factory.mktemp("steady") / "steady")
+
+
+@pytest.fixture
+def watched(
+    cloud: Image, steady: Path, cache: Path, tmp_path: Path
+) -> Iterator[Machine]:  # fmt: skip
+    """A guest that watches its clocks, its memory and its arithmetic."""
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(build_initramfs(cloud.folder / "busybox", {"/test/steady": steady}))
+    machine = Machine(
+        kernel=cloud.kernel,
+        initrd=initrd,
+        append="console=ttyS0 panic=-1",
+        engine="translate",
+        memory="192M",
+        cache_dir=cache,
+    )
+    try:
+        machine.start()
+        Shell(machine).take_over()
+        machine.console.send("/test/steady 16 &\n")
+        machine.console.wait_for("steady", 90)
+        yield machine
+    finally:
+        machine.close()
+
+
+def moved(machine: Machine, address: str, cache: Path) -> tuple[Machine, float]:
+    """The machine behind a move within this process, and its downtime."""
+    listening, arrived = threading.Event(), threading.Event()
+    box: list[object] = []
+
+    def wait() -> None:
+        def tell(where: str) -> None:
+            box.append(where)
+            listening.set()
+
+        allowed = Allowed(engine="translate", cache_dir=cache)
+        box.append(Machine.receive(address, allowed, listening=tell))
+        arrived.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    assert listening.wait(90)
+    report = machine.migrate(str(box[0]))
+    assert arrived.wait(90)
+    machine.close()
+    arrival = box[1]
+    assert isinstance(arrival, Machine)
+    return arrival, report.downtime
+
+
+def test_twenty_moves_there_and_back(watched: Machine, cache: Path, tmp_path: Path) -> None:
+    machine = watched
+    try:
+        for number in range(MOVES):
+            address = f"unix://{tmp_path}/{number}" if number % 2 else "tcp://127.0.0.1:0"
+            machine, _ = moved(machine, address, cache)
+            machine.console.wait_for(re.compile(r"steady \d+\r\n"), 90)
+            assert "TROUBLE" not in machine.console.output
+        shell = Shell(machine)
+        said = shell.run("pidof steady; dmesg")
+        assert not re.search(r"rcu.*stall|lockup|unstable|backwards|BUG|Oops", said)
+        assert "TROUBLE" not in machine.console.output
+    finally:
+        machine.close()
+
+
+TARGET = """
+import sys
+from pathlib import Path
+from ringfence import Machine
+from ringfence.state.receive import Allowed
+machine = Machine.receive(
+    sys.argv[1], Allowed(engine="translate", cache_dir=Path(sys.argv[2])),
+    listening=lambda where: print(where, flush=True),
+    progress=lambda stage, come: print(stage, flush=True),
+)
+print("here", flush=True)
+machine.console.wait_for("steady", 90)
+machine.console.wait_for("steady", 90)
+print("steady" if "TROUBLE" not in machine.console.output else "trouble", flush=True)
+"""
+
+
+def start_target(cache: Path) -> tuple[subprocess.Popen[str], str]:
+    """A process that receives, and where."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TARGET, "tcp://127.0.0.1:0", str(cache)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def test_the_target_is_killed_then_the_source(watched: Machine, cache: Path) -> None:
+    """Killed before it has the machine, a target leaves it here; afterwards nobody needs us."""
+    for stage in ("connect", "memory", "stop"):
+        process, address = start_target(cache)
+
+        def kill(progress: object, stage: str = stage, process: object = process) -> None:
+            if getattr(progress, "stage", "") == stage:
+                assert isinstance(process, subprocess.Popen)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+
+        with pytest.raises(Exception, match="goes on here"):
+            watched.migrate(address, progress=kill)  # type: ignore[arg-type]
+        process.communicate()
+        watched.console.wait_for("steady", 90)
+    process, address = start_target(cache)
+    watched.migrate(address)
+    watched.close()
+    said, _ = process.communicate(timeout=180)
+    assert said.splitlines()[-1] == "steady"
