@@ -144,7 +144,10 @@ def seed(user_data: bytes) -> tuple[tuple[str, ...], dict[str, bytes]]:
     return ("cloud-init",), {
         "var/lib/cloud/seed/nocloud/user-data": user_data,
         "var/lib/cloud/seed/nocloud/meta-data": b"instance-id: ringfence\n",
-        "etc/cloud/cloud.cfg.d/90_ringfence.cfg": b"datasource_list: [NoCloud, None]\n",
+        # The default locale would have to be generated, by a package that is not there.
+        "etc/cloud/cloud.cfg.d/90_ringfence.cfg": (
+            b"datasource_list: [NoCloud, None]\nlocale: false\n"
+        ),
     }
 
 
