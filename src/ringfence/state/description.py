@@ -27,7 +27,7 @@ from ringfence.storage.options import DiskOptions
 CLASS = "class"
 _CLASSES: dict[str, Any] = {
     each.__name__: each
-    for each in (MachineConfig, EngineConfig, DiskOptions, TestDevices, Firmware, Firmware)
+    for each in (MachineConfig, EngineConfig, DiskOptions, TestDevices, Firmware)
 }
 _UNSAID = {"cache_dir"}
 """Fields that concern the host only and are not told."""
