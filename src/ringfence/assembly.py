@@ -28,7 +28,8 @@ from ringfence.firmware import (
     attach_test_devices,
 )
 from ringfence.memory.ram import GuestMemory
-from ringfence.network.config import open_network
+from ringfence.network.config import NICS, open_network
+from ringfence.pacing import Pacing
 from ringfence.storage import Storage
 from ringfence.storage.nvram import Nvram
 from ringfence.storage.options import DiskOptions
@@ -49,8 +50,6 @@ GUEST_CID = 3
 """The guest's address for sockets between it and the host."""
 STATE_VERSION = 1
 """Of what `Parts.save` returns."""
-NICS = ("virtio", "e1000")
-"""Network cards that a machine may have; the first is what it has unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,8 @@ class MachineConfig:
         Whether virtio devices offer packed rings.
     nic : str
         The kind of network card, if there is a network.
+    nic_pacing : Pacing
+        How often a virtio card and the guest tell each other of work.
     mac : bytes
         Its Ethernet address.
     tsc_hz : int or None
@@ -131,6 +132,7 @@ class MachineConfig:
     capture: Path | None = None
     firmware: Firmware | None = None
     nvram: Path | None = None
+    nic_pacing: Pacing = field(default_factory=Pacing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +298,10 @@ def assemble(
         cpus = config.engine_config.cpus
         files = attach_firmware(board, memory, firmware, host.nvram, cpus) if firmware else {}
         devices = _devices(config, host, console_sink)
+        pacings = (each.pacing for each in config.disks)  # disks come first
         for device in devices.all():
-            board.plug(VirtioPci(device, memory, packed=config.packed))
+            pacing = next(pacings, Pacing())
+            board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing))
         devices.card = _plug_card(config, host, memory, board)
         attach_test_devices(board, config.test, on_exit)
         if firmware or config.test.ports:
@@ -395,7 +399,8 @@ def _plug_card(
         from ringfence.devices.virtio.pci import VirtioPci
 
         device = VirtioNet(host.network, config.mac)
-        board.plug(VirtioPci(device, memory, packed=config.packed))
+        pacing = config.nic_pacing
+        board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing))
         return device
     from ringfence.devices.e1000.card import E1000
 

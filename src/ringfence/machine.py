@@ -21,14 +21,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ringfence import engine as engines
-from ringfence.assembly import NICS, HostSide, MachineConfig, Origin, Parts, assemble
+from ringfence.assembly import HostSide, MachineConfig, Origin, Parts, assemble
 from ringfence.console import Console
 from ringfence.debugger import Debugger
 from ringfence.engine import Engine, EngineConfig, StopReason, VirtualCpu
 from ringfence.errors import GuestTimeout, HostError, ImageError, UsageError
 from ringfence.firmware import TestDevices
 from ringfence.memory.linear import read_linear, write_linear
-from ringfence.network.config import parse_mac
+from ringfence.network.config import NICS, parse_mac, parse_nic
 from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.state.movable import Movable
 from ringfence.storage.options import DiskOptions, parse_disk
@@ -102,7 +102,8 @@ class Machine(Movable):
         ``tap:NAME``, or a backend of the caller's, which is closed with the machine. None, or
         ``none``: no card.
     nic : str
-        The kind of card: ``virtio`` or ``e1000``.
+        The kind of card: ``virtio`` or ``e1000``; behind a comma, options of a virtio one (see
+        `network.config.parse_nic`): ``virtio,coalesce=16:50,poll=200``.
     mac : str, optional
         Its Ethernet address, ``02:00:00:00:00:01``; by default a random one.
     forwards : sequence of str
@@ -180,8 +181,7 @@ class Machine(Movable):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
         if pause_clock not in ("stop", "run"):
             raise UsageError(f"pause_clock {pause_clock!r} is unknown: expected 'stop' or 'run'")
-        if nic not in NICS:
-            raise UsageError(f"network card {nic!r} is unknown: expected one of {', '.join(NICS)}")
+        card, nic_pacing = parse_nic(nic)
         size = parse_memory(memory)
         engine = engines.select(engine, cpus)
         folder = (Path(cache_dir) if cache_dir else default_cache_dir()) if cache else None
@@ -209,7 +209,7 @@ class Machine(Movable):
             dict(ports or {}),
             Path(vsock) if vsock else None,
             packed,
-            nic,
+            card,
             parse_mac(mac),
             tsc_hz,
             pause_clock,
@@ -221,6 +221,7 @@ class Machine(Movable):
             Path(capture) if capture is not None else None,
             firmware,
             Path(nvram) if nvram else None,
+            nic_pacing,
         )
         self._build(config, None if isinstance(network, str) else network)
 

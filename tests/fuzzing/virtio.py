@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 
 from devices.virtio.backends import Inline, Note, Ramdisk, Wire
-from devices.virtio.driver import BAR, BUFFERS, QUEUE_AREA, RAM, Driver, Segment
+from devices.virtio.driver import BAR, BUFFERS, MSIX, QUEUE_AREA, RAM, Driver, Segment
 from fuzzing.harness import FAR, Fuzzer
 from ringfence.devices.virtio import blk, net, vsock
 from ringfence.devices.virtio.balloon import VirtioBalloon
@@ -78,6 +78,7 @@ class VirtioFuzzer(Fuzzer):
         """Reset and set up; not always with everything that is offered."""
         driver = self.driver
         driver.function.config_write(4, 2, 6)
+        driver.config(0x14, MSIX)
         driver.config(0x20, BAR)
         driver.put(0x14, 1, 0)
         self.calm()

@@ -141,7 +141,7 @@ class Board:
             memory=self.mmio,
             interrupt=self.ioapic.set_irq,
             message=self.apics.send_msi,
-            defer=lambda action: self.timers.arm(self.clock.now(), action),
+            later=lambda action, delay: self.timers.arm(self.clock.now() + delay, action),
         )
         self._wake: list[Callable[[], None]] = [_nothing] * cpus
         self._devices: dict[str, Any] = {

@@ -150,7 +150,14 @@ def run(
     net: Annotated[
         str, typer.Option(help="none, user, user:loopback, socket:PATH or tap:NAME.")
     ] = "none",
-    nic: Annotated[str, typer.Option(help="The network card: virtio or e1000.")] = "virtio",
+    nic: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND[,OPTION...]",
+            help="The network card: virtio or e1000. Options of virtio: event-idx=on|off,"
+            " coalesce=PACKETS:MICROSECONDS, poll=MICROSECONDS.",
+        ),
+    ] = "virtio",
     forward: Annotated[
         list[str] | None,
         typer.Option(
@@ -178,7 +185,8 @@ def run(
         typer.Option(
             metavar="FILE[,OPTION...]",
             help="Disk image for /dev/vda and so on (repeatable); options: format=raw|qcow2,"
-            " readonly, snapshot (throw changes away), direct, serial=TEXT, backing.",
+            " readonly, snapshot (throw changes away), direct, serial=TEXT, backing,"
+            " and those of a virtio --nic.",
         ),
     ] = None,
     ephemeral: Annotated[

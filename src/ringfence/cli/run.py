@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence.api import names
 from ringfence.api.server import published
-from ringfence.assembly import NICS
 from ringfence.cli.session import Ending, Session
 from ringfence.devices.testing import CONSOLE_PORT, EXIT_PORT
 from ringfence.engine import StopReason
@@ -298,7 +297,7 @@ def _check(options: RunOptions) -> None:
     from ringfence import engine as engines
     from ringfence.boot.loader import FORMATS
     from ringfence.boot.modules import parse_module
-    from ringfence.network.config import parse_network
+    from ringfence.network.config import parse_network, parse_nic
     from ringfence.settings import parse_memory
     from ringfence.storage.options import parse_disk
 
@@ -311,8 +310,7 @@ def _check(options: RunOptions) -> None:
     elif options.gdb_wait:
         raise UsageError("--gdb-wait makes no sense without --gdb")
     parse_network(options.net, options.forwards, options.capture)
-    if options.nic not in NICS:
-        raise UsageError(f"--nic {options.nic} is unknown: expected {' or '.join(NICS)}")
+    parse_nic(options.nic)
     for disk in options.disks:
         parse_disk(disk)
     if options.boot not in FORMATS:

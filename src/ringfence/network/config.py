@@ -15,7 +15,10 @@ from pathlib import Path
 from ringfence.errors import UsageError
 from ringfence.network.backend import NetworkBackend
 from ringfence.network.forward import Forward, parse_forward
+from ringfence.pacing import OPTIONS, Pacing
 
+NICS = ("virtio", "e1000")
+"""Network cards that a machine may have; the first is what it has unless told otherwise."""
 KINDS = "none, user, user:loopback, socket:PATH or tap:NAME"
 
 
@@ -58,6 +61,27 @@ def parse_network(
     if kind in ("socket", "tap") and target:
         return NetworkConfig(kind, target, capture=folder)
     raise UsageError(f"network {text!r} is unknown: expected {KINDS}")
+
+
+def parse_nic(text: str) -> tuple[str, Pacing]:
+    """Return what ``KIND[,OPTION...]`` says: one of `NICS`, and a virtio card's switches.
+
+    Raises
+    ------
+    UsageError
+        There is no such card or option, or the card has no options.
+    """
+    kind, *options = text.split(",")
+    if kind not in NICS:
+        raise UsageError(f"network card {kind!r} is unknown: expected one of {', '.join(NICS)}")
+    pacing = Pacing()
+    for option in options:
+        paced = pacing.with_option(option) if kind == "virtio" else None
+        if paced is None:
+            expected = OPTIONS if kind == "virtio" else "none, its driver sets what it has"
+            raise UsageError(f"option {option!r} of card {kind}: expected {expected}")
+        pacing = paced
+    return kind, pacing
 
 
 def parse_mac(text: str | None) -> bytes:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.errors import UsageError
+from ringfence.pacing import OPTIONS, Pacing
 from ringfence.storage.disk import Disk
 
 FORMATS = ("raw", "qcow2")
 SERIAL_LENGTH = 20
+NO_PACING = Pacing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class DiskOptions:
         The serial number that the guest sees, 20 ASCII characters at most.
     backing : bool
         Let a qcow2 image name backing files anywhere, not only in or below its own folder.
+    pacing : Pacing
+        How often its device and the guest tell each other of work.
     """
 
     path: Path
@@ -46,6 +50,7 @@ class DiskOptions:
     direct: bool = False
     serial: str = ""
     backing: bool = False
+    pacing: Pacing = NO_PACING
 
 
 FLAGS = {
@@ -60,6 +65,7 @@ def parse_disk(text: str | Path | DiskOptions) -> DiskOptions:
     """Read ``FILE[,format=raw|qcow2][,readonly][,snapshot][,direct][,backing][,serial=TEXT]``.
 
     A comma in the file's name is written twice. A flag may be given a value: ``readonly=off``.
+    The device's switches (`pacing.OPTIONS`) may follow, too.
 
     Raises
     ------
@@ -76,6 +82,7 @@ def parse_disk(text: str | Path | DiskOptions) -> DiskOptions:
         raise UsageError(f"disk {text!r} names no file: expected FILE[,OPTION...]")
     format_, serial = _format_of(path), ""
     flags: dict[str, bool] = {}
+    pacing = NO_PACING
     for option in rest:
         name, _, value = option.partition("=")
         if name == "format" and value in FORMATS:
@@ -84,12 +91,14 @@ def parse_disk(text: str | Path | DiskOptions) -> DiskOptions:
             serial = value
         elif name in FLAGS and value in ("", "on", "off"):
             flags[FLAGS[name]] = value != "off"
+        elif (paced := pacing.with_option(option)) is not None:
+            pacing = paced
         else:
             raise UsageError(
                 f"disk option {option!r}: expected format=raw|qcow2, readonly, snapshot, direct,"
-                f" backing, or serial=TEXT of up to {SERIAL_LENGTH} ASCII characters"
+                f" backing, serial=TEXT of up to {SERIAL_LENGTH} ASCII characters, {OPTIONS}"
             )
-    return DiskOptions(path, format_, serial=serial, **flags)
+    return DiskOptions(path, format_, serial=serial, pacing=pacing, **flags)
 
 
 def open_disk(options: DiskOptions) -> Disk:

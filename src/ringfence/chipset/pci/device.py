@@ -24,6 +24,7 @@ from functools import partial
 from typing import ClassVar
 
 from ringfence.chipset.bus import AddressMap, Device, Window
+from ringfence.chipset.clock import Timer
 from ringfence.chipset.pci.config import BARS, Command, ConfigSpace, Identity, Register, Status
 from ringfence.chipset.pci.msi import Msi, MsiX
 from ringfence.chipset.state import Saved, State
@@ -81,8 +82,8 @@ class Socket:
         Drives the interrupt pin.
     message : Callable[[int, int], None]
         Takes a message-signalled interrupt: address, data.
-    defer : Callable[[Callable[[], None]], object]
-        Has something done soon by the timers' thread, the lock held.
+    later : Callable[[Callable[[], None], int], Timer]
+        Has something done by the timers' thread in some nanoseconds, the lock held.
     """
 
     lock: threading.RLock
@@ -91,7 +92,7 @@ class Socket:
     rank: int
     interrupt: Callable[[bool], None]
     message: Callable[[int, int], None]
-    defer: Callable[[Callable[[], None]], object]
+    later: Callable[[Callable[[], None], int], Timer]
 
 
 class _BarAccess:
@@ -195,10 +196,9 @@ class PciDevice(Saved):
         """Whether the guest has switched MSI-X or MSI on."""
         return any(each is not None and each.enabled for each in (self.msix, self.msi))
 
-    def defer(self, action: Callable[[], None]) -> None:
-        """Have ``action`` called soon, the lock held, when others have had their turn."""
-        if self._socket is not None:
-            self._socket.defer(action)
+    def later(self, action: Callable[[], None], delay: int = 0) -> Timer | None:
+        """Have ``action`` called in ``delay`` ns, the lock held; others have their turn before."""
+        return self._socket.later(action, delay) if self._socket is not None else None
 
     def set_intx(self, asserted: bool) -> None:
         """Say whether the device wants its level-triggered pin asserted."""

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 
 from ringfence.chipset.bus import Device, MmioBus, PortBus
+from ringfence.chipset.clock import Timer
 from ringfence.chipset.pci import config
 from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice, Socket
@@ -71,8 +72,8 @@ class PciHost(Saved):
         Drives a GSI.
     message : Callable[[int, int], None]
         Takes message-signalled interrupts: address, data.
-    defer : Callable[[Callable[[], None]], object]
-        Has something done soon by the timers' thread, the lock held.
+    later : Callable[[Callable[[], None], int], Timer]
+        Has something done by the timers' thread in some nanoseconds, the lock held.
     """
 
     FIELDS = ("address", "lines")
@@ -86,7 +87,7 @@ class PciHost(Saved):
         memory: MmioBus,
         interrupt: Callable[[int, bool], None],
         message: Callable[[int, int], None],
-        defer: Callable[[Callable[[], None]], object],
+        later: Callable[[Callable[[], None], int], Timer],
     ) -> None:
         self._reset_control = reset_control
         self._lock = lock
@@ -94,7 +95,7 @@ class PciHost(Saved):
         self._memory = memory
         self._interrupt = interrupt
         self._message = message
-        self._defer = defer
+        self._later = later
         self.address = 0
         self.lines = [0] * LINES
         """Per line, which pins assert it: bit 4 * slot + pin."""
@@ -143,7 +144,7 @@ class PciHost(Saved):
                     rank=1 + slot * FUNCTIONS + number,
                     interrupt=lambda asserted: self.set_irq(slot, max(pin, 0), asserted),
                     message=self._message,
-                    defer=self._defer,
+                    later=self._later,
                 )
             )
             return slot

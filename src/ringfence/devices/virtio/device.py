@@ -56,6 +56,12 @@ class Transport(Protocol):
     def finished(self) -> None:
         """Hear that ``busy`` has become zero."""
 
+    def polls(self, number: int, found: int) -> bool:
+        """Hear how many chains a look into a queue has found; return whether to ask for no kicks.
+
+        True: `VirtioDevice.notified` will be called without one.
+        """
+
     def again(self, number: int) -> None:
         """Have `VirtioDevice.notified` called once more, after others had their turn."""
 
@@ -126,13 +132,15 @@ class VirtioDevice(Saved):
         if ring is None:
             return
         ring.want_kicks(False)
+        found = 0
         try:
             for _ in range(ring.size + 1):
                 chain = ring.pop()
                 if chain is None:
-                    if not ring.want_kicks(True):
+                    if self.transport.polls(number, found) or not ring.want_kicks(True):
                         return
                     continue
+                found += 1
                 written = handle(chain)
                 if written is not None:
                     ring.push(chain, written)

@@ -103,7 +103,7 @@ class PackedRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         """See `Ring.push`; the guest sees it at once, `flush` decides about the interrupt."""
-        self._tell_written(chain, written)
+        self._note_given(chain, written)
         at = self.next_used
         self._words[4 * at + 2] = written
         self._items[8 * at + 6] = chain.identifier

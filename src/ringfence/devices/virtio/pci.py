@@ -16,11 +16,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 
 from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.state import Saved, State
 from ringfence.devices.virtio.device import VERSION_1, VirtioDevice
+from ringfence.devices.virtio.moderation import InterruptModerator, Poller
 from ringfence.devices.virtio.packed import PackedRing
 from ringfence.devices.virtio.ring import (
     EVENT_IDX,
@@ -33,6 +35,7 @@ from ringfence.devices.virtio.ring import (
 from ringfence.devices.virtio.split import SplitRing
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
+from ringfence.pacing import Pacing
 
 VENDOR, FIRST_DEVICE, REVISION = 0x1AF4, 0x1040, 1
 """PCI identity (4.1.2.1)."""
@@ -42,6 +45,7 @@ COMMON, ISR, DEVICE, NOTIFY = (page * PAGE for page in range(4))
 NOTIFY_MULTIPLIER = 4
 NO_VECTOR = 0xFFFF
 MASK32 = 0xFFFF_FFFF
+DEFAULT_PACING = Pacing()
 
 
 class DeviceStatus(IntEnum):
@@ -76,6 +80,8 @@ class QueueRegisters(Saved):
         self.ring: Ring | None = None
         self.deferred = False
         """Whether a notification is put off."""
+        self.told = 0
+        """Of the chains that the ring has given back, those that were published."""
         self.reset()
 
     def reset(self) -> None:
@@ -85,6 +91,7 @@ class QueueRegisters(Saved):
         self.enabled = 0
         self.descriptors = self.driver = self.device = 0
         self.ring = None
+        self.told = 0
 
 
 class _Capability:
@@ -107,6 +114,8 @@ class VirtioPci(PciDevice):
         Guest RAM.
     packed : bool
         Whether packed rings are offered.
+    pacing : Pacing
+        How often driver and device tell each other of work.
     """
 
     FIELDS = (
@@ -121,13 +130,30 @@ class VirtioPci(PciDevice):
         "isr",
     )
 
-    def __init__(self, device: VirtioDevice, memory: GuestMemory, *, packed: bool = False) -> None:
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        *,
+        packed: bool = False,
+        pacing: Pacing = DEFAULT_PACING,
+    ) -> None:
         number = FIRST_DEVICE + device.TYPE
         super().__init__(Identity(VENDOR, number, device.CLASS_CODE, REVISION, VENDOR, number))
         self.device = device
         self._memory = memory
         self.queues = [QueueRegisters(size) for size in device.queue_sizes]
-        self.offered = device.features | VERSION_1 | INDIRECT_DESC | EVENT_IDX
+        self._moderators = [
+            InterruptModerator(pacing, self.later, partial(self._tell, queue))
+            for queue in self.queues
+        ]
+        self._pollers = [
+            Poller(pacing, self.later, partial(self._notify, number))
+            for number in range(len(self.queues))
+        ]
+        self.offered = device.features | VERSION_1 | INDIRECT_DESC
+        if pacing.event_idx:
+            self.offered |= EVENT_IDX
         if packed:
             self.offered |= RING_PACKED
         self.add_bar(BAR, 4 * PAGE)
@@ -203,8 +229,10 @@ class VirtioPci(PciDevice):
     def publish(self, number: int) -> None:
         """See `Transport.publish`."""
         queue = self.queues[number]
-        if queue.ring is not None and queue.ring.flush():
-            self._interrupt(queue.vector, IsrStatus.QUEUE)
+        if queue.ring is not None:
+            wanted = queue.ring.flush()
+            chains, queue.told = queue.ring.given - queue.told, queue.ring.given
+            self._moderators[number].published(chains, wanted)
 
     def config_changed(self) -> None:
         """See `Transport.config_changed`."""
@@ -218,6 +246,10 @@ class VirtioPci(PciDevice):
             self._resetting = False
             self._clear()
 
+    def polls(self, number: int, found: int) -> bool:
+        """See `Transport.polls`."""
+        return self._pollers[number].found(found)
+
     def again(self, number: int) -> None:
         """See `Transport.again`."""
         queue = self.queues[number]
@@ -228,7 +260,7 @@ class VirtioPci(PciDevice):
 
         if not queue.deferred:
             queue.deferred = True
-            self.defer(notify)
+            self.later(notify)
 
     # ---- state machine
 
@@ -237,6 +269,10 @@ class VirtioPci(PciDevice):
         """Whether queues may be worked on."""
         working = self.status & _WORKING == DeviceStatus.DRIVER_OK
         return working and self.bus_master and not self._resetting
+
+    def _tell(self, queue: QueueRegisters) -> None:
+        """Tell the driver of what it got back in a queue."""
+        self._interrupt(queue.vector, IsrStatus.QUEUE)
 
     def _interrupt(self, vector: int, cause: IsrStatus) -> None:
         if self.msix is not None and self.msix.enabled:
@@ -280,6 +316,9 @@ class VirtioPci(PciDevice):
         self._resetting = True
         for queue in self.queues:
             queue.ring = None
+        for moderator, poller in zip(self._moderators, self._pollers, strict=True):
+            moderator.forget()
+            poller.forget()
         self.set_intx(False)
         self.device.reset()
         self.finished()
@@ -470,8 +509,11 @@ class VirtioPci(PciDevice):
     # ---- state
 
     def quiesce(self) -> None:
-        """See `PciDevice.quiesce`."""
+        """See `PciDevice.quiesce`; interrupts that wait are sent, so they need not be saved."""
         self.device.quiesce()
+        with self.lock:
+            for moderator in self._moderators:
+                moderator.settle()
 
     def save(self) -> State:
         """See `Saved.save`; `quiesce` first."""
@@ -482,7 +524,10 @@ class VirtioPci(PciDevice):
         }
 
     def restore(self, state: State) -> None:
-        """See `Saved.restore`; guest memory has to be restored first."""
+        """See `Saved.restore`; guest memory has to be restored first.
+
+        All queues are looked at afterwards: what was put off, or polled for, has no notification.
+        """
         missing = {"queues", "rings", "device"} - set(state)
         if missing or any(len(state[each]) != len(self.queues) for each in ("queues", "rings")):
             raise ImageError("saved virtio device has other queues: restore it into one alike")
@@ -497,7 +542,11 @@ class VirtioPci(PciDevice):
                 except RingError as error:
                     raise ImageError(f"saved virtio queue is impossible: {error}") from error
                 queue.ring.restore(ring)
+            queue.told = 0
         self.device.restore(state["device"])
+        for number, queue in enumerate(self.queues):
+            if queue.ring is not None:
+                self.again(number)
 
     def close(self) -> None:
         """See `PciDevice.close`: nothing touches guest RAM any more when this has returned."""

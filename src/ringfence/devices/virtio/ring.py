@@ -119,6 +119,8 @@ class Ring(Saved, ABC):
         self.indirect = bool(features & INDIRECT_DESC)
         self._areas = (descriptors, driver, device)
         self._fence_lock = threading.Lock()
+        self.given = 0
+        """Chains given back so far."""
 
     # ---- what devices call
 
@@ -182,8 +184,9 @@ class Ring(Saved, ABC):
             raise RingError(f"an indirect table of {length} bytes")
         return bytes(self._slice(address, length))
 
-    def _tell_written(self, chain: Chain, written: int) -> None:
-        """Have the memory's observers hear of what the device has filled."""
+    def _note_given(self, chain: Chain, written: int) -> None:
+        """Have the memory's observers hear of what the device has filled, and count the chain."""
+        self.given += 1
         for address, length in chain.places:
             if written <= 0:
                 break

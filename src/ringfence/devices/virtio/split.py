@@ -94,7 +94,7 @@ class SplitRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         """See `Ring.push`."""
-        self._tell_written(chain, written)
+        self._note_given(chain, written)
         at = 2 * (self.used_index & self.size - 1)
         self._elements[at] = chain.identifier
         self._elements[at + 1] = written
