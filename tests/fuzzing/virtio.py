@@ -20,6 +20,7 @@ from ringfence.devices.virtio.device import VirtioDevice
 from ringfence.devices.virtio.net import VirtioNet
 from ringfence.devices.virtio.rng import VirtioRng
 from ringfence.devices.virtio.vsock import HEADER, Key, Shut, VirtioVsock
+from ringfence.pacing import Pacing
 
 BODIES = 1 << 21
 """Bytes at BUFFERS that chains point to."""
@@ -42,7 +43,8 @@ class VirtioFuzzer(Fuzzer):
     def __init__(self, seed: int, *, packed: bool) -> None:
         super().__init__(seed)
         self.packed = packed
-        self.driver = Driver(self.device(), packed=packed)
+        pacing = self.pick(Pacing(), Pacing(False), Pacing(True, 8, 50, 100))
+        self.driver = Driver(self.device(), packed=packed, pacing=pacing)
         self.offered = self.driver.offered() & 0xFFFFFF
         self.steps = (
             *(self.chain,) * 10,

@@ -10,6 +10,7 @@ from chipset.conftest import Rig
 from ringfence.devices.virtio.device import VERSION_1, VirtioDevice
 from ringfence.devices.virtio.pci import (
     COMMON,
+    DEFAULT_PACING,
     DEVICE,
     ISR,
     NOTIFY,
@@ -17,6 +18,7 @@ from ringfence.devices.virtio.pci import (
 )
 from ringfence.devices.virtio.ring import EVENT_IDX, INDIRECT_DESC, RING_PACKED
 from ringfence.memory.ram import GuestMemory
+from ringfence.pacing import Pacing
 
 RAM = 8 << 20
 BAR, MSIX = 0xC0000000, 0xC0010000
@@ -199,11 +201,13 @@ class PackedDriver:
 class Driver(Rig):
     """A board with one virtio device in slot 1, and a driver for it."""
 
-    def __init__(self, device: VirtioDevice, *, packed: bool = False) -> None:
+    def __init__(
+        self, device: VirtioDevice, *, packed: bool = False, pacing: Pacing = DEFAULT_PACING
+    ) -> None:
         super().__init__(memory_size=RAM)
         self.memory = GuestMemory(RAM)
         self.device = device
-        self.function = VirtioPci(device, self.memory, packed=packed)
+        self.function = VirtioPci(device, self.memory, packed=packed, pacing=pacing)
         self.board.plug(self.function)
         self.rings: list[DriverRing] = []
         self.config(0x10 + 16, BAR)
