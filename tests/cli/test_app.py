@@ -36,7 +36,7 @@ from ringfence.engine.kvm.probe import Kind
         (["run", "--disk", ",readonly"], "names no file"),
         (["run", "--on-reset", "explode"], "--on-reset"),
         (["run", "--net", "pigeon"], "expected none, user"),
-        (["run", "--nic", "ne2000"], "--nic"),
+        (["run", "--nic", "ne2000"], "network card"),
         (["run", "--forward", "8080:80"], "--net user"),
         (["run", "--net", "user", "--forward", "80"], "forward"),
         (["run", "--capture", "f.pcap"], "capture"),
