@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from engine.harness import HIGH, LARGE, G, P, U, W
+from engine.harness import CODE3, DATA3, HIGH, LARGE, G, P, U, W
 from hostile.support import DONE, PAGE, HostileGuest, code
 
 AT = 0x4000_0000
@@ -204,7 +204,7 @@ def test_remapped_code(
     rounds = 12
     visit = f"mov eax, {AT + start}; call rax"
     if user:
-        cs, ss = 0x23, 0x1B
+        cs, ss = CODE3, DATA3
         visit = f"""
         mov rbp, rsp
         push {ss}

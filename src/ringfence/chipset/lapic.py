@@ -84,7 +84,8 @@ _LVT_WRITABLE = (0x700FF, 0x107FF, 0x107FF, 0x1A7FF, 0x1A7FF, 0x100FF)
 """Writable bits of LVT timer, thermal, performance, LINT0, LINT1, error (SDM figure 11-8)."""
 _XAPIC_ONLY = {Reg.APR, Reg.DFR, Reg.ICR_HIGH}
 _X2APIC_LIMITS = {Reg.TPR: 0xFF, Reg.EOI: 0, Reg.SVR: 0x1FF, Reg.ESR: 0, Reg.DIVIDE: 0xB} | {
-    Reg.LVT_TIMER + index: bits | 1 << 12 for index, bits in enumerate(_LVT_WRITABLE)
+    Reg.LVT_TIMER + index: bits | (0x5000 if index in (3, 4) else 0x1000)
+    for index, bits in enumerate(_LVT_WRITABLE)
 }
 """x2APIC registers whose other bits are reserved: writing those raises #GP."""
 
