@@ -17,11 +17,11 @@ _PAGE = 4096
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, what: str = "size") -> int:
     """Bytes that ``536870912``, ``512M``, ``1G`` or ``1GiB`` stand for; UsageError if none."""
     match = re.fullmatch(r"\s*(\d{1,20})\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE | re.ASCII)
     if match is None:
-        raise UsageError(f"{text!r} is not a size: expected one like 512M or 1G")
+        raise UsageError(f"{what} {text!r} is not a size: expected one like 512M or 1G")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
@@ -35,7 +35,7 @@ def parse_memory(size: int | str) -> int:
     HostError
         More than the host has altogether.
     """
-    value = parse_size(size) if isinstance(size, str) else size
+    value = parse_size(size, "memory") if isinstance(size, str) else size
     if not MINIMUM_MEMORY <= value <= MAXIMUM_MEMORY or value % _PAGE:
         raise UsageError(
             f"memory {size!r} is out of range: expected a multiple of 4 KiB from 1M to 1T"
