@@ -19,7 +19,8 @@ from ringfence.engine.translate.block import (
     MODE_STACK32,
     MODE_STEP,
 )
-from ringfence.engine.translate.decoding import ASK, DECODED, MORE_BYTES, STATUS, decode, to_effect
+from ringfence.engine.translate.decoding import decode
+from ringfence.engine.translate.describing import ASK, DECODED, MORE_BYTES, STATUS, to_effect
 from ringfence.engine.translate.groups import insn_at
 from ringfence.engine.translate.tables import (
     CALL,

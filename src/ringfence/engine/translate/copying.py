@@ -36,7 +36,7 @@ from ringfence.engine.translate.assembling import (
     word,
 )
 from ringfence.engine.translate.block import SLOW_MASKED, SLOW_STACK, SLOW_WRITE, gs
-from ringfence.engine.translate.decoding import segment_of
+from ringfence.engine.translate.describing import segment_of
 from ringfence.engine.translate.emit import R9, R10, R11
 from ringfence.engine.translate.operands import (
     combine,

@@ -37,7 +37,7 @@ from ringfence.engine.translate.builder import (
     set_arrangement,
     set_mode,
 )
-from ringfence.engine.translate.decoding import ASK, MORE_BYTES
+from ringfence.engine.translate.describing import ASK, MORE_BYTES
 from ringfence.engine.translate.tables import (
     PAGE,
     RELOC_FAR,
