@@ -15,7 +15,7 @@ def test_names() -> None:
 
 
 def test_capabilities_are_known_without_loading() -> None:
-    assert engines.capabilities("translate").modes == {Mode.LONG}
+    assert engines.capabilities("translate").modes == frozenset(Mode)
     assert engines.capabilities("kvm").modes == set(Mode)
     assert engines.capabilities("kvm").dirty_log
     assert engines.capabilities("translate").dirty_log
