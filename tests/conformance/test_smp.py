@@ -202,7 +202,7 @@ CASES: dict[str, tuple[int, Case]] = {
         # Each reads the counter under a lock and compares with the last reading of any.
         "mov ecx, 3000\n1: mov eax, 1\n2: pause\n"
         + f"xchg [{DATA + 64}], eax\ntest eax, eax\njnz 2b\n"
-        "rdtsc\nshl rdx, 32\nor rax, rdx\n"
+        "lfence\nrdtsc\nshl rdx, 32\nor rax, rdx\n"
         + f"cmp rax, [{DATA}]\njae 3f\nlock inc qword ptr [{DATA + 192}]\n3: mov [{DATA}], rax\n"
         + f"mov dword ptr [{DATA + 64}], 0\nloop 1b\n{READY}" + SPLIT + others(4)
         + f"mov rax, [{DATA + 192}]\nreport rax\njmp finish\nother: pause\njmp other\n", [0],
@@ -223,6 +223,8 @@ def test_several(engine: str, name: str) -> None:
     most = engines.capabilities(engine).vcpus
     if cpus > most:
         pytest.xfail(f"engine {engine} offers {most} vCPU")
+    if engine == "kvm" and "across two pages" in name and is_software(engine):
+        pytest.xfail("a software KVM takes operands across two pages apart, and sometimes shows it")
     missing = [feature for feature in case.needs if feature not in features(engine)]
     if missing:
         pytest.xfail(f"CPUID shows no {', '.join(missing)} under {engine}")

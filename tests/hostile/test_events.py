@@ -20,6 +20,7 @@ from engine.harness import (
 )
 from hostile.support import DONE, MMIO, PAGE, HostileGuest, code
 from ringfence.cpu import state
+from ringfence.cpu.cpuid import PHYSICAL_BITS
 from ringfence.engine import StopReason
 
 AT = 0x4000_0000
@@ -128,7 +129,9 @@ def test_triple_fault(gates: HostileGuest, first: str, last: str) -> None:
     assert "triple fault" in gates.engine.crash_dump()
 
 
-@pytest.mark.parametrize("cr3", [0xFFF_FFFF_F000, 0xFEE0_0000, 0x100_0000, 0xF_FFFF_F000])
+@pytest.mark.parametrize(
+    "cr3", [(1 << PHYSICAL_BITS) - 0x1000, 0xFEE0_0000, 0x100_0000, 0xF_FFFF_F000]
+)
 def test_page_tables_outside_ram(guest: HostileGuest, cr3: int) -> None:
     """MOV CR3 to a place that is not RAM: the next fetch faults three times over."""
     end = guest.kernel(f"mov rax, {cr3}; mov cr3, rax; nop", rsp=HIGH + STACK_TOP)

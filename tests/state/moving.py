@@ -11,7 +11,7 @@ from pathlib import Path
 from ringfence import Machine
 from ringfence.errors import RingfenceError
 from ringfence.state.receive import Allowed, Receiver
-from ringfence.state.wire import Tls, parse_address
+from ringfence.state.wire import MAGIC, Kind, Tls, parse_address
 
 
 def guest(memory: str = "4M", **options: object) -> Machine:
@@ -161,6 +161,18 @@ def cut_at(position: int) -> Change:
 
     def change(data: bytes, at: int) -> tuple[bytes, bool]:
         return data[: position - at], at + len(data) < position
+
+    return change
+
+
+def cut_in(kind: Kind) -> Change:
+    """Cut in the middle of the first message of a kind that stands alone, as answers do."""
+    start = MAGIC + bytes((kind,))
+
+    def change(data: bytes, at: int) -> tuple[bytes, bool]:
+        if data.startswith(start):
+            return data[:10], False
+        return data, True
 
     return change
 

@@ -31,7 +31,7 @@ from ringfence.state.wire import (
     pack_header,
     parse_address,
 )
-from state.moving import Change, Line, Target, allow, cut_at, flip_at, guest, lives, nothing
+from state.moving import Change, Line, Target, allow, cut_at, cut_in, flip_at, guest, lives, nothing
 
 NOWHERE = "unix:///nonexistent/socket"
 
@@ -177,7 +177,7 @@ def test_bits_flip_anywhere(
 def test_the_answer_is_lost_but_the_target_can_be_asked(
     target: Target, tmp_path: Path, length: tuple[int, int]
 ) -> None:
-    line = Line(tmp_path, target.address, nothing, cut_at(length[1] - 3))
+    line = Line(tmp_path, target.address, nothing, cut_in(Kind.RUNNING))
     with guest() as machine:
         machine.migrate(line.address)
         assert machine.outcome is StopReason.MIGRATED
@@ -188,7 +188,7 @@ def test_the_answer_is_lost_but_the_target_can_be_asked(
 def test_go_is_lost_and_the_target_says_so(
     target: Target, tmp_path: Path, length: tuple[int, int]
 ) -> None:
-    line = Line(tmp_path, target.address, cut_at(length[0] - 3), nothing)
+    line = Line(tmp_path, target.address, cut_in(Kind.GO), nothing)
     with guest() as machine:
         with pytest.raises(MoveFailed, match="goes on here"):
             machine.migrate(line.address)

@@ -8,6 +8,7 @@ to, because the engines pull in a compiler.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Sequence
@@ -125,7 +126,9 @@ def preload(name: str, config: EngineConfig) -> threading.Thread:
             module = importlib.import_module(factory.partition(":")[0])
             prepare = getattr(module, "prepare", None)
             if prepare is not None:
-                prepare(config)
+                # What goes wrong here goes wrong again in `create`, where somebody is told.
+                with contextlib.suppress(Exception):
+                    prepare(config)
 
     thread = threading.Thread(target=load, name=f"preload-{name}", daemon=True)
     thread.start()
