@@ -186,7 +186,7 @@ def load_segment(cpu: Cpu, sreg: int, selector: int) -> int:
     if not is_protected(cpu):
         segment_real(cpu, sreg, selector)
         return mode_changed(cpu)
-    if load_checked(cpu, sreg, selector):
+    if load_checked(cpu, sreg, selector, GP):
         return FAULT
     if not in_64bit(cpu):
         mode_changed(cpu)
@@ -194,34 +194,34 @@ def load_segment(cpu: Cpu, sreg: int, selector: int) -> int:
 
 
 @native
-def load_checked(cpu: Cpu, sreg: int, selector: int) -> int:
-    """The same where selectors select descriptors."""
+def load_checked(cpu: Cpu, sreg: int, selector: int, vector: int) -> int:
+    """The same where selectors select descriptors; ``vector`` is #GP, or #TS for a new task."""
     level = cpu.cpl
     rpl = selector & 3
     error = selector & 0xFFFC
     if error == 0:
         if sreg == SS and (level == 3 or rpl != level or not in_64bit(cpu)):
-            return raise_fault(cpu, GP, 0)
+            return raise_fault(cpu, vector, 0)
         return segment_null(cpu, sreg, selector, level if sreg == SS else 0)
-    if descriptor_read(cpu, selector, GP, 0):
+    if descriptor_read(cpu, selector, vector, 0):
         return FAULT
     descriptor = cpu.value
     dpl = descriptor_dpl(descriptor)
     if not descriptor & DESC_S:
-        return raise_fault(cpu, GP, error)
+        return raise_fault(cpu, vector, error)
     if sreg == SS:
         if descriptor & DESC_CODE or not descriptor & DESC_WRITABLE:
-            return raise_fault(cpu, GP, error)
+            return raise_fault(cpu, vector, error)
         if rpl != level or dpl != level:
-            return raise_fault(cpu, GP, error)
+            return raise_fault(cpu, vector, error)
         if not descriptor & DESC_P:
             return raise_fault(cpu, SS_FAULT, error)
     else:
         if descriptor & DESC_CODE and not descriptor & DESC_WRITABLE:
-            return raise_fault(cpu, GP, error)
+            return raise_fault(cpu, vector, error)
         conforming = descriptor & DESC_CODE and descriptor & DESC_CONFORMING
         if not conforming and (rpl > dpl or level > dpl):
-            return raise_fault(cpu, GP, error)
+            return raise_fault(cpu, vector, error)
         if not descriptor & DESC_P:
             return raise_fault(cpu, NP, error)
     if descriptor_mark(cpu, selector, descriptor):

@@ -16,7 +16,6 @@ from ringfence.cpu.segments import (
     DESC_P,
     DESC_S,
     DESC_TYPE_SHIFT,
-    DESC_WRITABLE,
     TSS_BUSY,
     TYPE_LDT,
     TYPE_TSS,
@@ -27,6 +26,7 @@ from ringfence.cpu.segments import (
     descriptor_limit,
     descriptor_mark,
     descriptor_read,
+    load_checked,
     segment_fill,
     segment_null,
 )
@@ -47,7 +47,6 @@ from ringfence.cpu.state import (
     NP,
     OK,
     SS,
-    SS_FAULT,
     TR,
     TS,
     Cpu,
@@ -209,15 +208,19 @@ def task_segments(cpu: Cpu, ldt: int) -> int:
     cpu.cpl = level
     if task_code(cpu, cpu.seg_selector[CS], level):
         return FAULT
-    if task_stack(cpu, cpu.seg_selector[SS], level):
+    if task_segment(cpu, SS) or task_segment(cpu, ES) or task_segment(cpu, DS):
         return FAULT
-    if task_data(cpu, ES, level) or task_data(cpu, DS, level):
-        return FAULT
-    if task_data(cpu, FS, level) or task_data(cpu, GS, level):
+    if task_segment(cpu, FS) or task_segment(cpu, GS):
         return FAULT
     if cpu.rip > cpu.seg_limit[CS]:
         return raise_fault(cpu, GP, 0)
     return OK
+
+
+@native_inline
+def task_segment(cpu: Cpu, sreg: int) -> int:
+    """SS or a data segment register of a new task."""
+    return load_checked(cpu, sreg, cpu.seg_selector[sreg], TS)
 
 
 @native
@@ -239,49 +242,6 @@ def task_code(cpu: Cpu, selector: int, level: int) -> int:
     if descriptor_mark(cpu, selector, code):
         return FAULT
     return segment_fill(cpu, CS, selector, code)
-
-
-@native
-def task_stack(cpu: Cpu, selector: int, level: int) -> int:
-    """SS of a new task."""
-    error = selector & 0xFFFC
-    if error == 0:
-        return raise_fault(cpu, TS, 0)
-    if descriptor_read(cpu, selector, TS, 0):
-        return FAULT
-    stack = cpu.value
-    if (stack & (DESC_S | DESC_CODE | DESC_WRITABLE)) != DESC_S | DESC_WRITABLE:
-        return raise_fault(cpu, TS, error)
-    if descriptor_dpl(stack) != level or selector & 3 != level:
-        return raise_fault(cpu, TS, error)
-    if not stack & DESC_P:
-        return raise_fault(cpu, SS_FAULT, error)
-    if descriptor_mark(cpu, selector, stack):
-        return FAULT
-    return segment_fill(cpu, SS, selector, stack)
-
-
-@native
-def task_data(cpu: Cpu, sreg: int, level: int) -> int:
-    """ES, DS, FS or GS of a new task."""
-    selector = cpu.seg_selector[sreg]
-    error = selector & 0xFFFC
-    if error == 0:
-        return segment_null(cpu, sreg, selector, 0)
-    if descriptor_read(cpu, selector, TS, 0):
-        return FAULT
-    descriptor = cpu.value
-    dpl = descriptor_dpl(descriptor)
-    if not descriptor & DESC_S or (descriptor & DESC_CODE and not descriptor & DESC_WRITABLE):
-        return raise_fault(cpu, TS, error)
-    conforming = descriptor & DESC_CODE and descriptor & DESC_CONFORMING
-    if not conforming and (selector & 3 > dpl or level > dpl):
-        return raise_fault(cpu, TS, error)
-    if not descriptor & DESC_P:
-        return raise_fault(cpu, NP, error)
-    if descriptor_mark(cpu, selector, descriptor):
-        return FAULT
-    return segment_fill(cpu, sreg, selector, descriptor)
 
 
 @native
