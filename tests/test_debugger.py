@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from gdb.support import AGAIN, COUNTER, DEC, LOADED, SOURCE, SPIN, START
 from ringfence import Machine
 from ringfence.engine import StopReason
 from ringfence.engine.debug import Access, DebugStop, StopKind
@@ -14,21 +15,6 @@ from ringfence.errors import GuestTimeout, UsageError
 from ringfence.images.builtin import LOAD_ADDRESS, assemble, elf_kernel
 from ringfence.machine import State
 
-SOURCE = """
-.intel_syntax noprefix
-.text
-start:  mov ecx, 3
-again:  mov [rip + counter], rcx
-        mov rax, [rip + counter]
-        dec ecx
-        jnz again
-spin:   inc rbx
-        jmp spin
-.balign 4096
-counter: .quad 0
-"""
-START, AGAIN, LOADED, DEC, SPIN = (LOAD_ADDRESS + at for at in (0, 5, 12, 19, 23))
-COUNTER = LOAD_ADDRESS + 4096
 KERNEL = elf_kernel(assemble(SOURCE), LOAD_ADDRESS)
 WAIT = 20.0
 
