@@ -119,6 +119,32 @@ def test_agents_that_are_none(
     command.close()
 
 
+def test_a_program_that_ends_before_its_input_is_read(tmp_path: Path) -> None:
+    """The pipe is broken then; what the program had said before still counts."""
+    path = tmp_path / "vsock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def agent() -> None:
+            stream, _ = listener.accept()
+            with stream:
+                while not stream.recv(1).endswith(b"\n"):
+                    pass
+                stream.sendall(b"OK 1\n")
+                stream.sendall(wire.frame(Kind.STDOUT, b"said") + EXIT)
+
+        thread = threading.Thread(target=agent)
+        thread.start()
+        command = Command(path, wire.request(["/bin/head"], {}))
+        thread.join()
+    said: list[bytes] = []
+    with Path("/dev/zero").open("rb") as endless:
+        assert command.run(endless.fileno(), said.append, said.append) == 0
+    assert said == [b"said"]
+    command.close()
+
+
 def test_a_copy_that_is_no_archive(answering: Callable[[bytes], Path], tmp_path: Path) -> None:
     noise = wire.frame(Kind.STDOUT, os.urandom(2000)) + EXIT
     with pytest.raises(HostError, match="no tar archive"):

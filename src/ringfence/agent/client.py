@@ -51,6 +51,8 @@ class Command:
         self._stream = _reach(path, patience)
         self._out = bytearray(request)
         self._in = bytearray()
+        self._deaf = False
+        """Whether the guest takes no more bytes."""
         self._stream.setblocking(False)
 
     def close(self) -> None:
@@ -82,6 +84,9 @@ class Command:
             self._out += wire.frame(Kind.STDIN)
         while True:
             poll = select.poll()
+            if self._deaf:
+                self._out.clear()
+                source = None
             poll.register(self._stream, select.POLLIN | (select.POLLOUT if self._out else 0))
             if source is not None and not self._out:
                 poll.register(source, select.POLLIN)
@@ -101,7 +106,7 @@ class Command:
     def _exchange(self, events: int, out: Output, err: Output) -> int | None:
         try:
             if events & select.POLLOUT:
-                del self._out[: self._stream.send(self._out)]
+                self._send()
             if events & ~select.POLLOUT:
                 data = self._stream.recv(1 << 16)
                 if not data:
@@ -113,6 +118,18 @@ class Command:
         except OSError as error:
             raise HostError(f"the guest's agent went away ({error.strerror})") from error
         return None
+
+    def _send(self) -> None:
+        """Send what the stream takes.
+
+        A program may end before it has read its input; then nobody takes it any more, but what it
+        wrote and its status are still to be read.
+        """
+        try:
+            del self._out[: self._stream.send(self._out)]
+        except (BrokenPipeError, ConnectionResetError):
+            self._deaf = True
+            self._out.clear()
 
     def _take(self, out: Output, err: Output) -> int | None:
         """Follow the frames that are whole."""
