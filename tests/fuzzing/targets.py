@@ -9,10 +9,22 @@ from devices.e1000.fuzz import CardFuzzer
 from fuzzing.chips import CHIPS, ChipFuzzer
 from fuzzing.harness import Fuzzer
 from fuzzing.virtio import TYPES
+from ringfence.devices.virtio.pci import DEFAULT_PACING
+from ringfence.pacing import Pacing
 
+SWITCHES = {
+    "": DEFAULT_PACING,
+    "-paced": Pacing(True, 8, 50, 100),
+    "-kicked": Pacing(event_idx=False),
+}
+"""EVENT_IDX alone; with it coalesced interrupts and polling; nothing of the kind."""
 TARGETS: Mapping[str, Callable[[int], Fuzzer]] = {
-    **{f"{name}-split": partial(kind, packed=False) for name, kind in TYPES.items()},
-    **{f"{name}-packed": partial(kind, packed=True) for name, kind in TYPES.items()},
+    **{
+        f"{name}-{layout}{switches}": partial(kind, packed=layout == "packed", pacing=pacing)
+        for name, kind in TYPES.items()
+        for layout in ("split", "packed")
+        for switches, pacing in SWITCHES.items()
+    },
     "e1000": CardFuzzer,
     **{name: partial(ChipFuzzer, chip=chip) for name, chip in CHIPS.items()},
 }

@@ -18,6 +18,7 @@ from ringfence.devices.virtio.blk import VirtioBlk
 from ringfence.devices.virtio.console import CONTROL, INPUT_LIMIT, Port, VirtioConsole
 from ringfence.devices.virtio.device import VirtioDevice
 from ringfence.devices.virtio.net import VirtioNet
+from ringfence.devices.virtio.pci import DEFAULT_PACING
 from ringfence.devices.virtio.rng import VirtioRng
 from ringfence.devices.virtio.vsock import HEADER, Key, Shut, VirtioVsock
 from ringfence.pacing import Pacing
@@ -35,15 +36,16 @@ class VirtioFuzzer(Fuzzer):
     ----------
     packed : bool
         The layout of its rings.
+    pacing : Pacing
+        How often driver and device tell each other of work.
     """
 
     queues: tuple[int, ...] = (0,)
     """Those that chains are put into."""
 
-    def __init__(self, seed: int, *, packed: bool) -> None:
+    def __init__(self, seed: int, *, packed: bool, pacing: Pacing = DEFAULT_PACING) -> None:
         super().__init__(seed)
         self.packed = packed
-        pacing = self.pick(Pacing(), Pacing(False), Pacing(True, 8, 50, 100))
         self.driver = Driver(self.device(), packed=packed, pacing=pacing)
         self.offered = self.driver.offered() & 0xFFFFFF
         self.steps = (
