@@ -46,6 +46,7 @@ class VirtioFuzzer(Fuzzer):
     def __init__(self, seed: int, *, packed: bool, pacing: Pacing = DEFAULT_PACING) -> None:
         super().__init__(seed)
         self.packed = packed
+        self.event_idx = pacing.event_idx
         self.driver = Driver(self.device(), packed=packed, pacing=pacing)
         self.offered = self.driver.offered() & 0xFFFFFF
         self.steps = (
@@ -89,7 +90,7 @@ class VirtioFuzzer(Fuzzer):
         features = self.offered
         if not honest and self.chance(0.3):
             features &= self.source.getrandbits(24)
-        event_idx = honest or self.chance(0.5)
+        event_idx = self.event_idx and (honest or self.chance(0.5))
         size = 64 if honest else self.pick(64, 64, 16, 2)
         driver.start(features, size=size, packed=self.packed, event_idx=event_idx)
 
