@@ -1,4 +1,4 @@
-"""A few threads that wait for the host's disks, so that no vCPU has to.
+"""A few threads that wait for the host's files, so that no vCPU has to.
 
 Jobs are taken in order, but several run at once: whoever needs an order (a flush behind writes)
 submits the later job when the earlier ones are done. The threads are started when they are first
@@ -15,10 +15,11 @@ Job = Callable[[], None]
 
 
 class IoPool:
-    """``threads`` workers; jobs must catch their own errors."""
+    """``threads`` workers, called ``name`` and a number; jobs must catch their own errors."""
 
-    def __init__(self, threads: int = 4) -> None:
+    def __init__(self, threads: int = 4, name: str = "ringfence-io") -> None:
         self._limit = threads
+        self._name = name
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._workers: list[threading.Thread] = []
         self._idle = 0
@@ -29,7 +30,7 @@ class IoPool:
         with self._lock:
             if self._idle == 0 and len(self._workers) < self._limit:
                 worker = threading.Thread(
-                    target=self._work, name=f"ringfence-io-{len(self._workers)}", daemon=True
+                    target=self._work, name=f"{self._name}-{len(self._workers)}", daemon=True
                 )
                 self._workers.append(worker)
                 worker.start()

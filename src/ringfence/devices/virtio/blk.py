@@ -2,8 +2,7 @@
 
 A notification turns chains into requests; data move between the host's file and guest RAM without a
 copy. A small request that the host's page cache can serve is done on the spot: waking a thread
-would take longer. All others go to the pool. A worker that has finished appends its chain to a
-list, waits for the board's lock and gives back all chains that are on that list by then.
+would take longer. All others go to the pool (`deferred`).
 
 Where the driver has not accepted FLUSH, or has switched the write cache off, a write is on stable
 storage before it is given back (5.2.6.2).
@@ -12,11 +11,9 @@ storage before it is given back (5.2.6.2).
 from __future__ import annotations
 
 import struct
-import threading
-from collections import deque
 from typing import Protocol
 
-from ringfence.devices.virtio.device import VirtioDevice
+from ringfence.devices.virtio.deferred import DeferringDevice, Workers
 from ringfence.devices.virtio.ring import Chain, Ring
 from ringfence.memory.buffers import Buffers, scatter, split, total
 
@@ -81,20 +78,6 @@ class BlockBackend(Protocol):
         """Clear a range."""
 
 
-class Workers(Protocol):
-    """Threads that may block; see ``storage.pool.IoPool``."""
-
-    def submit(self, job: Job) -> None:
-        """Do something soon."""
-
-
-class Job(Protocol):
-    """Something to do."""
-
-    def __call__(self) -> None:
-        """Do it."""
-
-
 class _Refused(Exception):
     """A request that ends with a status other than OK."""
 
@@ -102,7 +85,7 @@ class _Refused(Exception):
         self.status = status
 
 
-class VirtioBlk(VirtioDevice):
+class VirtioBlk(DeferringDevice):
     """A disk.
 
     Parameters
@@ -128,14 +111,10 @@ class VirtioBlk(VirtioDevice):
         features |= RO if disk.read_only else DISCARD | WRITE_ZEROES
         if queues > 1:
             features |= MQ
-        super().__init__(features, (QUEUE_SIZE,) * queues)
+        super().__init__(features, (QUEUE_SIZE,) * queues, pool)
         self._disk = disk
-        self._pool = pool
         self._serial = serial.encode("ascii", "replace")[:SERIAL_LENGTH]
         self.writeback = 1
-        self._done: deque[tuple[int, Ring, Chain, int]] = deque()
-        self._settled = threading.Event()
-        self._settled.set()
 
     def config(self) -> bytes:
         """See `VirtioDevice.config` (5.2.4)."""
@@ -167,10 +146,6 @@ class VirtioBlk(VirtioDevice):
         """See `VirtioDevice.reset`."""
         self.writeback = 1
 
-    def quiesce(self) -> None:
-        """See `VirtioDevice.quiesce`."""
-        self._settled.wait()
-
     # ---- requests
 
     def _begin(self, number: int, ring: Ring, chain: Chain) -> int | None:
@@ -180,9 +155,7 @@ class VirtioBlk(VirtioDevice):
         written = self._at_once(chain)
         if written is not None:
             return written
-        self.busy += 1
-        self._settled.clear()
-        self._pool.submit(lambda: self._work(number, ring, chain))
+        self.defer(number, ring, chain, self._work)
         return None
 
     def _at_once(self, chain: Chain) -> int | None:
@@ -209,7 +182,7 @@ class VirtioBlk(VirtioDevice):
         chain.writable[-1][0] = OK
         return length + 1 if kind == T_IN else 1
 
-    def _work(self, number: int, ring: Ring, chain: Chain) -> None:
+    def _work(self, chain: Chain) -> int:
         """Do a request (a worker's thread)."""
         try:
             written = self._perform(chain)
@@ -221,27 +194,8 @@ class VirtioBlk(VirtioDevice):
             written, status = 0, IOERR
         chain.writable[-1][-1] = status
         if status != OK or written == chain.writable_length - 1:
-            written = chain.writable_length
-        else:
-            written = min(written + 1, chain.writable_length)
-        self._done.append((number, ring, chain, written))
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Return finished chains to the driver; whoever has the lock does it for all."""
-        with self.transport.lock:
-            numbers = set()
-            while self._done:
-                number, ring, chain, written = self._done.popleft()
-                self.busy -= 1
-                if self.transport.ring(number) is ring:
-                    ring.push(chain, written)
-                    numbers.add(number)
-            for number in numbers:
-                self.transport.publish(number)
-            if not self.busy:
-                self.transport.finished()
-                self._settled.set()
+            return chain.writable_length
+        return min(written + 1, chain.writable_length)
 
     def _perform(self, chain: Chain) -> int:
         """Do a request and return how much it has written for the driver, the status aside."""
