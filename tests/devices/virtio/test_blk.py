@@ -169,7 +169,7 @@ def test_write_cache(drive: Drive) -> None:
 def test_reset_in_flight(drive: Drive) -> None:
     disk = Ramdisk()
     driver = disk_driver(drive, disk)
-    pool = driver.device._pool
+    pool = driver.device._workers
     pool.held = []
     driver.memory.write(HEADER, struct.pack("<IIQ", 0, 0, 0))
     driver.rings[0].add([(HEADER, 16, False), (DATA, 512, True), (STATUS, 1, True)])
