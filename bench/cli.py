@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory=options.memory,
         timeout=options.timeout or (600 if options.full else 120),
     )
-    work = options.work or _work_folder()
+    work = options.work or work_folder()
     work.mkdir(parents=True, exist_ok=True)
     able = []
     for side in sides:
@@ -166,7 +166,8 @@ def _sides(text: str, models: str) -> list[Side]:
     return sides
 
 
-def _work_folder() -> Path:
+def work_folder() -> Path:
+    """Where packages and images are kept unless the user says otherwise."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if base.startswith("/") else Path.home() / ".cache"
     return root / "ringfence-bench"
