@@ -7,6 +7,7 @@ have on the host's side (open disks, sockets, the network) outlives that: `HostS
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ringfence import engine as engines
 from ringfence.boot.firmware import Firmware
 from ringfence.boot.source import ImageSource
+from ringfence.chipset.generation import ID_BYTES
 from ringfence.chipset.state import check_version
 from ringfence.cpu.reset import EntryState
 from ringfence.engine import Engine, EngineConfig, StopReason
@@ -47,9 +49,14 @@ if TYPE_CHECKING:
     from ringfence.paravirt.services import Paravirtual
 
 GUEST_CID = 3
-"""The guest's address for sockets between it and the host."""
+"""The guest's address for sockets between it and the host, unless it is a clone."""
 STATE_VERSION = 1
 """Of what `Parts.save` returns."""
+
+
+def new_generation() -> bytes:
+    """A VM generation ID for a machine whose past is shared with others."""
+    return os.urandom(ID_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,10 @@ class MachineConfig:
         What the CPU starts instead of a kernel.
     nvram : Path or None
         The file that keeps the firmware's variables.
+    generation : bytes
+        The VM generation ID, for this life of the machine: another where its past forks.
+    cid : int
+        The guest's address for sockets between it and the host.
     """
 
     kernel: ImageSource | None
@@ -133,6 +144,8 @@ class MachineConfig:
     firmware: Firmware | None = None
     nvram: Path | None = None
     nic_pacing: Pacing = field(default_factory=Pacing)
+    generation: bytes = field(default_factory=new_generation)
+    cid: int = GUEST_CID
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +304,7 @@ def assemble(
             tsc=time.tsc,
             memory_size=config.memory,
             cpus=config.engine_config.cpus,
+            generation=config.generation,
             console_sink=console_sink,
             on_power_off=on_power_off,
             on_reset=on_reset,
@@ -384,7 +398,7 @@ def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], N
         rng=VirtioRng() if config.rng else None,
         balloon=VirtioBalloon() if config.balloon else None,
         console=VirtioConsole([Port("", console), *named]) if named else None,
-        vsock=VirtioVsock(GUEST_CID, host.vsock) if host.vsock else None,
+        vsock=VirtioVsock(config.cid, host.vsock) if host.vsock else None,
     )
 
 

@@ -31,7 +31,9 @@ class MockTsc:
 class Rig:
     """A board and what came out of it."""
 
-    def __init__(self, cpus: int = 1, memory_size: int = 256 << 20) -> None:
+    def __init__(
+        self, cpus: int = 1, memory_size: int = 256 << 20, generation: bytes = bytes(16)
+    ) -> None:
         self.clock = MockClock(WALL)
         self.console = bytearray()
         self.events: list[Any] = []
@@ -40,6 +42,7 @@ class Rig:
             tsc=MockTsc(self.clock),
             memory_size=memory_size,
             cpus=cpus,
+            generation=generation,
             console_sink=self.console.extend,
             on_power_off=lambda: self.events.append("off"),
             on_reset=lambda: self.events.append("reset"),

@@ -8,6 +8,7 @@ import pytest
 
 from ringfence.chipset import aml
 from ringfence.chipset.acpi import ADDRESS, Hardware, build_tables
+from ringfence.chipset.pm import Gpe
 
 # ---- power management
 
@@ -67,6 +68,26 @@ def test_power_off_and_reset(rig, port, size, value, events) -> None:
 def test_sci_en_is_always_set(rig) -> None:
     rig.board.port_write(0x604, 2, 0)
     assert rig.board.port_read(0x604, 2) == 1
+
+
+# ---- general-purpose events
+
+
+def test_events_raise_the_sci_where_they_are_enabled(rig) -> None:
+    rig.start_pic()
+    rig.board.pm.raise_event(Gpe.GENERATION)
+    assert rig.take() is None
+    assert rig.board.port_read(0x60C, 4) == 1
+    rig.board.port_write(0x60E, 2, 0xFFFF)
+    assert rig.take() == 0x39
+    assert rig.board.port_read(0x60C, 4) == 0xFFFF0001
+    rig.board.port_write(0x60D, 1, 0xFF)
+    assert rig.board.port_read(0x60C, 2) == 1
+    rig.board.port_write(0x60C, 1, 0xFF)
+    assert rig.board.port_read(0x60C, 2) == 0
+    rig.out(0xA0, 0x20)
+    rig.out(0x20, 0x20)
+    assert rig.take() is None
 
 
 # ---- keyboard controller
@@ -171,6 +192,8 @@ def test_fadt_fields() -> None:
     fadt = tables(1)[b"FACP"]
     assert struct.unpack_from("<H", fadt, 46)[0] == 9
     assert [struct.unpack_from("<I", fadt, at)[0] for at in (56, 64, 76)] == [0x600, 0x604, 0x608]
+    assert struct.unpack_from("<I", fadt, 80)[0] == 0x60C
+    assert fadt[92] == 4
     assert struct.unpack_from("<Q", fadt, 120)[0] == 0xCF9
     assert fadt[128] == 6
     assert not struct.unpack_from("<H", fadt, 109)[0] & 2  # no 8042
@@ -190,6 +213,7 @@ def test_fadt_fields() -> None:
         (aml.buffer(bytes(70))[:5], "114a040a46"),
         (aml.io(0x3F8, 8), "4701f803f8030108"),
         (aml.irq(4), "221000"),
+        (aml.method("_E00", aml.notify("\\A.B", 0x80)), "14135f45303000865c2e415f5f5f425f5f5f0a80"),
     ],
 )
 def test_aml(term, code) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from ringfence.chipset import aml, ioapic, lapic, pm, rtc, uart
+from ringfence.chipset import aml, generation, ioapic, lapic, pm, rtc, uart
 from ringfence.chipset.pci import host as pci
 
 ADDRESS = 0xE0000
@@ -20,6 +20,8 @@ LIMIT = 0x20000
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"RINGFC", b"RINGFENC", b"RFNC"
 PCI_MEMORY = (0xC000_0000, ioapic.BASE - 1)
 """PCI memory window: from the end of low RAM to the interrupt controllers."""
+STATUS_CHANGE = 0x80
+"""Notification whose meaning is the device's own (5.6.6)."""
 FIRMWARE_PCI_MEMORY = 0x8000_0000
 """Where it begins under firmware, unless there is RAM: there firmware assigns BARs from."""
 
@@ -97,14 +99,14 @@ def _io_address(port: int, bits: int, access: int) -> bytes:
 
 def _fadt(dsdt: int, facs: int, pm_base: int) -> bytes:
     """Build the fixed ACPI description table, 6.3 (5.2.9); not hardware-reduced."""
-    event, control, timer = (
-        pm_base + at - pm.BASE for at in (pm.PM1_EVENT, pm.PM1_CONTROL, pm.PM_TIMER)
+    event, control, timer, gpe0 = (
+        pm_base + at - pm.BASE for at in (pm.PM1_EVENT, pm.PM1_CONTROL, pm.PM_TIMER, pm.GPE0)
     )
     flags = WBINVD | PROC_C1 | SLP_BUTTON | FIX_RTC | TMR_VAL_EXT | RESET_REG_SUP
     body = struct.pack("<IIBBHIBBBB", facs, dsdt, 0, 0, pm.SCI_IRQ, 0, 0, 0, 0, 0)
-    body += struct.pack("<8I", event, 0, control, 0, 0, timer, 0, 0)
+    body += struct.pack("<8I", event, 0, control, 0, 0, timer, gpe0, 0)
     # lengths: PM1 event, PM1 control, PM2, PM timer, GPE0, GPE1; GPE1_BASE, CST_CNT
-    body += bytes([4, 2, 0, 4, 0, 0, 0, 0])
+    body += bytes([4, 2, 0, 4, pm.GPE0_LENGTH, 0, 0, 0])
     # P_LVL2_LAT, P_LVL3_LAT beyond their limits: no C2, no C3
     body += struct.pack("<HHHHBBBBB", 101, 1001, 0, 0, 0, 0, 0, 0, rtc.CENTURY)
     body += struct.pack("<HBI", LEGACY_DEVICES | VGA_NOT_PRESENT, 0, flags)
@@ -113,7 +115,7 @@ def _fadt(dsdt: int, facs: int, pm_base: int) -> bytes:
     body += struct.pack("<QQ", 0, dsdt)  # X_FIRMWARE_CTRL (FIRMWARE_CTRL is used), X_DSDT
     for port, bits, access in (
         (event, 32, 2), (0, 0, 0), (control, 16, 2), (0, 0, 0),
-        (0, 0, 0), (timer, 32, 3), (0, 0, 0), (0, 0, 0),
+        (0, 0, 0), (timer, 32, 3), (gpe0, 8 * pm.GPE0_LENGTH, 1), (0, 0, 0),
         (0, 0, 0), (0, 0, 0),  # sleep control and status: hardware-reduced only
     ):  # fmt: skip
         body += _io_address(port, bits, access)
@@ -141,7 +143,7 @@ def _mcfg() -> bytes:
 
 
 def build_dsdt(hardware: Hardware) -> bytes:
-    r"""Assemble the DSDT's AML: processors, PCI host, COM1, RTC, motherboard, \_S5."""
+    r"""Assemble the DSDT's AML: processors, devices of the board, \_S5, events."""
     s5 = aml.package(*map(aml.integer, (pm.SLP_TYP_S5, pm.SLP_TYP_S5, 0, 0)))
     processors = [
         aml.device(
@@ -198,7 +200,30 @@ def build_dsdt(hardware: Hardware) -> bytes:
             aml.resources(
                 aml.io(hardware.pm_base, pm.LENGTH),
                 aml.memory(pci.ECAM_BASE, pci.ECAM_LENGTH),
+                aml.memory(generation.BASE, generation.LENGTH),
             ),
         ),
     )
-    return aml.name("\\_S5", s5) + aml.scope("\\_SB", *processors, pci_host, com1, clock, board)
+    devices = (*processors, pci_host, com1, clock, board, _generation_id())
+    told = aml.method(f"_E{pm.Gpe.GENERATION:02X}", aml.notify("\\_SB.VGID", STATUS_CHANGE))
+    return aml.name("\\_S5", s5) + aml.scope("\\_SB", *devices) + aml.scope("\\_GPE", told)
+
+
+def _generation_id() -> bytes:
+    """Assemble the generation ID's device; it goes by its compatible and DOS names.
+
+    The names and ADDR are those of Microsoft's specification; VMGENCTR is a name that ACPI's rules
+    for identifiers allow, too.
+    """
+    return aml.device(
+        "VGID",
+        aml.name("_HID", aml.string("RFNC0001")),
+        aml.name("_CID", aml.package(aml.string("VM_Gen_Counter"), aml.string("VMGENCTR"))),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name(
+            "ADDR",
+            aml.package(
+                aml.integer(generation.BASE & 0xFFFF_FFFF), aml.integer(generation.BASE >> 32)
+            ),
+        ),
+    )

@@ -1,14 +1,14 @@
 """A small assembler for AML, the byte code of ACPI tables (ACPI 6.4, chapter 20).
 
 Each function returns the bytes of one term; nesting calls nests terms. Only what our DSDT needs is
-here: names, scopes, devices, packages, integers, strings and resource descriptors (6.4).
+here: names, scopes, devices, methods, packages, integers, strings, resource descriptors (6.4).
 """
 
 from __future__ import annotations
 
 import struct
 
-_OPEN_SCOPE, _DEVICE = b"\x10", b"\x5b\x82"
+_OPEN_SCOPE, _DEVICE, _METHOD, _NOTIFY = b"\x10", b"\x5b\x82", b"\x14", b"\x86"
 
 
 def _length(body: bytes) -> bytes:
@@ -81,6 +81,16 @@ def scope(where: str, *terms: bytes) -> bytes:
 def device(where: str, *terms: bytes) -> bytes:
     """Encode ``Device (where) {terms}``."""
     return _DEVICE + _length(path(where) + b"".join(terms))
+
+
+def method(where: str, *terms: bytes) -> bytes:
+    """Encode ``Method (where) {terms}``, of no arguments, not serialized (20.2.5.2)."""
+    return _METHOD + _length(path(where) + b"\0" + b"".join(terms))
+
+
+def notify(where: str, value: int) -> bytes:
+    """Encode ``Notify (where, value)`` (20.2.5.3)."""
+    return _NOTIFY + path(where) + integer(value)
 
 
 def resources(*descriptors: bytes) -> bytes:

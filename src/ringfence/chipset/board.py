@@ -16,6 +16,9 @@ from typing import Any
 from ringfence.chipset.apicbus import ApicBus, Delivery
 from ringfence.chipset.bus import MmioBus, PortBus
 from ringfence.chipset.clock import Clock, TimerQueue
+from ringfence.chipset.generation import BASE as GENERATION_BASE
+from ringfence.chipset.generation import ID_BYTES, GenerationId
+from ringfence.chipset.generation import LENGTH as GENERATION_LENGTH
 from ringfence.chipset.i8042 import I8042
 from ringfence.chipset.ioapic import BASE as IOAPIC_BASE
 from ringfence.chipset.ioapic import LENGTH as IOAPIC_LENGTH
@@ -32,7 +35,7 @@ from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.pci.host import PciHost
 from ringfence.chipset.pic import PicPair
 from ringfence.chipset.pit import Pit
-from ringfence.chipset.pm import SCI_IRQ, PowerManagement, ResetControl
+from ringfence.chipset.pm import SCI_IRQ, Gpe, PowerManagement, ResetControl
 from ringfence.chipset.rtc import BASE as RTC_BASE
 from ringfence.chipset.rtc import LENGTH as RTC_LENGTH
 from ringfence.chipset.rtc import Rtc
@@ -76,6 +79,8 @@ class Board:
         Guest RAM in bytes, told in the CMOS.
     cpus : int
         How many local APICs; CPU 0 is the boot CPU.
+    generation : bytes
+        The VM generation ID, 16 bytes.
     console_sink : Callable[[bytes], None]
         Takes COM1's output, with the lock held.
     on_power_off, on_reset : Callable[[], None]
@@ -93,7 +98,7 @@ class Board:
         Called with (cpu, NMI | INIT | SIPI | SMI, vector), the lock held.
     """
 
-    VERSION = 2
+    VERSION = 3
 
     def __init__(
         self,
@@ -102,6 +107,7 @@ class Board:
         tsc: TscLine,
         memory_size: int,
         cpus: int = 1,
+        generation: bytes = bytes(ID_BYTES),
         console_sink: Callable[[bytes], None],
         on_power_off: Callable[[], None] = _nothing,
         on_reset: Callable[[], None] = _nothing,
@@ -134,6 +140,7 @@ class Board:
         self.pm = PowerManagement(self.timers, self._line(SCI_IRQ), self._power_off)
         self.i8042 = I8042(self._reset)
         self.reset_control = ResetControl(self._reset)
+        self.generation = GenerationId(generation)
         self.pci = PciHost(
             self.reset_control,
             lock=self.lock,
@@ -154,6 +161,7 @@ class Board:
             "i8042": self.i8042,
             "reset_control": self.reset_control,
             "pci": self.pci,
+            "generation": self.generation,
         }
 
         for part in (self.pic, self.pit, self.pm, self.i8042):
@@ -161,6 +169,7 @@ class Board:
         self.ports.register(RTC_BASE, RTC_LENGTH, self.rtc, widths=(1,))
         self.ports.register(UART_BASE, UART_LENGTH, self.uart, widths=(1,))
         self.mmio.register(IOAPIC_BASE, IOAPIC_LENGTH, self.ioapic)
+        self.mmio.register(GENERATION_BASE, GENERATION_LENGTH, self.generation)
         self.pic.write(1, 1, 1 << SCI_IRQ - 8)  # ELCR: the SCI is level-triggered
         self.lapics[0].set_virtual_wire()
 
@@ -336,6 +345,8 @@ class Board:
                 device.restore(state[name])
             for lapic, saved in zip(self.lapics, state["lapics"], strict=True):
                 lapic.restore(saved)
+            if self.generation.changed:  # behind the APICs, which take the interrupt
+                self.pm.raise_event(Gpe.GENERATION)
             self.timers.kick()
             for cpu in range(len(self.lapics)):
                 self._notify(cpu)

@@ -1,20 +1,25 @@
-"""ACPI fixed hardware: PM1a event and control blocks, the PM timer, and the reset register.
+"""ACPI hardware: PM1a event and control blocks, PM timer, general-purpose events, reset register.
 
-There is no SMI: the machine is always in ACPI mode, so SCI_EN reads as set (ACPI 6.4, 4.8.3.2.1).
-The PM timer is computed from the clock. Sections are the ACPI specification's, release 6.4.
+A general-purpose event (4.8.4.1) says that one of the board's parts has something to tell, and the
+DSDT has a method for each that tells the guest which. There is no SMI: the machine is always in
+ACPI mode, so SCI_EN reads as set (ACPI 6.4, 4.8.3.2.1). The PM timer is computed from the clock.
+Sections are the ACPI specification's, release 6.4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 
 from ringfence.chipset.bus import PortBus
 from ringfence.chipset.clock import NS_PER_SECOND, Deadline, TimerQueue
 from ringfence.chipset.state import Saved
 
-PM1_EVENT, PM1_CONTROL, PM_TIMER = 0x600, 0x604, 0x608
+PM1_EVENT, PM1_CONTROL, PM_TIMER, GPE0 = 0x600, 0x604, 0x608, 0x60C
 """Ports of the blocks."""
 BASE, LENGTH = 0x600, 0x10
+GPE0_LENGTH = 4
+"""Bytes of the general-purpose event block: 16 status bits, 16 enable bits."""
 RESET_CONTROL = 0xCF9
 RESET_VALUE = 0x06
 """What the reset register is written with (FADT RESET_VALUE)."""
@@ -32,6 +37,12 @@ SCI_EN, SLP_EN = 0x0001, 0x2000
 _CONTROL = 0x1C07
 
 
+class Gpe(IntEnum):
+    """Who general-purpose events come from."""
+
+    GENERATION = 0
+
+
 class PowerManagement(Saved):
     """The PM blocks at 0x600.
 
@@ -45,7 +56,8 @@ class PowerManagement(Saved):
         Called when the guest enters S5.
     """
 
-    FIELDS = ("status", "enable", "control", "carries")
+    VERSION = 2
+    FIELDS = ("status", "enable", "control", "carries", "gpe_status", "gpe_enable")
 
     def __init__(
         self, queue: TimerQueue, sci: Callable[[bool], None], on_power_off: Callable[[], None]
@@ -57,6 +69,8 @@ class PowerManagement(Saved):
         self.status = 0
         self.enable = 0
         self.control = SCI_EN
+        self.gpe_status = 0
+        self.gpe_enable = 0
         self.off_types = {SLP_TYP_S5}
         """Values of SLP_TYP that turn the machine off."""
         self.carries = 0
@@ -71,6 +85,11 @@ class PowerManagement(Saved):
         self.status |= PWRBTN
         self._update()
 
+    def raise_event(self, event: Gpe) -> None:
+        """Set a general-purpose event's status; the guest hears of it when it has enabled it."""
+        self.gpe_status |= 1 << event
+        self._update()
+
     def timer(self) -> int:
         """Return the 32-bit PM timer."""
         return self._ticks() & 0xFFFF_FFFF
@@ -82,6 +101,7 @@ class PowerManagement(Saved):
         if offset < 4:
             self._note_carry()
         block = self.status | self.enable << 16 | self.control << 32 | self.timer() << 64
+        block |= self.gpe_status << 96 | self.gpe_enable << 112
         return block >> 8 * offset & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -102,6 +122,10 @@ class PowerManagement(Saved):
             self.control = (self.control & keep | value << shift) & _CONTROL | SCI_EN
             if value << shift & SLP_EN and self.control >> 10 & 7 in self.off_types:
                 self._on_power_off()
+        elif 12 <= offset < 14:
+            self.gpe_status &= ~(value << shift)
+        elif offset >= 14:
+            self.gpe_enable = self.gpe_enable & keep | value << shift
 
     def _ticks(self) -> int:
         return self._clock.now() * TIMER_HZ // NS_PER_SECOND
@@ -119,7 +143,7 @@ class PowerManagement(Saved):
 
     def _update(self) -> None:
         """Drive the SCI, and have the timer's next carry told if it would interrupt."""
-        self._sci(bool(self.status & self.enable))
+        self._sci(bool(self.status & self.enable or self.gpe_status & self.gpe_enable))
         if self.enable & TMR and not self.status & TMR:
             ticks = (self.carries + 1) << 31
             self._timer.set(-(-ticks * NS_PER_SECOND // TIMER_HZ))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ringfence import engine as engines
-from ringfence.assembly import HostSide, MachineConfig, Origin, Parts
+from ringfence.assembly import HostSide, MachineConfig, Origin, Parts, new_generation
 from ringfence.errors import UsageError
 from ringfence.state import description, folder
 from ringfence.storage.options import DiskOptions
@@ -85,7 +85,7 @@ def load(
     ports: Mapping[str, Callable[[bytes], None]] | None = None,
     verify: bool = False,
 ) -> tuple[MachineConfig, Origin]:
-    """What a machine that goes on from a snapshot is made of.
+    """What a machine that goes on from a snapshot is made of; its generation ID is a new one.
 
     Raises
     ------
@@ -106,6 +106,7 @@ def load(
         engine=engines.select(engine, config.engine_config.cpus),
         ports={**config.ports, **(ports or {})},
         disks=tuple(_disk(found, at, disk) for at, disk in enumerate(config.disks)),
+        generation=new_generation(),
     )
     return config, Origin(found.memory(), found.state)
 

@@ -21,12 +21,15 @@ from typing import Protocol
 from ringfence.chipset.state import State
 from ringfence.devices.virtio.device import VirtioDevice
 from ringfence.devices.virtio.ring import Chain
+from ringfence.errors import UsageError
 from ringfence.memory.buffers import split
 
 RX, TX, EVENT = 0, 1, 2
 QUEUE_SIZE = 128
 HOST_CID = 2
 """The host's address (5.10.4)."""
+ANY_CID = 0xFFFF_FFFF
+"""No address; those above are reserved (5.10.4)."""
 BUFFER = 64 << 10
 MAX_CONNECTIONS = 256
 MAX_PENDING = 256
@@ -108,7 +111,8 @@ class VirtioVsock(VirtioDevice):
     Parameters
     ----------
     cid : int
-        The guest's address, 3 or more.
+        The guest's address, 3 or more; after a restore it may be another one, which the driver
+        learns with the news that its connections are gone.
     host : HostSide
         The other end of its streams. It is not closed with the device.
     """
@@ -117,6 +121,8 @@ class VirtioVsock(VirtioDevice):
     CLASS_CODE = 0x028000
 
     def __init__(self, cid: int, host: HostSide) -> None:
+        if not HOST_CID < cid < ANY_CID:
+            raise UsageError(f"CID {cid}: expected {HOST_CID + 1} to {ANY_CID - 1}")
         super().__init__(0, (QUEUE_SIZE, QUEUE_SIZE, 16))
         self._cid = cid
         self._host = host
