@@ -162,7 +162,8 @@ class Board:
 class Guest:
     """The machine; ``run`` takes a ``Case`` to its ``Outcome``."""
 
-    def __init__(self, cache: Path | None = None) -> None:
+    def __init__(self, cache: Path | None = None, answers: Path | None = None) -> None:
+        """``cache`` is the folder of compiled helpers, ``answers`` that of what is known."""
         self.memory = GuestMemory(RAM)
         self.board = Board()
         self.next_table = TABLES
@@ -170,7 +171,7 @@ class Guest:
         load = natives.load
         natives.load = lambda folder: load(cache)  # the compiled helpers, not translations
         try:
-            self.engine = TranslateEngine(self.memory, self.board, EngineConfig())
+            self.engine = TranslateEngine(self.memory, self.board, EngineConfig(cache_dir=answers))
         finally:
             natives.load = load
         self.board.engine = self.engine

@@ -97,3 +97,13 @@ class Struct:
                 at = field.offset + field.width * max(field.count, 1)
             cls._view = type(cls.__name__ + "View", (ctypes.Structure,), {"_fields_": members})
         return cls._view.from_address(address)
+
+    @classmethod
+    def packed(cls, **values: int | bytes) -> bytes:
+        """The structure's bytes with these fields, an array's as bytes; all others are 0."""
+        made = bytearray(cls.size)
+        for name, value in values.items():
+            field = cls.fields[name]
+            data = value if isinstance(value, bytes) else value.to_bytes(field.width, "little")
+            made[field.offset : field.offset + len(data)] = data
+        return bytes(made)

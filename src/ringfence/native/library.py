@@ -48,9 +48,9 @@ def _llvm_identity() -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def image_path(folder: Path, modules: Sequence[ModuleType]) -> Path:
-    """Where a unit's optimized image is kept in a cache folder."""
-    return folder / f"native-{source_key(modules)}.o"
+def image_path(folder: Path, key: str) -> Path:
+    """Where the optimized image of a unit, known by its `source_key`, is kept in a cache folder."""
+    return folder / f"native-{key}.o"
 
 
 class Library:
@@ -116,3 +116,11 @@ def write_image(path: Path, code: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def prune(folder: Path, pattern: str, keep: int) -> None:
+    """Remove all files of a kind but the ``keep`` written last: other versions left them behind."""
+    with contextlib.suppress(OSError):
+        found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+        for path in found[: max(0, len(found) - keep)]:
+            path.unlink(missing_ok=True)

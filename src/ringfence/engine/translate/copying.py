@@ -263,12 +263,12 @@ def before(w: Writer, i: Insn) -> int:
         set_rip(w, i.offset)  # for the checks of segments
     if kind == F_RAW:
         recipe: RawRecipe = cast(RawRecipe, i.recipe)
-        place(w, i, recipe.lead, recipe.lead_length, recipe.lead_fixes)
+        place_piece(w, i, recipe.lead, recipe.lead_length, recipe.lead_fixes)
         if recipe.addressing == LINEAR:
             operand_address(w, i)
         elif recipe.addressing == EFFECTIVE:
             effective_address(w, i)
-        place(w, i, recipe.before, recipe.before_length, recipe.before_fixes)
+        place_piece(w, i, recipe.before, recipe.before_length, recipe.before_fixes)
         return 0
     if not i.clobbers or kind == F_INVALID:
         return 0
@@ -352,7 +352,7 @@ def operation(w: Writer, i: Insn) -> int:
         copy_instruction(w, i, f)
     elif kind == F_RAW:
         recipe: RawRecipe = cast(RawRecipe, i.recipe)
-        place(w, i, recipe.op, recipe.op_length, recipe.op_fixes)
+        place_piece(w, i, recipe.op, recipe.op_length, recipe.op_fixes)
     elif kind == F_LEA:
         load_effective(w, i, f)
     elif kind == F_PUSH:
@@ -395,7 +395,7 @@ def after(w: Writer, i: Insn) -> int:
     """What goes behind the operation; it may clobber the flags, so only where they are safe."""
     if i.form_kind == F_RAW:
         recipe: RawRecipe = cast(RawRecipe, i.recipe)
-        place(w, i, recipe.after, recipe.after_length, recipe.after_fixes)
+        place_piece(w, i, recipe.after, recipe.after_length, recipe.after_fixes)
     elif needs_after(w, i):
         gs_call(w, _COMMIT)
     return 0
@@ -495,9 +495,12 @@ def load_effective(w: Writer, i: Insn, f: Form) -> int:
 
 
 @native
-def place(w: Writer, i: Insn, code: int, length: int, fixes: int) -> int:
-    """Append a recipe's code; its ``fixes`` stand behind it, at a multiple of 8."""
+def place_piece(w: Writer, i: Insn, distance: int, length: int, fixes: int) -> int:
+    """Append a piece of an instruction's recipe; its ``fixes`` stand behind it."""
+    if length == 0:
+        return 0
     base = w.out
+    code = i.recipe + distance
     w.held = 0
     copy_bytes(w, code, length)
     at = code + ((length + 7) & ~7)

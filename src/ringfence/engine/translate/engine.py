@@ -166,19 +166,21 @@ class TranslateEngine(DeviceAccesses):
         view.reserved_bits = ((1 << 52) - 1) & ~((1 << cpuid.PHYSICAL_BITS) - 1)
         reset.reset(view)
         view.wait_for_sipi = index != 0
+        counter = board.tsc.vcpu(index)
+        counter.attach(view)
+        answers = self.siblings.known_answers(
+            config.cache_dir,
+            self._natives.key,
+            sorted(self.features),
+            view.tsc_ratio != state.TSC_RATIO_ONE,
+        )
         self.translator = Translator(
-            memory,
-            view,
-            library,
-            lambda feature: cpuid.offers(feature, rows),
-            self.siblings.answers,
+            memory, view, library, lambda feature: cpuid.offers(feature, rows), answers
         )
         view.code_start = self.translator.cache.base
         view.code_end = self.translator.cache.base + self.translator.cache.size
         view.code_alias = (self.translator.cache.alias - self.translator.cache.base) & MASK64
         library.function("tlb_reset", 1)(self.block)
-        counter = board.tsc.vcpu(index)
-        counter.attach(view)
         self._wake = threading.Event()
         board.set_wake(index, self._woken)
         self._stop = self._pause = False

@@ -7,8 +7,8 @@ prefixes about segments) is either the native side's to see to, or makes the for
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 from ringfence.engine.translate.block import (
     MODE_AVX,
@@ -67,7 +67,6 @@ from ringfence.engine.translate.tables import (
     ROLE_READ,
     ROLE_SIZE,
     ROLE_WRITE,
-    Form,
 )
 from ringfence.engine.translate.x86 import (
     Code,
@@ -136,6 +135,7 @@ _PADDING = bytes((2,)) * 16
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 
 
+@functools.cache
 def no_modrm() -> tuple[set[int], set[int]]:
     """Opcodes of the one-byte and the 0F map that have no ModRM (SDM vol. 2, appendix A)."""
     one = {o for o in range(0x40) if o & 7 > 3} | set(range(0x40, 0x62)) | set(range(0x64, 0x80))
@@ -362,13 +362,6 @@ class Forms:
         if (avx or vector or legacy) and mode & MODE_NO_FPU:
             return "fx_nm"
         return ""
-
-
-def write_form(row: Any, key: int, fields: dict[str, int]) -> None:
-    """Fill a row of the native table."""
-    for name in Form.fields:
-        setattr(row, name, fields.get(name, 0))
-    row.key = key
 
 
 def _immediate(i: Instruction) -> int:

@@ -39,6 +39,7 @@ from ringfence.memory import coherence, mmu, strings, walk, walk_state, xstate
 from ringfence.native.library import (
     Library,
     image_path,
+    prune,
     read_image,
     source_key,
     write_image,
@@ -131,6 +132,8 @@ _ROOTS = (
 
 _ALL = (*_ROOTS, *EFFECTS.values())
 
+KEPT_FILES = 8
+"""Versions of the library that stay in the cache folder."""
 _CHILD = "from ringfence.engine.translate.natives import optimize; optimize()"
 
 
@@ -149,7 +152,9 @@ class Natives:
     """
 
     def __init__(self, cache: Path | None) -> None:
-        self._path = image_path(cache, _MODULES) if cache else None
+        self.key = source_key(_MODULES)
+        """Of the sources: what all that is derived from them depends on."""
+        self._path = image_path(cache, self.key) if cache else None
         self._lock = threading.Lock()
         self._users: list[Callable[[Library], None]] = []
         self._replaced: list[Library] = []
@@ -226,7 +231,9 @@ def optimize() -> None:
 
     code = compile_image(_ALL, thunks.assembly())
     if len(sys.argv) > 2:
-        write_image(Path(sys.argv[2]), code)
+        path = Path(sys.argv[2])
+        write_image(path, code)
+        prune(path.parent, "native-*", KEPT_FILES)
     else:
         sys.stdout.buffer.write(code)
 

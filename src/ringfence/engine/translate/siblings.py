@@ -20,10 +20,12 @@ import ctypes
 import mmap
 from typing import TYPE_CHECKING, Any
 
-from ringfence.engine.translate.translator import Answers
+from ringfence.engine.translate.answers import Answers, answers_path
 from ringfence.memory.coherence import VCPUS_MAX
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ringfence.engine.translate.engine import TranslateEngine
     from ringfence.memory.ram import GuestMemory
 
@@ -46,7 +48,7 @@ class Siblings:
     def __init__(self, memory: GuestMemory, board: Any, count: int) -> None:
         self.vcpus: list[TranslateEngine] = []
         self.alone = count == 1
-        self.answers = Answers()
+        self._answers: Answers | None = None
         self._memory: list[mmap.mmap] = []
         self._table = self._allocate(VCPUS_MAX * 8)
         self._page_use = self._allocate((memory.mapped >> 12) * 8)
@@ -74,6 +76,17 @@ class Siblings:
     def remove(self, vcpu: TranslateEngine) -> None:
         """A vCPU is gone."""
         self.vcpus.remove(vcpu)
+        if not self.vcpus and self._answers is not None:
+            self._answers.save()
+
+    def known_answers(self, folder: Path | None, *depends: object) -> Answers:
+        """What is known about instructions, by any of the vCPUs and from a cache folder.
+
+        ``depends``: what answers depend on, the same for all vCPUs.
+        """
+        if self._answers is None:
+            self._answers = Answers(answers_path(folder, self.alone, *depends))
+        return self._answers
 
     def _written(self, offset: int, length: int) -> None:
         """A device, or the owner, wrote to RAM (any thread)."""

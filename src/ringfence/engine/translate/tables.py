@@ -129,8 +129,9 @@ class Form(Struct):
 class RawRecipe(Struct):
     """A recipe that Python wrote for one instruction (`recipe`), in one mode and arrangement.
 
-    It holds for all instructions that differ in their displacement only. Behind each piece of code
-    stand its fixes, at a multiple of 8.
+    It holds for all instructions that differ in their displacement only. The pieces of code stand
+    behind the row, each at the distance from the row's start that its field gives, and behind each
+    piece its fixes, at a multiple of 8: a row may lie anywhere, and be kept on disk.
     """
 
     context: Annotated[int, u64]
@@ -147,19 +148,21 @@ class RawRecipe(Struct):
     fixed: Annotated[int, u16]
     named: Annotated[int, u32]
     """Up to four guest registers that operands name, a byte each; NONE for none."""
-    lead: Annotated[int, u64]
+    extent: Annotated[int, u32]
+    """Bytes of the row with all that stands behind it, a multiple of 8."""
+    lead: Annotated[int, u32]
     lead_length: Annotated[int, u32]
     lead_fixes: Annotated[int, u32]
-    before: Annotated[int, u64]
+    before: Annotated[int, u32]
     before_length: Annotated[int, u32]
     before_fixes: Annotated[int, u32]
-    op: Annotated[int, u64]
+    op: Annotated[int, u32]
     op_length: Annotated[int, u32]
     op_fixes: Annotated[int, u32]
-    after: Annotated[int, u64]
+    after: Annotated[int, u32]
     after_length: Annotated[int, u32]
     after_fixes: Annotated[int, u32]
-    operands: Annotated[int, u64]
+    operands: Annotated[int, u32]
     operands_length: Annotated[int, u32]
     operands_fixes: Annotated[int, u32]
 

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu.state import TSC_RATIO_ONE
 from ringfence.engine.translate import pages, special, templates
+from ringfence.engine.translate.answers import FORMS_MAX, RECIPES_MAX, Answers
 from ringfence.engine.translate.block import MODE_CAREFUL, MODE_LONG, MODE_SLOW
 from ringfence.engine.translate.codecache import CodeCache
-from ringfence.engine.translate.forms import Forms, no_modrm, write_form
+from ringfence.engine.translate.forms import Forms, no_modrm
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
 from ringfence.engine.translate.recipe import Piece, Recipe, Recipes
 from ringfence.engine.translate.tables import (
     FORM_ROWS,
     NONE,
-    PAGE,
+    RAW_BYTES,
     RECIPE_BYTES,
     RECIPE_ROWS,
     TEMPLATES,
@@ -48,37 +49,9 @@ NUMBER_MAX = 50_000
 """Code pages until all translations are dropped."""
 TRACES_MAX = 1 << 18
 MARKS_MAX = 1 << 22
-FORMS_MAX = FORM_ROWS // 2
-RECIPES_MAX = RECIPE_ROWS // 2
 RELOCATIONS_MAX = 1 << 14
 """Of one trace."""
 assert special.KEEP  # importing the module enters its recipes in the table
-
-
-class Answers:
-    """What any vCPU of a machine has asked already, so that the next one gets it at once."""
-
-    def __init__(self) -> None:
-        self._forms: dict[tuple[int, int], dict[str, int]] = {}
-        self._recipes: dict[tuple[int, int, bytes], Recipe] = {}
-
-    def form(self, key: int, mode: int, make: Callable[[], dict[str, int]]) -> dict[str, int]:
-        """The fields of a form."""
-        found = self._forms.get((key, mode))
-        if found is None:
-            if len(self._forms) >= FORMS_MAX:
-                self._forms.clear()
-            found = self._forms[key, mode] = make()
-        return found
-
-    def recipe(self, mode: int, swaps: int, raw: bytes, make: Callable[[], Recipe]) -> Recipe:
-        """A recipe."""
-        found = self._recipes.get((mode, swaps, raw))
-        if found is None:
-            if len(self._recipes) >= RECIPES_MAX:
-                self._recipes.clear()
-            found = self._recipes[mode, swaps, raw] = make()
-        return found
 
 
 class Translator:
@@ -112,6 +85,7 @@ class Translator:
         self._makers: dict[tuple[int, int], Recipes] = {}
         self.full_flushes = 0
         self._prepare()
+        self._recall()
         view.writer = self.address
 
     def _allocate(self, size: int) -> int:
@@ -155,34 +129,45 @@ class Translator:
         w = self.writer
         raw = bytes(w.want_bytes[: w.want_length])
         if w.want == WANT_FORM:
-            if self.form_count >= FORMS_MAX:
-                ctypes.memset(w.forms, 0, FORM_ROWS * Form.size)
-                self.form_count = 0
             key = w.want_key
-            row = (ctypes.c_uint64 * 1)(key)
-            at = self._form_insert(self.address, ctypes.addressof(row))
-            fields = self.answers.form(key, mode, lambda: self.forms.describe(raw, key, mode))
-            write_form(Form.at(at), key, fields)
-            self.form_count += 1
+            row = self.answers.form(
+                key, lambda: Form.packed(key=key, **self.forms.describe(raw, key, mode))
+            )
+            self._enter_form(row)
         else:
-            self.write_recipe(raw, w.context, mode)
+            context, plain = w.context, mode & ~MODE_CAREFUL
+            padded = raw.ljust(RAW_BYTES, b"\0")
+            row = self.answers.recipe(
+                context,
+                padded,
+                lambda: recipe_row(context, padded, self._make_recipe(raw, plain, context >> 32)),
+            )
+            self._enter_recipe(row)
 
-    def write_recipe(self, raw: bytes, context: int, mode: int) -> None:
-        """Make a recipe and enter it in the native table."""
-        if self.recipe_count >= RECIPES_MAX or self._recipes_used + PAGE > RECIPE_BYTES:
+    def _recall(self) -> None:
+        """Enter all answers that are known already."""
+        for row in self.answers.forms():
+            self._enter_form(row)
+        for row in self.answers.recipes():
+            self._enter_recipe(row)
+
+    def _enter_form(self, row: bytes) -> None:
+        if self.form_count >= FORMS_MAX:
+            ctypes.memset(self.writer.forms, 0, FORM_ROWS * Form.size)
+            self.form_count = 0
+        key = (ctypes.c_uint64 * 1).from_buffer_copy(row)
+        at = self._form_insert(self.address, ctypes.addressof(key))
+        ctypes.memmove(at, row, Form.size)
+        self.form_count += 1
+
+    def _enter_recipe(self, row: bytes) -> None:
+        if self.recipe_count >= RECIPES_MAX or self._recipes_used + len(row) > RECIPE_BYTES:
             ctypes.memset(self.writer.recipes, 0, RECIPE_ROWS * 8)
             self._recipes_used = self.recipe_count = 0
             self._makers.clear()
-        plain, swaps = mode & ~MODE_CAREFUL, context >> 32
-        recipe = self.answers.recipe(
-            plain, swaps, raw, lambda: self._make_recipe(raw, plain, swaps)
-        )
         at = self._recipes_at + self._recipes_used
-        row = RawRecipe.at(at)
-        row.context = context
-        ctypes.memmove(ctypes.addressof(row.raw), raw.ljust(16, b"\0"), 16)
-        self._recipes_used += RawRecipe.size
-        self._fill_recipe(row, recipe)
+        ctypes.memmove(at, row, len(row))
+        self._recipes_used += len(row)
         self._recipe_insert(self.address, at)
         self.recipe_count += 1
 
@@ -198,44 +183,6 @@ class Translator:
         i = Decoder(maker.bits, raw, ip=0).decode()
         unavailable = "" if i.is_invalid else self.forms.unavailable(i, mode)
         return maker.build(i, raw, unavailable)
-
-    def _fill_recipe(self, row: Any, recipe: Recipe) -> None:
-        """Write a recipe's fields, and its code behind it."""
-        for name in ("kind", "reads", "writes", "kills", "addressing", "written", "fixed"):
-            setattr(row, name, getattr(recipe, name))
-        row.clobbers = recipe.clobbers
-        row.effect = (
-            EFFECT_EMULATE
-            if recipe.effect == "emulate"
-            else EFFECT_NUMBERS.get(recipe.effect, EFFECT_EMULATE)
-        )
-        named = (*recipe.named, NONE, NONE, NONE, NONE)[:4]
-        row.named = int.from_bytes(bytes(named), "little")
-        pieces = {
-            "lead": recipe.lead,
-            "before": recipe.before,
-            "op": recipe.op,
-            "after": recipe.after,
-            "operands": Piece(recipe.operands),
-        }
-        for name, piece in pieces.items():
-            setattr(row, name, self._recipes_at + self._recipes_used)
-            setattr(row, f"{name}_length", len(piece.code))
-            setattr(row, f"{name}_fixes", len(piece.fixes))
-            self._append(piece)
-
-    def _append(self, piece: Piece) -> None:
-        """A piece's code, and its fixes at the next multiple of 8."""
-        at = self._recipes_at + self._recipes_used
-        ctypes.memmove(at, piece.code, len(piece.code))
-        at += len(piece.code) + 7 & ~7
-        for position, what, retry, write, kind in piece.fixes:
-            fix = Fix.at(at)
-            fix.position, fix.what, fix.retry, fix.write, fix.kind = (
-                position, what, retry, write, kind,
-            )  # fmt: skip
-            at += Fix.size
-        self._recipes_used = at + 7 - self._recipes_at & ~7
 
     # --- the whole -----------------------------------------------------------------------------
 
@@ -293,3 +240,44 @@ class Translator:
     def close(self) -> None:
         """Free the cache."""
         self.cache.close()
+
+
+def recipe_row(context: int, raw: bytes, recipe: Recipe) -> bytes:
+    """A recipe as native code wants it: the row, and behind it the pieces with their fixes."""
+    behind = bytearray()
+    places: dict[str, int] = {}
+    pieces = {
+        "lead": recipe.lead,
+        "before": recipe.before,
+        "op": recipe.op,
+        "after": recipe.after,
+        "operands": Piece(recipe.operands),
+    }
+    for name, piece in pieces.items():
+        places[name] = RawRecipe.size + len(behind)
+        places[f"{name}_length"] = len(piece.code)
+        places[f"{name}_fixes"] = len(piece.fixes)
+        behind += piece.code + bytes(-len(piece.code) % 8)
+        for position, what, retry, write, kind in piece.fixes:
+            behind += Fix.packed(position=position, what=what, retry=retry, write=write, kind=kind)
+    row = RawRecipe.packed(
+        context=context,
+        raw=raw,
+        kind=recipe.kind,
+        reads=recipe.reads,
+        writes=recipe.writes,
+        kills=recipe.kills,
+        clobbers=recipe.clobbers,
+        addressing=recipe.addressing,
+        effect=(
+            EFFECT_EMULATE
+            if recipe.effect == "emulate"
+            else EFFECT_NUMBERS.get(recipe.effect, EFFECT_EMULATE)
+        ),
+        written=recipe.written,
+        fixed=recipe.fixed,
+        named=bytes((*recipe.named, NONE, NONE, NONE, NONE)[:4]),
+        extent=RawRecipe.size + len(behind),
+        **places,
+    )
+    return row + bytes(behind)

@@ -483,7 +483,7 @@ def link_stub(w: Writer, link: Link) -> int:
 def escape_stub(w: Writer, i: Insn) -> int:
     """Leave a whole instruction to its effect."""
     recipe: RawRecipe = cast(RawRecipe, i.recipe)
-    copy_bytes(w, recipe.operands, recipe.operands_length)
+    copy_bytes(w, i.recipe + recipe.operands, recipe.operands_length)
     write_effect(w, i)
     return 0
 
