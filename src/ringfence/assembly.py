@@ -8,14 +8,14 @@ have on the host's side (open disks, sockets, the network) outlives that: `HostS
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
-from ringfence.boot.firmware import Firmware
+from ringfence.boot.firmware import Firmware, place_firmware
 from ringfence.boot.source import ImageSource
 from ringfence.chipset.generation import ID_BYTES
 from ringfence.chipset.state import check_version
@@ -33,6 +33,7 @@ from ringfence.memory.ram import GuestMemory
 from ringfence.network.config import NICS, open_network
 from ringfence.pacing import Pacing
 from ringfence.storage import Storage
+from ringfence.storage.disk import Disk
 from ringfence.storage.nvram import Nvram
 from ringfence.storage.options import DiskOptions
 
@@ -72,8 +73,9 @@ class MachineConfig:
         The whole kernel command line.
     boot : str
         The kernel's format, one of `boot.loader.FORMATS`.
-    modules : tuple of str
-        Files for a multiboot or PVH kernel, each with its command line.
+    modules : tuple
+        For a multiboot or PVH kernel: files, each with its command line behind it, or the bytes
+        of one and its command line.
     memory : int
         Bytes of guest RAM.
     on_reset : {"exit", "reboot"}
@@ -136,7 +138,7 @@ class MachineConfig:
     tsc_hz: int | None = None
     pause_clock: str = "stop"
     boot: str = "auto"
-    modules: tuple[str, ...] = ()
+    modules: tuple[str | tuple[bytes, str], ...] = ()
     test: TestDevices = field(default_factory=TestDevices)
     network: str | None = None
     forwards: tuple[str, ...] = ()
@@ -150,10 +152,14 @@ class MachineConfig:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a machine comes from that has lived before: its RAM, and what `Parts.save` gave."""
+    """Where a machine comes from that has lived before: its RAM, and what `Parts.save` gave.
+
+    Without a state the machine is still on its way. All of it is made but what only one machine
+    can have at a time, such as disks; it can't start before `Machine.take_over`.
+    """
 
     memory: GuestMemory
-    state: dict[str, Any]
+    state: dict[str, Any] | None
 
 
 @dataclass(slots=True)
@@ -184,26 +190,45 @@ class HostSide:
         Whose disks, socket and network are opened.
     network : NetworkBackend, optional
         The caller's own, instead of one by name.
+    awaited : bool
+        Whether another machine still has what only one can have at a time: disks, and the file of
+        the firmware's variables. They are ours from `reclaim` on.
     """
 
-    def __init__(self, config: MachineConfig, network: NetworkBackend | None = None) -> None:
+    def __init__(
+        self,
+        config: MachineConfig,
+        network: NetworkBackend | None = None,
+        *,
+        awaited: bool = False,
+    ) -> None:
         from ringfence.devices.virtio.vsock_unix import UnixHost
         from ringfence.paravirt.hypercalls import Functions
 
         with ExitStack() as opened:
             self.hypercalls = Functions()
-            self.storage = Storage(config.disks)
+            self.storage = Storage(config.disks, awaited=awaited)
             opened.callback(self.storage.close)
             self.vsock = UnixHost(config.vsock) if config.vsock else None
             if self.vsock is not None:
                 opened.callback(self.vsock.close)
             variables = config.firmware.variables if config.firmware else b""
-            self.nvram = Nvram(config.nvram, variables)
+            self.nvram = Nvram(config.nvram, variables, awaited=awaited)
             opened.callback(self.nvram.close)
             self.network = open_network(network or config.network, config.forwards, config.capture)
             if self.network is not None:
                 opened.callback(self.network.close)
             self._opened = opened.pop_all()
+
+    def lend(self) -> None:
+        """Let another machine have what only one can have, until `reclaim`."""
+        self.storage.lend()
+        self.nvram.lend()
+
+    def reclaim(self) -> None:
+        """Have it all for ourselves, again or at last; HostError if another machine has it."""
+        self.storage.reclaim()
+        self.nvram.reclaim()
 
     def close(self) -> None:
         """Give everything back to the host."""
@@ -256,6 +281,11 @@ class Parts:
             self.paravirtual.restore(state["paravirtual"])
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ImageError(f"the saved machine is damaged ({error!r})") from error
+
+    def insert_disks(self, disks: Sequence[Disk]) -> None:
+        """Give the devices of a machine that was on its way their disks."""
+        for device, disk in zip(self.devices.disks, disks, strict=True):
+            device.insert(disk)
 
     def log_dirty(self, enabled: bool) -> None:
         """Note in RAM's `dirty` log all writes from now on, or none; the machine stands still."""
@@ -321,7 +351,7 @@ def assemble(
         if firmware or config.test.ports:
             direct = _direct_kernel(config) if firmware else None
             attach_configuration(board, memory, cpus, files, direct)
-        boot = _load(config, memory) if origin is None and firmware is None else None
+        boot = _load(config, memory) if origin is None else None
         features = services.features(engines.capabilities(config.engine).hypercalls, cpus)
         if origin is not None:
             features = _promised(config.engine_config.paravirtual, features)
@@ -336,7 +366,7 @@ def assemble(
         parts = Parts(memory, time, board, engine, paravirtual, offered, devices)
         if origin is None:
             engine.set_boot_state(boot)
-        else:
+        elif origin.state is not None:
             parts.restore(origin.state)
     except BaseException:
         memory.close()
@@ -354,8 +384,14 @@ def _promised(promised: int, offered: int) -> int:
     return promised
 
 
-def _load(config: MachineConfig, memory: GuestMemory) -> EntryState:
-    """Put the kernel into memory, and what firmware would have left there for it."""
+def _load(config: MachineConfig, memory: GuestMemory) -> EntryState | None:
+    """Put firmware into memory, or else the kernel and what firmware would have left for it.
+
+    Returns what the CPU begins with, if it is not what it begins with after power-on.
+    """
+    if config.firmware is not None:
+        place_firmware(memory, config.firmware)
+        return None
     from ringfence.boot.loader import load_guest
     from ringfence.chipset import acpi
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ringfence.boot.bzimage import SECTOR, parse_header
-from ringfence.boot.firmware import Firmware, place_firmware
+from ringfence.boot.firmware import Firmware
 from ringfence.boot.source import ImageSource, read_image
 from ringfence.chipset import fwcfg, piix, uart
 from ringfence.chipset.acpi import FIRMWARE_PCI_MEMORY, Hardware
@@ -73,12 +73,11 @@ def attach_test_devices(board: Board, wanted: TestDevices, on_exit: Callable[[in
 def attach_firmware(
     board: Board, memory: GuestMemory, firmware: Firmware, nvram: Nvram, cpus: int
 ) -> Mapping[str, Item]:
-    """Turn the board into firmware's, before anything else is plugged in.
+    """Turn the board into firmware's, before anything else is plugged in; RAM stays as it is.
 
     Returns the files by which the configuration device tells firmware of it.
     """
     assert memory.rom is not None
-    place_firmware(memory, firmware)
     board.mmio.register(memory.rom.base, memory.rom.size, Rom(firmware.code))
     if nvram.content:
         flash = Flash(bytes(nvram.content), nvram.write)

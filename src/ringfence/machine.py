@@ -253,7 +253,7 @@ class Machine(Movable):
         self._started = 0.0
         self._seconds = 0.0
         self._resets = 0
-        self._host = HostSide(config, network)
+        self._host = HostSide(config, network, awaited=origin is not None and origin.state is None)
         try:
             self._parts = self._assemble(origin)
         except BaseException:
@@ -268,6 +268,19 @@ class Machine(Movable):
         machine = cls.__new__(cls)
         machine._build(config, None, origin)
         return machine
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Become, before the start, the machine that another process has let go of.
+
+        Raises
+        ------
+        ImageError, HostError
+            The state can't be this machine's, or a disk can't be had.
+        """
+        self._require(State.READY)
+        self._host.reclaim()
+        self._parts.insert_disks(self._host.storage.disks)
+        self._parts.restore(state)
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -317,7 +330,7 @@ class Machine(Movable):
         with self._change:
             self._require(State.PAUSED)
             if self._keeper is not None:
-                self._keeper.reclaim_disks()
+                self._keeper.reclaim()
             self._pause_wanted = False
             self._state = State.RUNNING
             self._change.notify_all()

@@ -13,11 +13,17 @@ from pathlib import Path
 import pytest
 
 from ringfence import Machine
-from ringfence.engine import StopReason
+from ringfence.assembly import MachineConfig, Origin
+from ringfence.boot.firmware import Firmware
+from ringfence.engine import EngineConfig, StopReason
 from ringfence.errors import HostError, ImageError, UsageError
 from ringfence.machine import State
 from ringfence.memory.dirty import DirtyLog
-from ringfence.state import plain, send
+from ringfence.memory.ram import GuestMemory
+from ringfence.state import images, plain, send
+from ringfence.state.description import configured, describe
+from ringfence.state.receive import Allowed
+from ringfence.state.snapshots import description_of
 from ringfence.state.wire import (
     HEADER,
     MAGIC,
@@ -104,6 +110,69 @@ def test_two_hands_make_it_stand_still() -> None:
         for thread in threads:
             thread.join()
         assert lives(machine)
+
+
+# ---- what goes along
+
+ECHO = bytes.fromhex(
+    "ba f8 03  b0 3e  ee"  # "start" on the serial port, which is at 0x3f8
+    "ba fd 03  ec  a8 01  74 f8"  # wait for a byte
+    "ba f8 03  ec  3c 72  74 03  ee  eb ed"  # echo it, but if it is an r,
+    "b0 fe  e6 64  f4  eb fd"  # reset
+)
+JUMP = bytes.fromhex("e9 0d 00")
+"""From the reset vector to the start of the ROM's last 64 KiB."""
+
+
+def rom() -> Firmware:
+    """Firmware that echoes what is typed, and starts anew when that is an r."""
+    return Firmware(ECHO.ljust(0xFFF0, b"\0") + JUMP.ljust(16, b"\0"), b"\xff" * 4096)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "unix://{}/sock"])
+def test_a_machine_with_firmware_moves_and_starts_anew(tmp_path: Path, address: str) -> None:
+    allowed = Allowed(engine="translate", cache_dir=None, nvram=tmp_path / "there")
+    refusing, target = Target("tcp://127.0.0.1:0"), Target(address.format(tmp_path), allowed)
+    options = {"memory": "2M", "engine": "translate", "cache": False, "on_reset": "reboot"}
+    with Machine(bios=rom(), nvram=tmp_path / "here", **options) as machine:  # type: ignore[arg-type]
+        machine.start()
+        machine.console.wait_for(">", 90)
+        machine.console.send("a")
+        machine.console.wait_for("a", 90)
+        with pytest.raises(MoveFailed, match="--nvram"):
+            machine.migrate(refusing.address)
+        machine.migrate(target.address)
+    moved = target.take()
+    for text, answer in (("b", "b"), ("r", ">"), ("c", "c")):
+        moved.console.send(text)
+        moved.console.wait_for(answer, 90)
+    assert (tmp_path / "there").read_bytes() == b"\xff" * 4096
+    target.close()
+    refusing.close()
+
+
+def test_images_go_along_where_they_are_needed_again(target: Target) -> None:
+    with guest(on_reset="reboot", initrd=b"an initrd") as machine:
+        kernel = machine.config.kernel
+        machine.migrate(target.address)
+    config = target.take().config
+    assert (config.kernel, config.initrd) == (kernel, b"an initrd")
+
+
+def test_modules_keep_their_command_lines(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(b"first")
+    config = MachineConfig(
+        b"kernel", None, "", 4 << 20, "translate",
+        on_reset="reboot", modules=(f"{tmp_path}/one quiet", (b"second", "two loud")),
+    )  # fmt: skip
+    carried = images.gather(config)
+    assert images.announced(images.announce(carried), 17) == [
+        ("kernel", 6, ""), ("module", 5, f"{tmp_path}/one quiet"), ("module", 6, "two loud"),
+    ]  # fmt: skip
+    arrived = images.with_images(images.without(config), carried)
+    assert arrived.modules == ((b"first", f"{tmp_path}/one quiet"), (b"second", "two loud"))
+    text = plain.dumps(describe(arrived))
+    assert configured(plain.loads(text, "test")) == arrived
 
 
 # ---- the line
@@ -204,7 +273,7 @@ def test_nobody_can_be_asked(
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     target = Target("tcp://127.0.0.1:0", allow(disk))
-    line = Line(tmp_path, target.address, nothing, cut_at(2 * (HEADER.size + 2) + 3), once=True)
+    line = Line(tmp_path, target.address, nothing, cut_in(Kind.RUNNING), once=True)
     with guest(disks=[disk]) as machine:
         with pytest.raises(MoveFailed, match=r"is unknown.*stays paused here"):
             machine.migrate(line.address)
@@ -313,13 +382,10 @@ def test_two_at_once(tmp_path: Path, target: Target) -> None:
 
 def hello(**changes: object) -> dict[str, object]:
     """What a sender says of the built-in guest."""
-    from ringfence.assembly import MachineConfig
-    from ringfence.engine import EngineConfig
-    from ringfence.state.description import describe
-
     config = MachineConfig(b"", None, "", 4 << 20, "translate", EngineConfig())
     message = {
         "protocol": PROTOCOL, "token": "t", "handover": False, "machine": describe(config),
+        "images": [],
     }  # fmt: skip
     return {**message, **changes}
 
@@ -334,6 +400,12 @@ def packed(kind: int, data: bytes, encoding: int = 0) -> bytes:
         hello(protocol=99),
         hello(machine=None),
         hello(machine={"class": "MachineConfig"}),
+        hello(images=None),
+        hello(images=[7]),
+        hello(images=[{"name": "kernel", "size": 0, "text": ""}]),
+        hello(images=[{"name": "kernel", "size": (20 << 20) + 1, "text": ""}]),
+        hello(images=[{"name": "password", "size": 1, "text": ""}]),
+        hello(images=[{"name": "module", "size": 1, "text": 1}]),
         {},
     ],
 )
@@ -379,6 +451,7 @@ def test_noise_behind_a_good_beginning(target: Target, raw: bytes) -> None:
     link = Link(parse_address(target.address).connect(60), 60)
     link.send(Kind.HELLO, hello())
     link.receive(Kind.ACCEPT)
+    link.receive(Kind.READY)
     link._socket.sendall(raw)
     link._socket.shutdown(socket.SHUT_WR)
     with pytest.raises(HostError):
@@ -388,12 +461,27 @@ def test_noise_behind_a_good_beginning(target: Target, raw: bytes) -> None:
     assert target.machine is None
 
 
-def test_a_state_with_anything_missing_is_refused(tmp_path: Path) -> None:
-    from ringfence.assembly import Origin
-    from ringfence.memory.ram import GuestMemory
-    from ringfence.state.description import configured, describe
-    from ringfence.state.snapshots import description_of
+@pytest.mark.parametrize(
+    "raw",
+    [
+        packed(Kind.IMAGE, b""),
+        packed(Kind.IMAGE, b"12345"),
+        packed(Kind.IMAGE, b"1234"),  # a ROM of four bytes
+        packed(Kind.STATE, b"{}"),
+    ],
+)
+def test_images_that_are_none(target: Target, raw: bytes) -> None:
+    link = Link(parse_address(target.address).connect(60), 60)
+    link.send(Kind.HELLO, hello(images=[{"name": "firmware", "size": 4, "text": ""}]))
+    link.receive(Kind.ACCEPT)
+    link._socket.sendall(raw)
+    with pytest.raises(HostError):
+        link.receive(Kind.READY)
+    link.close()
+    assert target.failed.wait(60)
 
+
+def test_a_state_with_anything_missing_is_refused(tmp_path: Path) -> None:
     with guest() as machine:
         machine.pause()
         parts = machine.still_parts()

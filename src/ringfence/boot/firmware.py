@@ -56,6 +56,6 @@ def check_size(code: bytes, variables: bytes) -> None:
 
 
 def place_firmware(memory: GuestMemory, firmware: Firmware) -> None:
-    """Put the copy below 1 MiB; ``memory`` was made with the code as its ROM."""
+    """Put the copy below 1 MiB, as after power-on; ``memory`` has the code as its ROM."""
     shadow = firmware.code[-SHADOW:]
     memory.write(BIOS_END - len(shadow), shadow)

@@ -45,7 +45,7 @@ def load_guest(
     kernel: ImageSource,
     boot: str = "auto",
     initrd: ImageSource | None = None,
-    modules: Sequence[str] = (),
+    modules: Sequence[str | tuple[ImageSource, str]] = (),
     cmdline: str = "",
     rsdp: int | None = None,
 ) -> BootState:
@@ -61,7 +61,7 @@ def load_guest(
         The format.
     initrd : bytes or path, optional
         Linux's first file system; for other formats the first module.
-    modules : sequence of str
+    modules : sequence of str, or of (image, str)
         ``FILE`` or ``FILE ARGUMENT...``, for multiboot and PVH kernels.
     cmdline : str
         The kernel's command line. A multiboot kernel finds its file's name before it.

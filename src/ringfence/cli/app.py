@@ -516,6 +516,9 @@ def receive(
     vsock: Annotated[
         Path | None, typer.Option(help="Unix socket to make for its vsock ports.")
     ] = None,
+    nvram: Annotated[
+        Path | None, typer.Option(help="File that keeps its firmware's variables here.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, translate or kvm.")] = "auto",
     tls: TlsFiles = None,
     timeout: Annotated[
@@ -534,6 +537,7 @@ def receive(
         disks=disk or (),
         net=net,
         vsock=vsock,
+        nvram=nvram,
         tls=tls or (),
     )
 

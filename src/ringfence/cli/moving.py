@@ -131,6 +131,7 @@ def receive(
     disks: Sequence[Path],
     net: str | None,
     vsock: Path | None,
+    nvram: Path | None,
     tls: Sequence[Path],
 ) -> int:
     """Wait for a machine, and have it here."""
@@ -141,7 +142,7 @@ def receive(
 
     def make(opened: ExitStack, place: Place | None) -> Machine:
         own = place.vsock if place else None
-        allowed = Allowed(engine, tuple(disks), net, vsock or own)
+        allowed = Allowed(engine, tuple(disks), net, vsock or own, nvram)
         return Machine.receive(address, allowed, tls=tls_of(tls), listening=listening)
 
     return host(make, hosting)

@@ -92,7 +92,11 @@ def _rebuild(value: Any, hint: Any) -> Any:
         if value in arguments:
             return value
     elif origin is tuple and isinstance(value, tuple):
-        return tuple(_rebuild(each, arguments[0]) for each in value)
+        many = arguments[-1] is Ellipsis
+        if not many and len(value) != len(arguments):
+            raise TypeError(f"{len(value)} items where {hint} was expected")
+        hints = arguments[:1] * len(value) if many else arguments
+        return tuple(_rebuild(each, one) for each, one in zip(value, hints, strict=True))
     elif origin is frozenset and isinstance(value, tuple):
         return frozenset(_rebuild(each, arguments[0]) for each in value)
     elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):

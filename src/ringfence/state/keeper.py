@@ -48,7 +48,7 @@ class Keeper:
     machine : Kept
         The machine.
     host : HostSide
-        Its disks.
+        Its disks and the like.
     """
 
     def __init__(self, machine: Kept, host: HostSide) -> None:
@@ -126,20 +126,20 @@ class Keeper:
             self._machine.pause()
         return self._machine.still_parts()
 
-    def lend_disks(self) -> None:
-        """Let another process open the disks, until `reclaim_disks`."""
+    def lend(self) -> None:
+        """Let another process have what only one can have, until `reclaim`."""
         self._lent = True
-        self.host.storage.lend()
+        self.host.lend()
 
-    def reclaim_disks(self) -> None:
-        """Have the disks for ourselves again; HostError if another process has one."""
+    def reclaim(self) -> None:
+        """Have it for ourselves again; HostError if another process has some of it."""
         if self._lent:
-            self.host.storage.reclaim()
+            self.host.reclaim()
             self._lent = False
 
     def go_on(self) -> None:
         """Let it run again, if it ran before `halt`."""
-        self.reclaim_disks()
+        self.reclaim()
         if self._ran:
             self._ran = False
             self._machine.resume()

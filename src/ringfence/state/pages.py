@@ -23,13 +23,20 @@ _ZERO = bytes(PAGE)
 
 def all_pages(memory: GuestMemory) -> list[Run]:
     """The runs of RAM, and of ROM behind it, that the host has pages for."""
-    if memory.fd < 0:
-        return [Run(0, memory.mapped // PAGE)]
-    return with_data(memory.fd, memory.mapped)
+    return _pages(memory, memory.mapped)
+
+
+def ram_pages(memory: GuestMemory) -> list[Run]:
+    """The runs of RAM alone that the host has pages for."""
+    return _pages(memory, memory.size)
+
+
+def _pages(memory: GuestMemory, size: int) -> list[Run]:
+    return [Run(0, size // PAGE)] if memory.fd < 0 else with_data(memory.fd, size)
 
 
 def with_data(fd: int, size: int) -> list[Run]:
-    """The runs of a file of ``size`` bytes that are no holes."""
+    """The runs of the first ``size`` bytes of a file that are no holes."""
     runs = []
     at = 0
     while at < size:
@@ -39,7 +46,9 @@ def with_data(fd: int, size: int) -> list[Run]:
             if error.errno == errno.ENXIO:
                 break  # a hole up to the end
             raise
-        at = os.lseek(fd, start, os.SEEK_HOLE)
+        if start >= size:
+            break
+        at = min(size, os.lseek(fd, start, os.SEEK_HOLE))
         first, last = start // PAGE, -(-at // PAGE)
         runs.append(Run(first, last - first))
     return runs

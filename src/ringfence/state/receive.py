@@ -11,6 +11,7 @@ the sender; for a while its fate is told to a sender that asks because our answe
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +23,14 @@ from typing import Any
 import lz4.block
 
 from ringfence import engine as engines
-from ringfence.assembly import MachineConfig, Origin, warm_up
+from ringfence.assembly import MachineConfig, Origin
 from ringfence.cpu import cpuid
 from ringfence.errors import HostError, RingfenceError, UsageError
 from ringfence.memory.dirty import PAGE, Run
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import default_cache_dir, parse_memory
-from ringfence.state import description
+from ringfence.state import description, images
+from ringfence.state.moment import undisturbed
 from ringfence.state.wire import (
     PLACE,
     PROTOCOL,
@@ -37,6 +39,7 @@ from ringfence.state.wire import (
     Kind,
     Link,
     LinkError,
+    Message,
     MoveFailed,
     Tls,
     checked,
@@ -65,6 +68,9 @@ class Allowed:
         What its cable leads to instead of what the sender says; without it only ``user`` is taken.
     vsock : str or Path, optional
         Where its sockets are reached; without it nowhere.
+    nvram : str or Path, optional
+        The file that keeps its firmware's variables from now on; without it a machine that had
+        such a file is not taken.
     cache_dir : str or Path, optional
         Folder of the engine's compiled code.
     """
@@ -73,6 +79,7 @@ class Allowed:
     disks: Sequence[str | Path] = ()
     network: str | None = None
     vsock: str | Path | None = None
+    nvram: str | Path | None = None
     cache_dir: str | Path | None = field(default_factory=default_cache_dir)
 
     def accepted(self, config: MachineConfig) -> MachineConfig:
@@ -103,6 +110,10 @@ class Allowed:
             raise UsageError(
                 "the machine has a vsock device: name a socket at the target (--vsock)"
             )
+        if config.nvram is not None and self.nvram is None:
+            raise UsageError(
+                "the machine's firmware keeps variables in a file: name one at the target (--nvram)"
+            )
         engine = engines.select(self.engine, config.engine_config.cpus)
         offered = cpuid.build_cpuid(cpuid.host_cpuid, cpus=config.engine_config.cpus)
         cpuid.require(config.engine_config.features, offered)
@@ -114,6 +125,7 @@ class Allowed:
             ),
             network=network,
             vsock=Path(self.vsock) if config.vsock and self.vsock else None,
+            nvram=Path(self.nvram) if config.nvram and self.nvram else None,
             capture=None,
         )
 
@@ -213,20 +225,29 @@ class Receiver:
             )
         token = str(hello.get("token"))
         config = self._allowed.accepted(description.configured(hello.get("machine")))
+        wanted = images.announced(hello.get("images"), config.memory)
         fd = link.receive_descriptor() if hello.get("handover") is True else None
-        memory = GuestMemory(config.memory, fd=fd)
         try:
-            warm_up(config)
             link.send(Kind.ACCEPT)
-            state = self._fill(link, memory, progress)
-            machine = self._build(config, Origin(memory, state))
+            config = images.with_images(config, _images(link, wanted))
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
+        memory = GuestMemory(config.memory, config.firmware.code if config.firmware else b"", fd=fd)
+        try:
+            machine = self._build(config, Origin(memory, None))
         except BaseException:
             memory.close()
             raise
         try:
-            link.send(Kind.RESTORED)
-            self._fates[token] = "gone"
-            link.receive(Kind.GO)
+            link.send(Kind.READY)
+            state = self._fill(link, memory, progress)
+            with undisturbed():
+                machine.take_over(state.content())
+                link.send(Kind.RESTORED)
+                self._fates[token] = "gone"
+                link.receive(Kind.GO)
         except BaseException:
             machine.close()
             raise
@@ -239,14 +260,14 @@ class Receiver:
 
     def _fill(
         self, link: Link, memory: GuestMemory, progress: Callable[[str, int], None]
-    ) -> dict[str, Any]:
+    ) -> Message:
         """Take RAM, as often as it comes, until the state follows."""
         count = memory.size // PAGE
         come, told = 0, 0.0
         while True:
             message = link.receive(Kind.PAGES, Kind.ZEROES, Kind.STATE)
             if message.kind is Kind.STATE:
-                return message.content()
+                return message
             if message.kind is Kind.ZEROES:
                 for run in unpack_places(message.data, count):
                     memory.view[run.offset : run.offset + run.length] = bytes(run.length)
@@ -294,6 +315,22 @@ class Receiver:
         if self.address.local:
             with suppress(OSError):
                 Path(self.address.place).unlink()
+
+
+def _images(link: Link, wanted: Sequence[tuple[str, int, str]]) -> list[images.Carried]:
+    """The images that were announced, as they come."""
+    found = []
+    for name, size, text in wanted:
+        data = bytearray()
+        while len(data) < size:
+            piece = link.receive(Kind.IMAGE).data
+            if not piece:
+                raise LinkError("the other side sent noise (a piece of nothing)")
+            data += piece
+        if len(data) != size:
+            raise LinkError(f"the other side sent {len(data)} bytes of {name}, not {size}")
+        found.append(images.Carried(name, bytes(data), text))
+    return found
 
 
 def _unpacked(encoding: int, data: memoryview, length: int) -> bytes | memoryview:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
@@ -29,12 +29,14 @@ from typing import Any, NoReturn, Protocol
 import lz4.block
 
 from ringfence.assembly import MachineConfig, Parts
-from ringfence.errors import RingfenceError, UsageError
+from ringfence.errors import HostError, RingfenceError, UsageError
 from ringfence.memory.dirty import PAGE, Run
-from ringfence.state import description, pages
+from ringfence.state import description, images, pages
+from ringfence.state.moment import undisturbed
 from ringfence.state.snapshots import description_of
 from ringfence.state.wire import (
     MAX_PAGES,
+    MAX_PIECE,
     PLACE,
     PROTOCOL,
     Address,
@@ -98,12 +100,24 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a migration took: seconds, seconds without the guest, bytes, rounds."""
+    """What a migration took.
+
+    Attributes
+    ----------
+    total, downtime : float
+        Seconds in all, and seconds without the guest.
+    sent, rounds : int
+        Bytes, and how often RAM was gone through.
+    steps : dict of str to float
+        What the seconds without the guest went into, in order: ``pause`` it, ``save`` its state,
+        send the last ``pages``, send the ``state``, ``restore`` it there, ``start`` it there.
+    """
 
     total: float
     downtime: float
     sent: int
     rounds: int
+    steps: dict[str, float]
 
 
 Watcher = Callable[[Progress], None]
@@ -122,11 +136,11 @@ class Owner(Protocol):
     def halt(self) -> Parts:
         """Have the guest stand still until `go_on`."""
 
-    def lend_disks(self) -> None:
-        """Let the target open the disks."""
+    def lend(self) -> None:
+        """Let the target have what only one can have, disks above all."""
 
     def go_on(self) -> None:
-        """Have the disks back, and let the guest run again, if it ran."""
+        """Have it back, and let the guest run again, if it ran."""
 
     def depart(self) -> None:
         """End the machine here: it runs elsewhere."""
@@ -180,8 +194,9 @@ class Sender:
             It did not move; the error says why, and where it is.
         """
         began = time.monotonic()
+        carried = images.gather(self._owner.config)
         with self._owner.standing() as parts:
-            hello = self._hello(parts)
+            hello = self._hello(parts, carried)
         self._link = self._connect()
         try:
             try:
@@ -190,13 +205,15 @@ class Sender:
                 if hello["handover"]:
                     self._link.send_descriptor(parts.memory.fd)
                 self._link.receive(Kind.ACCEPT)
+                self._send_images(carried)
+                self._link.receive(Kind.READY)
                 rounds = 0 if hello["handover"] else self._copy(parts)
             except (RingfenceError, ValueError) as error:  # RAM is gone after a reset
                 self._give_up(error, parts)
-            stopped = time.monotonic()
-            self._finish(parts, copied=not hello["handover"])
-            now = time.monotonic()
-            return Report(now - began, now - stopped, self._link.sent, rounds)
+            with undisturbed():
+                steps = self._finish(parts, copied=not hello["handover"])
+            total = time.monotonic() - began
+            return Report(total, sum(steps.values()), self._link.sent, rounds, steps)
         finally:
             self._link.close()
 
@@ -213,7 +230,7 @@ class Sender:
                 " receive' there first; the machine goes on here"
             ) from error
 
-    def _hello(self, parts: Parts) -> dict[str, Any]:
+    def _hello(self, parts: Parts, carried: Sequence[images.Carried]) -> dict[str, Any]:
         config = description_of(self._owner.config, parts)
         for options in config.disks:
             if options.snapshot:
@@ -221,22 +238,24 @@ class Sender:
                     f"{options.path} has changes that no other process can see (snapshot): such a"
                     " machine can't move; take a snapshot instead"
                 )
-        if parts.memory.rom is not None:
-            raise UsageError("a machine with a ROM can't move yet: take a snapshot instead")
-        # The target reads no files that it was not told of by its own owner.
-        config = replace(config, kernel=b"", initrd=None, modules=(), ports=config.ports)
         return {
             "protocol": PROTOCOL,
             "token": self._token,
-            "machine": description.describe(config),
+            "machine": description.describe(images.without(config)),
+            "images": images.announce(carried),
             "handover": self._address.local and self._tls is None and parts.memory.fd >= 0,
         }
+
+    def _send_images(self, carried: Iterable[images.Carried]) -> None:
+        for image in carried:
+            for at in range(0, len(image.data), MAX_PIECE):
+                self._link.send_raw(Kind.IMAGE, image.data[at : at + MAX_PIECE])
 
     def _copy(self, parts: Parts) -> int:
         """Send RAM until what is left is little; the number of rounds."""
         with self._owner.standing():
             parts.log_dirty(True)
-            runs = pages.all_pages(parts.memory)
+            runs = pages.ram_pages(parts.memory)
         held = _Held(self._owner)
         before = stuck = 0
         try:
@@ -294,19 +313,25 @@ class Sender:
 
     # ---- the guest stands still
 
-    def _finish(self, parts: Parts, *, copied: bool) -> None:
-        """Stop the guest, send the rest, give the machine away."""
+    def _finish(self, parts: Parts, *, copied: bool) -> dict[str, float]:
+        """Stop the guest, send the rest, give the machine away; what each step took."""
+        watch = _Stopwatch()
         try:
             self._tell(stage="stop")
             if self._owner.halt() is not parts:
                 raise UsageError("the guest was reset meanwhile")
+            watch.lap("pause")
             state = parts.save()  # first: devices finish what they write to RAM
+            watch.lap("save")
             if copied:
                 parts.engine.fetch_dirty()
                 self._send_pages(parts, parts.memory.dirty.take(), known_zero=False)
-            self._owner.lend_disks()
+            watch.lap("pages")
+            self._owner.lend()
             self._link.send(Kind.STATE, state)
+            watch.lap("state")
             self._link.receive(Kind.RESTORED)
+            watch.lap("restore")
             self._tell(stage="handover")
         except RingfenceError as error:
             self._give_up(error, parts)
@@ -315,20 +340,36 @@ class Sender:
             self._link.receive(Kind.RUNNING)
         except RingfenceError as error:
             self._settle(error, parts)
+        watch.lap("start")
         self._owner.depart()
+        return watch.laps
 
     def _give_up(self, error: RingfenceError | ValueError, parts: Parts) -> NoReturn:
         """Go on here, and say why."""
         if not isinstance(error, LinkError):
             self._say_failed(error)
         self._link.close()
-        self._owner.go_on()
+        self._go_on(error)
         with suppress(UsageError), self._owner.standing() as now:  # it may have ended
             if now is parts:
                 parts.log_dirty(False)
         raise MoveFailed(
             f"the machine did not move to {self._address}: {error}; it goes on here"
         ) from error
+
+    def _go_on(self, why: Exception) -> None:
+        """Go on here as soon as the target has noticed that it won't, and has let go of disks."""
+        deadline = time.monotonic() + ASK_AGAIN
+        while True:
+            try:
+                return self._owner.go_on()
+            except HostError as error:
+                if time.monotonic() > deadline:
+                    raise MoveFailed(
+                        f"the machine did not move to {self._address}: {why}; it stays paused here,"
+                        f" as {error}: let it go on with 'ringfence resume' when that is over"
+                    ) from error
+            time.sleep(0.05)
 
     def _say_failed(self, error: Exception) -> None:
         with suppress(LinkError):
@@ -374,6 +415,19 @@ class Sender:
             self._progress, sent=self._link.sent if hasattr(self, "_link") else 0, **changes
         )
         self._watcher(self._progress)
+
+
+class _Stopwatch:
+    """Seconds of each lap."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """The lap ``name`` is over."""
+        now = time.monotonic()
+        self.laps[name], self._since = now - self._since, now
 
 
 def _bytes(runs: Iterable[Run]) -> int:

@@ -3,7 +3,8 @@
 Between the folder, which knows files, and the machine, which knows threads. A disk that the guest
 could write is copied into the snapshot; a restored machine, or each of many clones, works on a
 throw-away layer over that copy, so that a snapshot never changes. Disks that are read-only are used
-where they are.
+where they are. What firmware keeps in flash memory is part of the state, and is kept in memory only
+from then on.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def load(
         raise UsageError(f"the saved machine has no port {', '.join(sorted(unknown))}")
     config = replace(
         config,
+        nvram=None,  # as with disks: a snapshot doesn't change
         engine=engines.select(engine, config.engine_config.cpus),
         ports={**config.ports, **(ports or {})},
         disks=tuple(_disk(found, at, disk) for at, disk in enumerate(config.disks)),

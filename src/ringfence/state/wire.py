@@ -11,6 +11,8 @@ The conversation, in order (the source speaks first):
 |---|---|---|
 | HELLO | | what machine comes, how large it is |
 | | ACCEPT or FAILED | it can be had here, or why not |
+| IMAGE | | the kernel and the like, where they may be needed again |
+| | READY or FAILED | all of the machine is made but what it holds |
 | PAGES, ZEROES | | RAM, while the guest goes on; again what it wrote meanwhile |
 | STATE | | the guest stands still: the rest; disks are let go of |
 | | RESTORED or FAILED | the machine could run here at once |
@@ -38,7 +40,7 @@ from ringfence.memory.dirty import PAGE, Run
 from ringfence.state import plain
 from ringfence.state.pages import MAX_RUN
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAGIC = b"RfMv"
 HEADER = struct.Struct("<4sBBHII")
 """Magic, kind, encoding, zero, length of the payload, CRC-32 of kind, encoding and payload."""
@@ -64,6 +66,8 @@ class Kind(IntEnum):
     FAILED = 9
     QUERY = 10
     ANSWER = 11
+    IMAGE = 12
+    READY = 13
 
 
 class Encoding(IntEnum):
@@ -73,7 +77,14 @@ class Encoding(IntEnum):
     LZ4 = 1
 
 
-_MOST = {Kind.HELLO: 1 << 20, Kind.STATE: 64 << 20, Kind.PAGES: MAX_PAGES * PAGE + PLACE.size}
+MAX_PIECE = 1 << 20
+"""Bytes of an image in one message."""
+_MOST = {
+    Kind.HELLO: 1 << 20,
+    Kind.IMAGE: MAX_PIECE,
+    Kind.STATE: 64 << 20,
+    Kind.PAGES: MAX_PAGES * PAGE + PLACE.size,
+}
 _MOST_OTHERS = 64 << 10
 
 

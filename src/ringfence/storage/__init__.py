@@ -1,13 +1,15 @@
 """What is on the host's side of a disk: files in several formats, and who waits for them.
 
-`disk` says what a disk can do, `raw` and `qcow2` are formats, `overlay` throws changes away, `pool`
-has the threads that wait for the host, `options` opens what a user has asked for.
+`disk` says what a disk can do, `raw` and `qcow2` are formats, `overlay` throws changes away,
+`awaited` stands in for an image that is still in use elsewhere, `pool` has the threads that wait
+for the host, `options` opens what a user has asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ringfence.storage.awaited import Awaited
 from ringfence.storage.disk import Disk
 from ringfence.storage.options import DiskOptions, open_disk
 from ringfence.storage.pool import IoPool
@@ -16,7 +18,8 @@ from ringfence.storage.pool import IoPool
 class Storage:
     """All disks of a machine, open, and the threads that work on them.
 
-    They outlive a reset of the machine, which its devices do not.
+    They outlive a reset of the machine, which its devices do not. Of a machine that is on its way
+    (``awaited``) they are opened by `reclaim`.
 
     Raises
     ------
@@ -24,15 +27,16 @@ class Storage:
         A disk can't be opened; those before it are closed again.
     """
 
-    def __init__(self, options: Sequence[DiskOptions]) -> None:
+    def __init__(self, options: Sequence[DiskOptions], *, awaited: bool = False) -> None:
         self.pool = IoPool()
-        self.disks: list[Disk] = []
-        try:
-            for each in options:
-                self.disks.append(open_disk(each))
-        except BaseException:
-            self.close()
-            raise
+        self._options = tuple(options)
+        self.disks: list[Disk] = [Awaited(read_only=each.read_only) for each in options]
+        if not awaited:
+            try:
+                self._open()
+            except BaseException:
+                self.close()
+                raise
 
     def lend(self) -> None:
         """Let another process open the images that were ours alone; see `Disk.lend`."""
@@ -40,9 +44,15 @@ class Storage:
             disk.lend()
 
     def reclaim(self) -> None:
-        """Have them for ourselves again; HostError if somebody else has one now."""
+        """Have them for ourselves, again or at last; HostError if somebody else has one now."""
         for disk in self.disks:
             disk.reclaim()
+        self._open()
+
+    def _open(self) -> None:
+        for at, disk in enumerate(self.disks):
+            if isinstance(disk, Awaited):
+                self.disks[at] = open_disk(self._options[at])
 
     def close(self) -> None:
         """Finish what was submitted, flush, close the files."""

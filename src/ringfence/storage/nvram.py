@@ -19,6 +19,9 @@ from ringfence.errors import HostError, ImageError
 class Nvram:
     """The open file ``path``; without one, ``template`` is what is kept, in memory only.
 
+    While it is ``awaited``, because another machine still has it, the file is not opened before
+    `reclaim`, and ``template`` stands for its content.
+
     Raises
     ------
     ImageError
@@ -27,11 +30,14 @@ class Nvram:
         It can't be read, written or made, or another machine uses it.
     """
 
-    def __init__(self, path: Path | None, template: bytes) -> None:
+    def __init__(self, path: Path | None, template: bytes, *, awaited: bool = False) -> None:
         self._fd = -1
+        self._path = path
         self.content = bytearray(template)
-        if path is None:
-            return
+        if path is not None and not awaited:
+            self._open(path, template)
+
+    def _open(self, path: Path, template: bytes) -> None:
         try:
             if not path.exists():
                 if not template:
@@ -52,6 +58,22 @@ class Nvram:
             raise ImageError(
                 f"{path} has {size} bytes: this firmware's variables take {len(template)}"
             )
+
+    def lend(self) -> None:
+        """Let another machine have the file; only `reclaim` or `close` may follow."""
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def reclaim(self) -> None:
+        """Have the file, again or at last; see above for what may be wrong with it.
+
+        It may hold anything but what the chip does: who had it last tells its contents (see
+        `chipset.flash.Flash.restored`).
+        """
+        if self._path is None:
+            return
+        self.close()
+        self._open(self._path, bytes(self.content))
 
     def write(self, offset: int, data: bytes) -> None:
         """Keep changed bytes; OSError if the host can't (none of them is kept then)."""

@@ -116,6 +116,10 @@ class VirtioBlk(DeferringDevice):
         self._serial = serial.encode("ascii", "replace")[:SERIAL_LENGTH]
         self.writeback = 1
 
+    def insert(self, disk: BlockBackend) -> None:
+        """Put a disk in place of the one that stood for it; no request has been made yet."""
+        self._disk = disk
+
     def config(self) -> bytes:
         """See `VirtioDevice.config` (5.2.4)."""
         return CONFIG.pack(
