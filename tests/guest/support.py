@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import select
@@ -95,6 +96,37 @@ def boot_arguments(kernel: Path, initrd: Path, cache: Path) -> Sequence[str | Pa
         *("run", "--kernel", kernel, "--initrd", initrd, "--append", APPEND),
         *("--engine", "translate", "--memory", "512M", "--cache-dir", cache),
     )
+
+
+class Commands:
+    """``ringfence`` with a home of its own, whose compiled code is there already."""
+
+    def __init__(self, home: Path, cache: Path) -> None:
+        home.mkdir(exist_ok=True)
+        (home / "code").symlink_to(cache)
+        self.environment = environment({"RINGFENCE_HOME": str(home)})
+
+    def __call__(self, *arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command(*arguments),
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        return done
+
+    def running(self) -> list[str]:
+        """Names of the machines that run."""
+        return [row["name"] for row in json.loads(self("list", "--json").stdout)]
+
+    def stop(self) -> None:
+        """Pull all their plugs."""
+        for name in self.running():
+            self("stop", "--force", name)
 
 
 class Shell:

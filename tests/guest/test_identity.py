@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from guest.support import APPEND, Shell
+from guest.support import APPEND, Commands, Shell
 from ringfence import Machine
 from ringfence.images.store import Image
 
@@ -48,3 +50,53 @@ def test_random_numbers_differ(saved: Path, cache: Path) -> None:
             numbers.add(shell.run(RANDOM))
             assert shell.run(RESEEDED) == "1\n"
     assert len(numbers) == 2
+
+
+@pytest.fixture
+def ringfence(cloud: Image, cache: Path, tmp_path: Path) -> Iterator[Commands]:
+    commands = Commands(tmp_path / "home", cache)
+    shutil.copytree(cloud.folder, tmp_path / "home" / "images" / "guest")
+    yield commands
+    commands.stop()
+
+
+SETTING = "echo aaaa > /etc/machine-id; mkdir -p /etc/ringfence/clone.d"
+HOOK = """cd /etc/ringfence/clone.d; echo '#!/bin/sh
+echo "$RINGFENCE_NAME $RINGFENCE_MAC" > /hooked' > hook; chmod +x hook"""
+WHO = f"cat /etc/machine-id; {RANDOM}; hostname; cat /sys/class/net/eth0/address /hooked"
+
+
+def test_clones_differ_in_all_that_names_them(ringfence: Commands, tmp_path: Path) -> None:
+    """Also where the kernel knows nothing of generation IDs, as Debian's for clouds does not."""
+    network = ("--net", f"socket:{tmp_path / 'wire'}")
+    ringfence("run", "guest", "--memory", "192M", "--engine", "translate", "-d", "--name", "one",
+              *network)  # fmt: skip
+    ringfence("exec", "one", "--", "sh", "-c", f"{SETTING}; {HOOK}")
+    ringfence("snapshot", "one", tmp_path / "saved")
+    said = ringfence("clone", tmp_path / "saved", "-n", "2", "--name", "a_b", "--json").stdout
+    clones = json.loads(said)
+    seen = [ringfence("exec", each["name"], "--", "sh", "-c", WHO).stdout for each in clones]
+    words = [each.split() for each in seen]
+    for clone, (machine_id, _, host_name, mac, *hooked) in zip(clones, words, strict=True):
+        assert clone["told"]
+        assert host_name == clone["name"].replace("_", "-")
+        assert mac == clone["mac"]
+        assert hooked == [clone["name"], mac]
+        assert len(machine_id) == 32
+    for field in ("name", "pid", "mac", "cid", "generation", "vsock"):
+        assert len({each[field] for each in clones}) == 2
+    assert words[0][0] != words[1][0]
+    assert words[0][1] != words[1][1]
+
+
+def test_a_guest_that_can_t_take_its_name(ringfence: Commands, tmp_path: Path) -> None:
+    """It runs nevertheless, and who asked hears why."""
+    ringfence("run", "guest", "--memory", "192M", "--engine", "translate", "-d", "--name", "one")
+    fails = "cd /etc/ringfence; mkdir clone.d; cp /bin/busybox clone.d/no-such-applet"
+    ringfence("exec", "one", "--", "sh", "-c", fails)
+    ringfence("snapshot", "one", tmp_path / "saved")
+    done = ringfence("clone", tmp_path / "saved", "--name", "two")
+    assert done.stdout == "two\n"
+    assert "two: the guest did not take its new name: no-such-applet" in done.stderr
+    assert ringfence("clone", tmp_path / "saved", "--name", "three", "--no-rename").stderr == ""
+    assert "ringfence\n" in ringfence("exec", "three", "hostname").stdout

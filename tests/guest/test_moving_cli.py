@@ -10,43 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from guest.support import command, environment
+from guest.support import Commands, command
 
 pytestmark = pytest.mark.boot
-
-
-class Commands:
-    """``ringfence`` with a home of its own, whose compiled code is there already."""
-
-    def __init__(self, home: Path, cache: Path) -> None:
-        home.mkdir(exist_ok=True)
-        (home / "code").symlink_to(cache)
-        self.environment = environment({"RINGFENCE_HOME": str(home)})
-
-    def __call__(self, *arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command(*arguments),
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert done.returncode == status, done.stderr
-        return done
-
-    def running(self) -> list[str]:
-        """Names of the machines that run."""
-        return [row["name"] for row in json.loads(self("list", "--json").stdout)]
 
 
 @pytest.fixture
 def ringfence(tmp_path: Path, cache: Path) -> Iterator[Commands]:
     commands = Commands(tmp_path / "home", cache)
     yield commands
-    for name in commands.running():
-        commands("stop", "--force", name)
+    commands.stop()
 
 
 def test_a_machine_is_saved_cloned_and_moved(ringfence: Commands, tmp_path: Path) -> None:

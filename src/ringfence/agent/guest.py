@@ -1,10 +1,11 @@
 """The agent itself, in the native dialect: a server on a vsock port, a process per command.
 
 No library, no heap, no writable data: `Session` lies on the stack. `agent_main` accepts and forks;
-`serve` reads a request and starts the program; `pump` moves bytes until the program has ended and
-its output is read. Only the connection is written to without looking whether it takes bytes: the
-host's end always reads. The program's input waits in the session's one buffer, and while it does,
-nothing more is read from the host; so nobody waits for each other in a circle.
+`serve` reads a request and starts the program, or has `stir` reseed the random number generator;
+`pump` moves bytes until the program has ended and its output is read. Only the connection is
+written to without looking whether it takes bytes: the host's end always reads. The program's input
+waits in the session's one buffer, and while it does, nothing more is read from the host; so nobody
+waits for each other in a circle.
 
 The agent trusts the host, which could do anything to the guest anyway. Others can't reach it: it
 accepts from the host's CID only. Numbers are those of x86-64 Linux (asm/unistd_64.h and friends).
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ringfence.agent.wire import PAYLOAD, PORT, TTY, Kind
+from ringfence.agent.wire import ENTROPY, PAYLOAD, PORT, TTY, Kind
 from ringfence.native.dialect import (
     address_of,
     external,
@@ -44,8 +45,10 @@ WNOHANG, SIG_BLOCK, SIG_SETMASK, F_SETFL = 1, 0, 2, 4
 SIGHUP, SIGPIPE = 1, 13
 O_RDWR, O_NOCTTY = 0o2, 0o400
 TIOCSCTTY, TIOCSWINSZ, TIOCSPTLCK, TIOCGPTPEER = 0x540E, 0x5414, 0x4004_5431, 0x5441
+RNDADDENTROPY, RNDRESEEDCRNG = 0x4008_5203, 0x5207
 
 HEADER = 8
+ENTROPY_HEADER = 8
 REQUEST_HEAD = 16
 NONE = (1 << 64) - 1
 """A descriptor that there isn't: poll() passes over it."""
@@ -379,6 +382,22 @@ def start(session: Session) -> int:
 
 
 @native
+def stir(session: Session, length: int) -> int:
+    """Mix what the host gave into the kernel's random state and make it count at once."""
+    buffer = address_of(session.buffer[0])
+    scratch = address_of(session.scratch[0])
+    failed = 1
+    if length == ENTROPY_HEADER + ENTROPY and read_all(session.connection, buffer, length):
+        store64(scratch, text(b"/dev/ura"))
+        store64(scratch + 8, text(b"ndom"))
+        device = system_call(OPEN, scratch, O_RDWR | CLOEXEC, 0, 0, 0)
+        if not system_call(IOCTL, device, RNDADDENTROPY, buffer, 0, 0):
+            failed = system_call(IOCTL, device, RNDRESEEDCRNG, 0, 0, 0) != 0
+    store32(address_of(session.said[0]), failed << 8)
+    return say(session, Kind.EXIT, 4)
+
+
+@native
 def serve(session: Session, connection: int) -> int:
     """Do one command, from its request to its exit status."""
     session.connection = connection
@@ -390,6 +409,8 @@ def serve(session: Session, connection: int) -> int:
     if not read_all(connection, address_of(session.header[0]), HEADER):
         return 0
     length = session.header[0]
+    if session.header[1] == Kind.ENTROPY:
+        return stir(session, length)
     if session.header[1] != Kind.REQUEST or length > PAYLOAD or length < REQUEST_HEAD:
         return 0
     if not read_all(connection, address_of(session.buffer[0]), length):

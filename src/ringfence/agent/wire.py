@@ -3,7 +3,7 @@
 Frames: payload length (u32), `Kind` (u32), payload; little-endian. The host begins with REQUEST:
 a `REQUEST_HEAD`, then NUL-ended strings: the program's path and its arguments, then its
 environment. Then data goes both ways, until the agent says EXIT, with the status as wait(2) has
-it.
+it. Or the host begins with ENTROPY, which the agent answers by EXIT.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ SIZE = struct.Struct("<HH")
 NUMBER = struct.Struct("<I")
 
 
+ENTROPY_HEAD = struct.Struct("<II")
+"""Bits of entropy, bytes that follow: struct rand_pool_info."""
+ENTROPY = 64
+"""Bytes that a guest is given, as much as fits into Linux's pool twice."""
+
+
 class Kind(IntEnum):
-    """What a frame is; the first four go to the guest."""
+    """What a frame is; ENTROPY and the first four go to the guest."""
 
     REQUEST = 0
     STDIN = 1
@@ -41,11 +47,18 @@ class Kind(IntEnum):
     STDERR = 5
     EXIT = 6
     """The wait status, `NUMBER`. Nothing follows."""
+    ENTROPY = 7
+    """Random bytes behind an `ENTROPY_HEAD`: mix them in and use them from now on."""
 
 
 def frame(kind: Kind, payload: bytes = b"") -> bytes:
     """A whole frame."""
     return FRAME.pack(len(payload), kind) + payload
+
+
+def entropy(random: bytes) -> bytes:
+    """The frame that gives the guest's random number generator a new seed."""
+    return frame(Kind.ENTROPY, ENTROPY_HEAD.pack(8 * len(random), len(random)) + random)
 
 
 def request(

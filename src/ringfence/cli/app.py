@@ -460,7 +460,10 @@ def restore(
     return moving.restore(path, hosting, engine=engine, verify=verify)
 
 
-@app.command(epilog="[bold]Example[/bold]\nringfence clone /srv/snapshots/web -n 20")
+@app.command(
+    epilog="[bold]Examples[/bold]\nringfence clone /srv/snapshots/web -n 20\n"
+    "ringfence clone /srv/snapshots/web -n 3 --name test --json"
+)
 def clone(
     path: Annotated[Path, typer.Argument(help="A snapshot.")],
     count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 1,
@@ -468,11 +471,21 @@ def clone(
         str | None, typer.Option(help="What their names are made of: NAME, NAME-2, NAME-3…")
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, translate or kvm.")] = "auto",
+    rename: Annotated[
+        bool,
+        typer.Option(
+            help="Have the guests' agents take over new names, card addresses and machine ids."
+        ),
+    ] = True,
+    json: Json = False,
 ) -> int:
-    """Start machines from a snapshot in the background; they share memory until they change it."""
-    from ringfence.cli import moving
+    """Start machines from a snapshot in the background; they share memory until they change it.
 
-    return moving.clone(path, count, name, engine=engine)
+    Each has a name, a card's address, a socket address and a VM generation ID of its own.
+    """
+    from ringfence.cli import cloning
+
+    return cloning.clone(path, count, name, engine=engine, rename=rename, as_json=json)
 
 
 @app.command(

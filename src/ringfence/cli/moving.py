@@ -1,14 +1,13 @@
-"""``ringfence snapshot``, ``restore``, ``clone``, ``migrate``, ``receive``."""
+"""``ringfence snapshot``, ``restore``, ``migrate``, ``receive``."""
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,12 @@ from ringfence import engine as engines
 from ringfence.api.client import Client
 from ringfence.api.names import Place
 from ringfence.cli.run import Hosting, host
-from ringfence.errors import UsageError
+from ringfence.errors import HostError
 from ringfence.machine import Machine
-from ringfence.network.config import parse_mac
-from ringfence.settings import default_cache_dir
 from ringfence.state.receive import Allowed
 from ringfence.state.wire import Tls, parse_address
 
 TLS_FILES = ("certificate", "key", "authority")
-MAX_CLONES = 1000
 
 
 def snapshot(name: str, path: Path, *, base: Path | None, incremental: bool) -> None:
@@ -44,45 +40,21 @@ def restore(path: Path, hosting: Hosting, *, engine: str, verify: bool) -> int:
         vsock = place.vsock if place else None
         return Machine.restore(path, engine=engine, verify=verify, vsock=vsock)
 
-    return host(make, hosting)
+    return host(make, replace(hosting, started=_stir))
 
 
-def clone(path: Path, count: int, stem: str | None, *, engine: str) -> int:
-    """Start many machines from one snapshot, each in a process of its own.
+def _stir(machine: Machine) -> None:
+    """Have the guest's agent, if there is one, reseed its random number generator, meanwhile."""
+    vsock = machine.config.vsock
+    if vsock is None:
+        return
+    from ringfence.agent import renewal
 
-    All code is loaded before the processes part, so that they share it, as they share the
-    snapshot's memory, until one of them writes.
-    """
-    if not 1 <= count <= MAX_CLONES:
-        raise UsageError(f"{count} clones: expected 1 to {MAX_CLONES}")
-    from ringfence.state import snapshots
+    def ask() -> None:
+        with suppress(HostError):  # no agent: the VM generation ID has to do
+            renewal.stir(vsock)
 
-    config, origin = snapshots.load(path, engine=engine)
-    origin.memory.close()
-    Machine.warm_up(config)
-    gc.collect()
-    gc.freeze()
-    parent = os.getpid()
-    for _ in range(count):
-        hosting = Hosting(stem=stem or path.name, detach=True)
-        status = host(lambda opened, place: _cloned(path, engine, place), hosting)
-        if status or os.getpid() != parent:
-            return status
-    return 0
-
-
-def _cloned(path: Path, engine: str, place: Place | None) -> Machine:
-    """A machine from a snapshot with an identity of its own."""
-    from ringfence.state import snapshots
-
-    config, origin = snapshots.load(path, engine=engine)
-    config = replace(
-        config,
-        mac=parse_mac(None),
-        vsock=place.vsock if place and config.vsock else config.vsock,
-        engine_config=replace(config.engine_config, cache_dir=default_cache_dir()),
-    )
-    return Machine.resumed(config, origin)
+    threading.Thread(target=ask, name="ringfence-stir", daemon=True).start()
 
 
 def migrate(

@@ -101,7 +101,11 @@ def run_guest(options: RunOptions) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Hosting:
-    """How a process has a machine: its name (or what a free one is made of), and for how long."""
+    """How a process has a machine: its name (or what a free one is made of), and for how long.
+
+    ``started`` is told, in the machine's process, when it runs; ``detached``, in the one that was
+    left, when a machine runs in a process of its own.
+    """
 
     stem: str
     image: str | None = None
@@ -112,6 +116,8 @@ class Hosting:
     trace: bool = False
     gdb: str | None = None
     gdb_wait: bool = False
+    started: Callable[[Machine], None] = lambda machine: None
+    detached: Callable[[names.Place], None] = lambda place: print(place.name)
 
 
 Maker = Callable[[ExitStack, "names.Place | None"], Machine]
@@ -128,7 +134,7 @@ def host(make: Maker, hosting: Hosting) -> int:
     ready = daemonize(claim.place.log)
     if isinstance(ready, int):
         if ready == 0:
-            print(claim.place.name)
+            hosting.detached(claim.place)
         return ready
     claim.adopt()
     status = _host_here(make, hosting, claim, ready)
@@ -154,15 +160,20 @@ def _host_here(
     make: Maker,
     hosting: Hosting,
     claim: names.Claim | None,
-    started: Callable[[], None] | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run the guest in this process; ``started`` is told when it runs."""
+    """Run the guest in this process; ``ready`` is told when it runs."""
     with ExitStack() as opened:
         place = opened.enter_context(claim) if claim is not None else None
         machine = make(opened, place)
         opened.callback(machine.close)
         if place is not None:
             opened.enter_context(published(machine, place, image=hosting.image))
+
+        def started() -> None:
+            hosting.started(machine)
+            ready()
+
         session = Session(
             machine,
             timeout=hosting.timeout,

@@ -9,15 +9,27 @@ from then on.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ringfence import engine as engines
-from ringfence.assembly import HostSide, MachineConfig, Origin, Parts, new_generation
+from ringfence.assembly import (
+    GUEST_CID,
+    HostSide,
+    MachineConfig,
+    Origin,
+    Parts,
+    new_generation,
+)
 from ringfence.errors import UsageError
+from ringfence.network.config import parse_mac
 from ringfence.state import description, folder
 from ringfence.storage.options import DiskOptions
+
+MAX_CID = 0x7FFF_FFFF
+"""The largest that a clone gets: guests take larger ones for negative numbers, some of them."""
 
 
 def description_of(config: MachineConfig, parts: Parts) -> MachineConfig:
@@ -111,6 +123,16 @@ def load(
         generation=new_generation(),
     )
     return config, Origin(found.memory(), found.state)
+
+
+def as_clone(config: MachineConfig) -> MachineConfig:
+    """The same machine with an identity of its own, among others of the same snapshot."""
+    return replace(
+        config,
+        mac=parse_mac(None),
+        cid=secrets.choice(range(GUEST_CID + 1, MAX_CID + 1)),
+        generation=new_generation(),
+    )
 
 
 def _disk(found: folder.Snapshot, number: int, options: DiskOptions) -> DiskOptions:

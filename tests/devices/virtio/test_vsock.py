@@ -30,7 +30,7 @@ from ringfence.devices.virtio.vsock import (
     VirtioVsock,
 )
 from ringfence.devices.virtio.vsock_unix import UnixHost
-from ringfence.errors import HostError
+from ringfence.errors import HostError, UsageError
 
 CID = 3
 PATIENCE = 20.0
@@ -39,8 +39,8 @@ PATIENCE = 20.0
 class Guest:
     """A driver that speaks packets."""
 
-    def __init__(self, drive: Drive, host: Note | UnixHost) -> None:
-        self.device = VirtioVsock(CID, host)
+    def __init__(self, drive: Drive, host: Note | UnixHost, cid: int = CID) -> None:
+        self.device = VirtioVsock(cid, host)
         self.driver: Driver = drive(self.device)
         self.driver.start(messages=True)
         self.slot = 0
@@ -266,6 +266,26 @@ def test_restored_device_has_no_connections(drive: Drive, guest: Guest) -> None:
     other.driver.notify(2)
     assert other.driver.rings[2].used() == [(other.driver.rings[2].size - 1, 4)]
     assert other.driver.memory.read(BUFFERS, 4) == bytes(4)
+
+
+def test_restored_device_asks_for_no_connection_before_its_driver_knows(
+    drive: Drive, guest: Guest
+) -> None:
+    other = Guest(drive, Note(), cid=77)
+    other.device.restore(guest.device.save())
+    other.listen()
+    assert not other.device.request(A)
+    other.driver.rings[2].add([(BUFFERS, 8, True)])
+    other.driver.notify(2)
+    assert not other.device.request(A)
+    assert other.driver.settings(0, 4) == 77
+    assert other.device.request(A)
+
+
+@pytest.mark.parametrize("cid", [-1, 0, 1, 2, 0xFFFF_FFFF, 1 << 64])
+def test_addresses_that_no_guest_has(cid: int) -> None:
+    with pytest.raises(UsageError, match="expected 3 to"):
+        VirtioVsock(cid, Note())
 
 
 # ---- Unix sockets

@@ -132,10 +132,13 @@ class VirtioVsock(VirtioDevice):
         """Whether packets of the driver's wait for room for answers."""
         self._lost = False
         """Whether the driver has yet to hear that all connections are gone."""
+        self._awaited = False
+        """Whether it has been told, and has not looked yet which address it has now."""
         host.attach(self)
 
     def config(self) -> bytes:
-        """See `VirtioDevice.config`."""
+        """See `VirtioDevice.config`; a driver that has heard of a reset reads it (5.10.6.7)."""
+        self._awaited = False
         return struct.pack("<Q", self._cid)
 
     def reset(self) -> None:
@@ -143,7 +146,7 @@ class VirtioVsock(VirtioDevice):
         for key in list(self._connections):
             self._forget(key)
         self._pending.clear()
-        self._blocked = False
+        self._blocked = self._lost = self._awaited = False
 
     def notified(self, number: int) -> None:
         """See `VirtioDevice.notified`."""
@@ -165,9 +168,13 @@ class VirtioVsock(VirtioDevice):
                 self._serve()
 
     def request(self, key: Key) -> bool:
-        """Ask the guest for a connection; False if there can't be one now."""
+        """Ask the guest for a connection; False if there can't be one now.
+
+        What the guest is asked for before it has heard that its connections are gone, and perhaps
+        which address it has now, would go the same way.
+        """
         with self.transport.lock:
-            full = len(self._connections) >= MAX_CONNECTIONS
+            full = len(self._connections) >= MAX_CONNECTIONS or self._lost or self._awaited
             if full or key in self._connections or self.transport.ring(TX) is None:
                 return False
             self._connections[key] = _Connection()
@@ -295,6 +302,7 @@ class VirtioVsock(VirtioDevice):
                 self._forget(key)
             self._send(key, RST)
             return
+        self._lost = self._awaited = False  # or else it would use its old address
         self._connections[key] = _Connection(peer_room=room, peer_taken=taken)
         self._host.connect(key)
 
@@ -368,9 +376,9 @@ class VirtioVsock(VirtioDevice):
         ring = self.transport.ring(EVENT)
         chain = self.transport.take(EVENT)
         if ring is not None and chain is not None:
+            self._lost, self._awaited = False, True
             ring.push(chain, chain.write(EVENT_TRANSPORT_RESET))
             self.transport.publish(EVENT)
-            self._lost = False
 
     # ---- state
 
