@@ -83,12 +83,17 @@ class Wire:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.takes_large = False
+        self.large = False
 
     def attach(self, receive: object) -> None:
         self.calls.append("attach")
 
     def detach(self) -> None:
         self.calls.append("detach")
+
+    def bring_large(self, wanted: bool) -> None:
+        self.large = wanted
 
     def stats(self) -> dict[str, int]:
         return {"sent": 5}

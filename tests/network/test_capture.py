@@ -21,6 +21,8 @@ class Echo:
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.calls: list[str] = []
+        self.takes_large = True
+        self.large: bool | None = None
 
     def attach(self, receive) -> None:
         self.receive = receive
@@ -30,6 +32,9 @@ class Echo:
 
     def resume(self) -> None:
         self.calls.append("resume")
+
+    def bring_large(self, wanted: bool) -> None:
+        self.large = wanted
 
     def transmit(self, data: bytes) -> None:
         self.sent.append(data)
@@ -64,6 +69,9 @@ def test_what_goes_through_is_recorded(tmp_path) -> None:
     assert not inner.receive(frame(3)), "refused: not on the wire yet"
     wire.transmit(frame(4, 1514))
     wire.resume()
+    wire.bring_large(True)
+    assert wire.takes_large
+    assert inner.large
     wire.detach()
     assert wire.stats() == {"sent": 2, "not_captured": 0}
     wire.close()

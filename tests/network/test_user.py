@@ -17,7 +17,7 @@ from network.support import Card, until
 from ringfence.errors import HostError
 from ringfence.network import slirp
 from ringfence.network.forward import Forward
-from ringfence.network.user import UserNetwork
+from ringfence.network.user import LARGE_MSS, UserNetwork
 
 try:
     slirp.library()
@@ -149,6 +149,83 @@ def test_hostile_frames(net) -> None:
     card.frames.clear()
     backend.transmit(arp(1, GATEWAY))
     until(lambda: any(frame[12:14] == b"\x08\x06" for frame in card.frames))
+
+
+def tcp(port: int, flags: int, sequence: int, acknowledged: int, body: bytes = b"") -> bytes:
+    """A segment of the guest's; a SYN says that its segments have at most 1460 bytes."""
+    options = bytes.fromhex("020405b4") if flags & 2 else b""
+    head = struct.pack(">HHII", 999, port, sequence, acknowledged)
+    head += struct.pack(">BBHHH", 20 + len(options) << 2, flags, 0xFFFF, 0, 0) + options + body
+    pseudo = GUEST + GATEWAY + struct.pack(">HH", 6, len(head))
+    return packet(6, head[:16] + slow_checksum(pseudo + head).to_bytes(2, "big") + head[18:])
+
+
+class Peer(Card):
+    """A guest that acknowledges all that it gets at once."""
+
+    def __init__(self, backend: UserNetwork, port: int) -> None:
+        super().__init__()
+        self.backend, self.port = backend, port
+        self.next = 0
+        self.sizes: list[int] = []
+        self.data = b""
+
+    def receive(self, frame: bytes) -> bool:
+        if frame[23:24] == b"\x06":
+            (sequence,) = struct.unpack_from(">I", frame, 38)
+            if frame[47] & 2:
+                assert frame[54:58] == bytes.fromhex("020405b4"), "MSS as on any wire"
+                self.next = sequence + 1
+            elif len(frame) > 54 and sequence == self.next:
+                self.data += frame[54:]
+                self.sizes.append(len(frame))
+                self.next += len(frame) - 54
+                self.backend.transmit(tcp(self.port, 0x10, 51_001, self.next))
+        return super().receive(frame)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_segments_are_large_for_a_card_that_takes_them(large: bool) -> None:
+    data = random.Random(4).randbytes(200_000)
+    backend = UserNetwork(loopback=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        peer = Peer(backend, server.getsockname()[1])
+        backend.attach(peer.receive)
+        backend.bring_large(large)
+        backend.transmit(arp(1, GATEWAY))
+        backend.transmit(tcp(peer.port, 0x02, 1000, 0))
+        connection, _ = server.accept()
+        with connection:
+            until(lambda: peer.next)
+            backend.transmit(tcp(peer.port, 0x10, 1001, peer.next, data[:50_000]))
+            received = b""
+            while len(received) < 50_000:
+                received += connection.recv(1 << 16)
+            connection.sendall(data)
+            until(lambda: len(peer.data) == len(data))
+    backend.close()
+    assert received == data[:50_000]
+    assert peer.data == data
+    assert max(peer.sizes) == (LARGE_MSS if large else 1460) + 54
+
+
+def test_large_datagrams_come_in_fragments(net) -> None:
+    backend, card = net
+    data = random.Random(5).randbytes(9000)
+    backend.transmit(arp(1, GATEWAY))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        datagram = struct.pack(">HHHH", 1000, server.getsockname()[1], 12, 0) + b"ping"
+        backend.transmit(packet(17, datagram))
+        _, sender = server.recvfrom(100)
+        server.sendto(data, sender)
+
+        def pieces() -> list[bytes]:
+            return [frame for frame in card.frames if frame[23:24] == b"\x11"]
+
+        until(lambda: pieces() and not pieces()[-1][20] & 0x20)
+    assert max(map(len, pieces())) <= 1514
+    assert b"".join(frame[34:] for frame in pieces())[8:] == data
 
 
 def test_two_at_once_and_many_in_a_row() -> None:

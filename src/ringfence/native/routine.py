@@ -39,10 +39,12 @@ def executable(code: bytes) -> int:
 def routine(code: bytes, *arguments: Any) -> Callable[..., int]:
     """A function that runs ``code`` with arguments of these ctypes types; RAX is its result.
 
+    It keeps Python's global lock, which would take longer to give away than the few bytes to run.
+
     Raises
     ------
     OSError
         The host allows no executable memory.
     """
-    made: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_uint64, *arguments)(executable(code))
+    made: Callable[..., int] = ctypes.PYFUNCTYPE(ctypes.c_uint64, *arguments)(executable(code))
     return made

@@ -8,6 +8,10 @@ its length is whatever the sender made it, so both sides check.
 Flow: a card that has no room answers False, keeps nothing of the frame, and says `resume` as soon
 as it has room again. The backend then offers that frame once more, or counts it as dropped. A
 card never waits: `transmit` queues or drops.
+
+Large frames: a frame costs about the same whatever its length. A backend that ends TCP connections
+itself may take, and bring, TCP segments larger than the wire's frames, with all checksums right.
+Each side says whether it takes them, and who makes one cuts it for a side that doesn't.
 """
 
 from __future__ import annotations
@@ -37,6 +41,13 @@ class NetworkBackend(Protocol):
 
     `transmit` and `resume` are called with the card's locks held, and never call the card.
     """
+
+    @property
+    def takes_large(self) -> bool:
+        """Whether `transmit` takes TCP segments of any size."""
+
+    def bring_large(self, wanted: bool) -> None:
+        """Hear whether the card takes TCP segments that are larger than the wire's."""
 
     def attach(self, receive: Receive) -> None:
         """Bring frames to ``receive``, from a thread of the backend's own, starting now."""

@@ -74,6 +74,15 @@ class Capture:
         """See `NetworkBackend.resume`."""
         self._backend.resume()
 
+    @property
+    def takes_large(self) -> bool:
+        """See `NetworkBackend.takes_large`; such frames are recorded as they are."""
+        return self._backend.takes_large
+
+    def bring_large(self, wanted: bool) -> None:
+        """See `NetworkBackend.bring_large`."""
+        self._backend.bring_large(wanted)
+
     def transmit(self, frame: bytes) -> None:
         """See `NetworkBackend.transmit`."""
         self._record(frame)

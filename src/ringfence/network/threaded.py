@@ -26,6 +26,7 @@ class ThreadedBackend:
     """Base of backends; a subclass implements `_interest`, `_handle`, `_send` and `_release`."""
 
     NAME = "network"
+    takes_large = False
 
     def __init__(self) -> None:
         self._receive: Receive | None = None
@@ -68,6 +69,9 @@ class ThreadedBackend:
         """See `NetworkBackend.resume`."""
         if self._held:
             self._notify()
+
+    def bring_large(self, wanted: bool) -> None:
+        """See `NetworkBackend.bring_large`; what comes from a wire is not larger."""
 
     def transmit(self, frame: bytes) -> None:
         """See `NetworkBackend.transmit`."""

@@ -10,6 +10,12 @@ whoever can connect. ``loopback=True`` opens it, as 10.0.2.2.
 
 All calls of libslirp are made by the backend's thread; those of `__init__` come before it starts.
 IPv6 is switched off: few hosts could route it, and guests would try it first.
+
+**Large segments.** libslirp ends the guest's TCP connections, so segments need not fit any wire. It
+takes what guests send as large as it comes. What it sends is as large as the guest's option MSS
+allows: where the card takes large segments, it is rewritten on its way to `LARGE_MSS`. That is a
+quarter of a window, as libslirp has no window scaling: with larger ones it would tell too late, or
+never, of a window that opens again (it waits for two segments' worth).
 """
 
 from __future__ import annotations
@@ -23,10 +29,24 @@ from collections.abc import Iterable
 from ringfence.errors import HostError
 from ringfence.network import slirp
 from ringfence.network.forward import Forward
+from ringfence.network.offload import (
+    ETHERNET,
+    MTU,
+    fragments,
+    segments,
+    tcp_over_ipv4,
+    with_mss,
+)
 from ringfence.network.threaded import ThreadedBackend
 
 NETWORK, NETMASK = "10.0.2.0", "255.255.255.0"
 GATEWAY, NAME_SERVER, GUEST = "10.0.2.2", "10.0.2.3", "10.0.2.15"
+WIRE_MSS = 1460
+"""Bytes of payload in a segment on a wire whose packets have `MTU` bytes."""
+LARGE_MSS = 11 * WIRE_MSS
+LARGE_MTU = LARGE_MSS + 60
+"""What libslirp takes the wire for. It sends so much less payload to who hasn't said otherwise, and
+doesn't listen to options while it waits for a connection to be made."""
 _FOREVER = 0xFFFF_FFFF
 _EVENTS = (
     (slirp.POLL_IN, select.POLLIN),
@@ -54,6 +74,7 @@ class UserNetwork(ThreadedBackend):
     """
 
     NAME = "user"
+    takes_large = True
 
     def __init__(self, forwards: Iterable[Forward] = (), *, loopback: bool = False) -> None:
         library = slirp.library()
@@ -61,6 +82,7 @@ class UserNetwork(ThreadedBackend):
         self._library = library
         self._polled: list[int] = []
         self._ready: dict[int, int] = {}
+        self._brings_large = False
         self._counters["guest_errors"] = 0
         # The library keeps pointers into all of these: they must live as long as it does.
         self._add_poll = slirp.AddPoll(self._on_add_poll)
@@ -85,6 +107,8 @@ class UserNetwork(ThreadedBackend):
             vhost=slirp.InAddr.of(GATEWAY),
             vdhcp_start=slirp.InAddr.of(GUEST),
             vnameserver=slirp.InAddr.of(NAME_SERVER),
+            if_mtu=LARGE_MTU,
+            if_mru=LARGE_MTU,
             disable_host_loopback=not loopback,
         )
         self._slirp = library.slirp_new(
@@ -113,6 +137,10 @@ class UserNetwork(ThreadedBackend):
             reason = os.strerror(ctypes.get_errno())
             raise HostError(f"forward {forward} is not possible ({reason}): choose another port")
 
+    def bring_large(self, wanted: bool) -> None:
+        """See `NetworkBackend.bring_large`; connections keep what they began with."""
+        self._brings_large = wanted
+
     # ---- the thread's turn
 
     def _interest(self) -> tuple[list[tuple[int, int]], float | None]:
@@ -127,6 +155,8 @@ class UserNetwork(ThreadedBackend):
         self._library.slirp_pollfds_poll(self._slirp, 0, self._get_revents, None)
 
     def _send(self, frame: bytes) -> None:
+        if self._brings_large:
+            frame = with_mss(frame, LARGE_MSS)
         self._library.slirp_input(self._slirp, frame, len(frame))
 
     def _release(self) -> None:
@@ -135,7 +165,14 @@ class UserNetwork(ThreadedBackend):
     # ---- what libslirp calls
 
     def _on_packet(self, data: int, length: int, opaque: int | None) -> int:
-        self._deliver(ctypes.string_at(data, length))
+        frame = with_mss(ctypes.string_at(data, length), WIRE_MSS)
+        tcp = tcp_over_ipv4(frame) if length > ETHERNET + MTU else None
+        if length <= ETHERNET + MTU or (tcp is not None and self._brings_large):
+            self._deliver(frame)
+            return length
+        cut = fragments(frame) if tcp is None else segments(frame, tcp, WIRE_MSS, version=4)
+        for each in cut:
+            self._deliver(each)
         return length
 
     def _on_guest_error(self, message: bytes, opaque: int | None) -> None:

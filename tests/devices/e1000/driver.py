@@ -37,6 +37,8 @@ class Wire:
 
     frames: list[bytes] = field(default_factory=list)
     resumed: int = 0
+    takes_large: bool = False
+    large: bool = False
 
     def attach(self, receive) -> None:
         raise AssertionError("a card does not attach itself")
@@ -45,6 +47,9 @@ class Wire:
 
     def resume(self) -> None:
         self.resumed += 1
+
+    def bring_large(self, wanted: bool) -> None:
+        self.large = wanted
 
     def transmit(self, frame: bytes) -> None:
         self.frames.append(frame)

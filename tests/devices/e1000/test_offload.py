@@ -12,7 +12,7 @@ from devices.e1000.packets import ipv4, ipv6, slow_checksum
 from ringfence.devices.e1000 import offload
 from ringfence.devices.e1000.offload import Context
 from ringfence.devices.e1000.registers import TxDescriptor
-from ringfence.devices.offload import checksum
+from ringfence.network.checksum import checksum
 
 BOTH = TxDescriptor.IXSM | TxDescriptor.TXSM
 

@@ -73,6 +73,8 @@ class Wire:
         self.frames: list[bytes] = []
         self.resumed = 0
         self.receive: Callable[[bytes], bool] = lambda frame: False
+        self.takes_large = False
+        self.large: bool | None = None
 
     def attach(self, receive: Callable[[bytes], bool]) -> None:
         self.receive = receive
@@ -82,6 +84,9 @@ class Wire:
 
     def resume(self) -> None:
         self.resumed += 1
+
+    def bring_large(self, wanted: bool) -> None:
+        self.large = wanted
 
     def transmit(self, frame: bytes) -> None:
         self.frames.append(frame)

@@ -203,6 +203,68 @@ def test_malformed_offloads_are_dropped(drive: Drive, header: tuple[int, ...]) -
     assert wire(driver).frames == []
 
 
+def test_segments_stay_whole_for_a_backend_that_takes_them(drive: Drive) -> None:
+    driver = card(drive)
+    wire(driver).takes_large = True
+    payload = frame_of(40_000)
+    send(driver, net.HEADER.pack(1, 1, 54, 1400, 34, 16, 0), tcp_frame(payload, 4, flags=0x99))
+    (frame,) = wire(driver).frames
+    assert frame[54:] == payload
+    assert frame[47] == 0x99
+    assert ones_sum(frame[14:34]) == 0xFFFF
+    assert ones_sum(frame[26:34] + struct.pack(">II", len(frame) - 34, 6) + frame[34:]) == 0xFFFF
+
+
+@LAYOUTS
+def test_large_segments_reach_a_driver_that_takes_them(drive: Drive, packed: bool) -> None:
+    driver = card(drive, packed=packed)
+    assert wire(driver).large
+    places = add_buffers(driver, 5, 2000)
+    whole = tcp_frame(frame_of(4000), 4)
+    assert wire(driver).receive(whole)
+    data = b"".join(
+        driver.memory.read(places[identifier], written)
+        for identifier, written in driver.rings[0].used()
+    )
+    # NEEDS_CSUM, GSO_TCPV4, headers' length, MSS, where the checksum is, buffers
+    assert net.HEADER.unpack_from(data) == (1, 1, 54, 1460, 34, 16, 3)
+    pseudo = ones_sum(whole[26:34] + struct.pack(">II", len(whole) - 34, 6))
+    assert data[12:] == whole[:50] + pseudo.to_bytes(2, "big") + whole[52:]
+
+
+def test_other_large_frames_are_what_they_are(drive: Drive) -> None:
+    """Fragments, other protocols, IPv6, and headers that lie outside of the frame."""
+    driver = card(drive)
+    tcp = tcp_frame(frame_of(1600), 4)
+    frames = [
+        tcp[:20] + b"\x20\0" + tcp[22:],
+        tcp[:23] + b"\x11" + tcp[24:],
+        tcp[:14] + b"\x4f" + tcp[15:36],
+        tcp_frame(frame_of(1600), 6),
+        frame_of(1600),
+    ]
+    for frame in frames:
+        (place,) = add_buffers(driver, 1, 3000).values()
+        assert wire(driver).receive(frame)
+        assert driver.memory.read(place, 12) == net.HEADER.pack(2, 0, 0, 0, 0, 0, 1)
+        assert driver.memory.read(place + 12, len(frame)) == frame
+        driver.rings[0].used()
+
+
+def test_a_driver_without_the_feature_and_one_that_switches_it_off(drive: Drive) -> None:
+    driver = card(drive, features=~net.GUEST_TSO4)
+    assert not wire(driver).large
+    driver = card(drive)
+    assert driver.device.offloads == net.OFFLOADS
+    backend = wire(driver)
+    for offloads, result in ((net.GUEST_CSUM, 0), (net.OFFLOADS | 1, 1), (net.OFFLOADS, 0)):
+        assert command(driver, b"\5\0" + struct.pack("<Q", offloads), 2) == result
+        assert backend.large == (result == 0 and offloads == net.OFFLOADS)
+    assert command(driver, b"\5\0\0", 2) == 1
+    driver.start()
+    assert driver.device.offloads == 0
+
+
 def command(driver: Driver, data: bytes, queue: int) -> int:
     driver.memory.write(BUFFERS, data + b"\xee")
     at = BUFFERS + len(data)

@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 
 from ringfence.devices.e1000.registers import TxDescriptor
-from ringfence.devices.offload import checksum
+from ringfence.network.checksum import add, checksum
 
 IPV4, IPV6, VLAN = 0x0800, 0x86DD, 0x8100
 TCP, UDP = 6, 17
@@ -28,7 +28,7 @@ def insert(frame: bytearray, start: int, offset: int, end: int, *, udp: bool = F
     stop = min(end + 1, len(frame)) if end else len(frame)
     if start >= stop or offset + 2 > len(frame):
         return
-    value = checksum(memoryview(frame)[start:stop])
+    value = checksum(frame, start, stop)
     struct.pack_into(">H", frame, offset, value or (0xFFFF if udp else 0))
 
 
@@ -155,7 +155,7 @@ def _verify_ipv4(frame: bytes) -> tuple[bool | None, bool | None]:
         return None, None
     if len(frame) < ETHERNET + total:
         return None, None
-    good = checksum(frame[ETHERNET : ETHERNET + header]) == 0
+    good = checksum(frame, ETHERNET, ETHERNET + header) == 0
     if (frame[20] << 8 | frame[21]) & 0x3FFF:  # more fragments, or not the first
         return good, None
     protocol, length = frame[23], total - header
@@ -172,4 +172,4 @@ def _verify_transport(
         return None
     if protocol == UDP and frame[start + 6 : start + 8] == b"\0\0":
         return None
-    return checksum(pseudo + frame[start : start + length]) == 0
+    return checksum(frame, start, start + length, add(pseudo)) == 0

@@ -1,8 +1,10 @@
 """The network device (5.1): frames between a backend and the driver's queues.
 
-Backends deal in finished Ethernet frames. What the driver leaves to the card (checksums, cutting
-large TCP segments: that saves the guest most of its work) is done here before a frame is handed
-over, see `devices.offload`. What comes in is complete and correct, and the driver is told so.
+Backends deal in Ethernet frames with all checksums. What the driver leaves to the card (checksums,
+cutting large TCP segments: that saves the guest most of its work) is done here before a frame is
+handed over, see `network.offload`; but segments stay as large as they are for a backend that takes
+them so. What comes in is complete and correct, and the driver is told so; large TCP segments go to
+a driver that takes them (GUEST_TSO4, unless it has switched that off since) as one frame.
 
 Transmission: frames go to the backend in order, within the notification. Reception: the backend
 calls `VirtioNet.receive` from any thread; where a frame finds no room, the backend keeps it and
@@ -19,22 +21,32 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from ringfence.devices.offload import Malformed, finish_checksum, segments
 from ringfence.devices.virtio.device import Transport, VirtioDevice
 from ringfence.devices.virtio.ring import Chain
 from ringfence.memory.buffers import scatter, split
+from ringfence.network.offload import (
+    MTU,
+    TCP_CHECKSUM,
+    Malformed,
+    finish_checksum,
+    pseudo_sum,
+    segments,
+    tcp_over_ipv4,
+    uncut,
+)
 
 QUEUE_SIZE = 256
 CONTROL_QUEUE_SIZE = 64
-MTU = 1500
 ETHERNET = 14
 MAX_FRAME = 65535 + ETHERNET
 """The largest frame that either side may send."""
 
 # Feature bits (5.1.3)
-CSUM, GUEST_CSUM, MTU_FEATURE, MAC, HOST_TSO4, HOST_TSO6 = (
-    1 << bit for bit in (0, 1, 3, 5, 11, 12)
+CSUM, GUEST_CSUM, CTRL_GUEST_OFFLOADS, MTU_FEATURE, MAC, GUEST_TSO4, HOST_TSO4, HOST_TSO6 = (
+    1 << bit for bit in (0, 1, 2, 3, 5, 7, 11, 12)
 )
+OFFLOADS = GUEST_CSUM | GUEST_TSO4
+"""Features that a driver may switch off and on again (5.1.6.5.6)."""
 MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, MQ = (1 << bit for bit in (15, 16, 17, 18, 22))
 LINK_UP = 1
 """Status in the configuration structure."""
@@ -49,8 +61,8 @@ NEEDS_CSUM, DATA_VALID = 1, 2
 GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_ECN = 0, 1, 4, 0x80
 
 # Control commands (5.1.6.5)
-CTRL_RX_CLASS, CTRL_MQ_CLASS = 0, 4
-MQ_VQ_PAIRS_SET = 0
+CTRL_RX_CLASS, CTRL_MQ_CLASS, CTRL_GUEST_OFFLOADS_CLASS = 0, 4, 5
+MQ_VQ_PAIRS_SET, GUEST_OFFLOADS_SET = 0, 0
 CTRL_OK, CTRL_ERR = 0, 1
 
 
@@ -65,6 +77,13 @@ class NetworkBackend(Protocol):
 
     def resume(self) -> None:
         """Offer frames again: there is room; must not call ``receive`` itself."""
+
+    @property
+    def takes_large(self) -> bool:
+        """Whether `transmit` takes TCP segments of any size."""
+
+    def bring_large(self, wanted: bool) -> None:
+        """Hear whether the card takes TCP segments of any size."""
 
     def transmit(self, frame: bytes) -> None:
         """Take a frame of the guest's; must not block and must not call ``receive`` itself."""
@@ -86,10 +105,10 @@ class VirtioNet(VirtioDevice):
 
     TYPE = 1
     CLASS_CODE = 0x020000
-    FIELDS = ("active_pairs", "received", "sent", "dropped")
+    FIELDS = ("active_pairs", "offloads", "received", "sent", "dropped")
 
     def __init__(self, backend: NetworkBackend, mac: bytes, *, pairs: int = 1) -> None:
-        features = CSUM | GUEST_CSUM | HOST_TSO4 | HOST_TSO6
+        features = CSUM | GUEST_CSUM | CTRL_GUEST_OFFLOADS | GUEST_TSO4 | HOST_TSO4 | HOST_TSO6
         features |= MAC | MRG_RXBUF | STATUS | CTRL_VQ | CTRL_RX | MTU_FEATURE
         sizes = (QUEUE_SIZE,) * (2 * pairs) + (CONTROL_QUEUE_SIZE,)
         super().__init__(features | (MQ if pairs > 1 else 0), sizes)
@@ -97,6 +116,8 @@ class VirtioNet(VirtioDevice):
         self._mac = mac
         self._pairs = pairs
         self.active_pairs = 1
+        self.offloads = 0
+        """Of `OFFLOADS`, what the driver takes now."""
         self.received = 0
         self.sent = 0
         self.dropped = 0
@@ -113,9 +134,22 @@ class VirtioNet(VirtioDevice):
         """See `VirtioDevice.config`."""
         return CONFIG.pack(self._mac, LINK_UP, self._pairs, MTU)
 
+    def started(self) -> None:
+        """See `VirtioDevice.started`."""
+        self._set_offloads(self.transport.features & OFFLOADS)
+
     def reset(self) -> None:
         """See `VirtioDevice.reset`."""
         self.active_pairs = 1
+        self._set_offloads(0)
+
+    def restored(self) -> None:
+        """See `Saved.restored`: the backend is another one."""
+        self._set_offloads(self.offloads)
+
+    def _set_offloads(self, value: int) -> None:
+        self.offloads = value
+        self._backend.bring_large(bool(value & GUEST_TSO4))
 
     def notified(self, number: int) -> None:
         """See `VirtioDevice.notified`: receive queues are looked at when a frame comes."""
@@ -162,6 +196,8 @@ class VirtioNet(VirtioDevice):
         kind = gso_type & ~GSO_ECN
         if kind in (GSO_TCPV4, GSO_TCPV6):
             version = 4 if kind == GSO_TCPV4 else 6
+            if self._backend.takes_large:
+                return (uncut(frame, csum_start, version=version),)
             return segments(frame, csum_start, gso_size, version=version)
         if kind != GSO_NONE:
             raise Malformed(f"segmentation of type {kind}")
@@ -180,6 +216,11 @@ class VirtioNet(VirtioDevice):
             wanted = int.from_bytes(command[2:4], "little")
             if 1 <= wanted <= self._pairs:
                 self.active_pairs = wanted
+                result = CTRL_OK
+        elif command[:2] == bytes([CTRL_GUEST_OFFLOADS_CLASS, GUEST_OFFLOADS_SET]):
+            wanted = int.from_bytes(command[2:10], "little")
+            if len(command) >= 10 and not wanted & ~(self.transport.features & OFFLOADS):
+                self._set_offloads(wanted)
                 result = CTRL_OK
         return chain.write(bytes([result]))
 
@@ -219,8 +260,7 @@ class VirtioNet(VirtioDevice):
             if not mergeable or len(chains) == ring.size:
                 break
         fits = room >= needed and chains[0].writable_length >= HEADER.size
-        valid = DATA_VALID if self.transport.features & GUEST_CSUM else 0
-        data = memoryview(HEADER.pack(valid, 0, 0, 0, 0, 0, len(chains)) + frame)
+        data = memoryview(self._with_header(frame, len(chains)))
         for chain in chains:
             done = scatter(data, chain.writable) if fits else 0
             data = data[done:]
@@ -231,3 +271,21 @@ class VirtioNet(VirtioDevice):
         else:
             self.dropped += 1
         return True
+
+    def _with_header(self, frame: bytes, buffers: int) -> bytes:
+        """Return a frame as the driver wants to see it (5.1.6.4)."""
+        offloads = self.offloads
+        if len(frame) > ETHERNET + MTU and offloads & GUEST_TSO4:
+            tcp = tcp_over_ipv4(frame)
+            if tcp is not None:
+                start = min(tcp + 4 * (frame[tcp + 12] >> 4), len(frame))
+                header = HEADER.pack(
+                    *(NEEDS_CSUM, GSO_TCPV4, start, max(ETHERNET + MTU - start, 1)),
+                    *(tcp, TCP_CHECKSUM, buffers),
+                )
+                field = tcp + TCP_CHECKSUM
+                partial = pseudo_sum(frame, tcp).to_bytes(2, "big")
+                rest = memoryview(frame)
+                return b"".join((header, rest[:field], partial, rest[field + 2 :]))
+        valid = DATA_VALID if offloads & GUEST_CSUM else 0
+        return HEADER.pack(valid, 0, 0, 0, 0, 0, buffers) + frame
