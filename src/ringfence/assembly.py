@@ -32,6 +32,7 @@ from ringfence.firmware import (
 from ringfence.memory.ram import GuestMemory
 from ringfence.network.config import NICS, open_network
 from ringfence.pacing import Pacing
+from ringfence.sharing.options import ShareOptions
 from ringfence.storage import Storage
 from ringfence.storage.disk import Disk
 from ringfence.storage.nvram import Nvram
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from ringfence.devices.virtio.blk import VirtioBlk
     from ringfence.devices.virtio.console import VirtioConsole
     from ringfence.devices.virtio.device import VirtioDevice
+    from ringfence.devices.virtio.ninep import Virtio9p
     from ringfence.devices.virtio.rng import VirtioRng
     from ringfence.devices.virtio.vsock import VirtioVsock
     from ringfence.network.backend import NetworkBackend, NetworkCard
@@ -118,6 +120,8 @@ class MachineConfig:
         The VM generation ID, for this life of the machine: another where its past forks.
     cid : int
         The guest's address for sockets between it and the host.
+    shares : tuple of ShareOptions
+        Folders of the host's that the guest may use.
     """
 
     kernel: ImageSource | None
@@ -148,6 +152,7 @@ class MachineConfig:
     nic_pacing: Pacing = field(default_factory=Pacing)
     generation: bytes = field(default_factory=new_generation)
     cid: int = GUEST_CID
+    shares: tuple[ShareOptions, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +176,7 @@ class Devices:
     balloon: VirtioBalloon | None = None
     console: VirtioConsole | None = None
     vsock: VirtioVsock | None = None
+    shares: list[Virtio9p] = field(default_factory=list)
     card: NetworkCard | None = None
 
     def all(self) -> Iterator[VirtioDevice]:
@@ -179,6 +185,7 @@ class Devices:
         for device in (self.rng, self.balloon, self.console, self.vsock):
             if device is not None:
                 yield device
+        yield from self.shares
 
 
 class HostSide:
@@ -212,6 +219,7 @@ class HostSide:
             self.vsock = UnixHost(config.vsock) if config.vsock else None
             if self.vsock is not None:
                 opened.callback(self.vsock.close)
+            self.shares = [_Share(share, opened) for share in config.shares]
             variables = config.firmware.variables if config.firmware else b""
             self.nvram = Nvram(config.nvram, variables, awaited=awaited)
             opened.callback(self.nvram.close)
@@ -233,6 +241,19 @@ class HostSide:
     def close(self) -> None:
         """Give everything back to the host."""
         self._opened.close()
+
+
+class _Share:
+    """A shared folder, and the thread that serves it, until ``opened`` is closed."""
+
+    def __init__(self, options: ShareOptions, opened: ExitStack) -> None:
+        from ringfence.sharing.session import FolderServer
+        from ringfence.storage.pool import IoPool
+
+        self.server = FolderServer(options)
+        opened.callback(self.server.close)
+        self.worker = IoPool(1, f"ringfence-share-{options.tag}")
+        opened.callback(self.worker.close)
 
 
 @dataclass(slots=True)
@@ -421,6 +442,7 @@ def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], N
     from ringfence.devices.virtio.balloon import VirtioBalloon
     from ringfence.devices.virtio.blk import VirtioBlk
     from ringfence.devices.virtio.console import Port, VirtioConsole
+    from ringfence.devices.virtio.ninep import Virtio9p
     from ringfence.devices.virtio.rng import VirtioRng
     from ringfence.devices.virtio.vsock import VirtioVsock
 
@@ -435,6 +457,7 @@ def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], N
         balloon=VirtioBalloon() if config.balloon else None,
         console=VirtioConsole([Port("", console), *named]) if named else None,
         vsock=VirtioVsock(config.cid, host.vsock) if host.vsock else None,
+        shares=[Virtio9p(share.server, share.worker) for share in host.shares],
     )
 
 
@@ -469,11 +492,13 @@ def warm_up(config: MachineConfig) -> None:
         blk,
         console,
         net,
+        ninep,
         pci,
         rng,
         vsock,
         vsock_unix,
     )
     from ringfence.paravirt import hypercalls, services  # noqa: F401
+    from ringfence.sharing import session  # noqa: F401
 
     engines.preload(config.engine, config.engine_config).join()

@@ -30,6 +30,7 @@ from ringfence.firmware import TestDevices
 from ringfence.memory.linear import read_linear, write_linear
 from ringfence.network.config import NICS, parse_mac, parse_nic
 from ringfence.settings import default_cache_dir, parse_memory
+from ringfence.sharing.options import ShareOptions, parse_shares
 from ringfence.state.movable import Movable
 from ringfence.storage.options import DiskOptions, parse_disk
 
@@ -128,6 +129,9 @@ class Machine(Movable):
     nvram : str or Path, optional
         The file that keeps the firmware's variables; made if it is not there. Without it changes
         are lost with the machine.
+    shares : sequence of str, Path or ShareOptions
+        Folders of the host's that the guest may mount (9p over virtio); text as
+        `sharing.options.parse_share` reads it, such as ``"src,tag=code,ro"``.
 
     Raises
     ------
@@ -176,6 +180,7 @@ class Machine(Movable):
         test: TestDevices | None = None,
         bios: str | Path | Firmware | None = None,
         nvram: str | Path | None = None,
+        shares: Sequence[str | Path | ShareOptions] = (),
     ) -> None:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
@@ -222,6 +227,7 @@ class Machine(Movable):
             firmware,
             Path(nvram) if nvram else None,
             nic_pacing,
+            shares=parse_shares(shares),
         )
         self._build(config, None if isinstance(network, str) else network)
 

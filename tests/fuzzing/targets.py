@@ -8,6 +8,7 @@ from functools import partial
 from devices.e1000.fuzz import CardFuzzer
 from fuzzing.chips import CHIPS, ChipFuzzer
 from fuzzing.harness import Fuzzer
+from fuzzing.ninep import NinepFuzzer
 from fuzzing.virtio import TYPES
 from ringfence.devices.virtio.pci import DEFAULT_PACING
 from ringfence.pacing import Pacing
@@ -21,7 +22,7 @@ SWITCHES = {
 TARGETS: Mapping[str, Callable[[int], Fuzzer]] = {
     **{
         f"{name}-{layout}{switches}": partial(kind, packed=layout == "packed", pacing=pacing)
-        for name, kind in TYPES.items()
+        for name, kind in (*TYPES.items(), ("ninep", NinepFuzzer))
         for layout in ("split", "packed")
         for switches, pacing in SWITCHES.items()
     },

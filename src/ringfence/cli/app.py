@@ -43,6 +43,7 @@ ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
 echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
 ringfence run builtin --stats - --trace exits
 ringfence run --net user --forward 8080:80
+ringfence run --share ~/src,ro               (in the guest: mount -t 9p src /mnt)
 ringfence run --bios seabios --disk disk.img
 ringfence run --kernel test.elf --test-devices --append "first second"
 ringfence run --gdb :1234 --gdb-wait
@@ -125,6 +126,15 @@ MachineName = Annotated[
 Detach = Annotated[
     bool, typer.Option("--detach", "-d", help="Print the name and leave it running.")
 ]
+Share = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--share",
+        metavar="FOLDER[,OPTION...]",
+        help="A folder of the host's for the guest to mount by 9p (repeatable); options: tag=TEXT"
+        " (default: its name), ro, owner=UID[:GID] (whose your files are in the guest; root).",
+    ),
+]
 TlsFiles = Annotated[
     tuple[Path, Path, Path] | None,
     typer.Option(metavar="CERTIFICATE KEY AUTHORITY", help="Files for TLS; both sides need them."),
@@ -189,6 +199,7 @@ def run(
             " and those of a virtio --nic.",
         ),
     ] = None,
+    share: Share = None,
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Throw away what is written on the image's disk.")
     ] = False,
@@ -318,6 +329,7 @@ def run(
             nvram=nvram,
             gdb=gdb,
             gdb_wait=gdb_wait,
+            shares=tuple(share or ()),
         )
     )
 
@@ -532,6 +544,7 @@ def receive(
     nvram: Annotated[
         Path | None, typer.Option(help="File that keeps its firmware's variables here.")
     ] = None,
+    share: Share = None,
     engine: Annotated[str, typer.Option(help="auto, translate or kvm.")] = "auto",
     tls: TlsFiles = None,
     timeout: Annotated[
@@ -551,6 +564,7 @@ def receive(
         net=net,
         vsock=vsock,
         nvram=nvram,
+        shares=share or (),
         tls=tls or (),
     )
 

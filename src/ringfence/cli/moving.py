@@ -104,6 +104,7 @@ def receive(
     net: str | None,
     vsock: Path | None,
     nvram: Path | None,
+    shares: Sequence[str],
     tls: Sequence[Path],
 ) -> int:
     """Wait for a machine, and have it here."""
@@ -114,7 +115,7 @@ def receive(
 
     def make(opened: ExitStack, place: Place | None) -> Machine:
         own = place.vsock if place else None
-        allowed = Allowed(engine, tuple(disks), net, vsock or own, nvram)
+        allowed = Allowed(engine, tuple(disks), net, vsock or own, nvram, tuple(shares))
         return Machine.receive(address, allowed, tls=tls_of(tls), listening=listening)
 
     return host(make, hosting)

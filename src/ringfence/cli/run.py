@@ -65,6 +65,7 @@ class RunOptions:
     nvram: Path | None = None
     gdb: str | None = None
     gdb_wait: bool = False
+    shares: tuple[str, ...] = ()
 
 
 def run_guest(options: RunOptions) -> int:
@@ -225,6 +226,7 @@ def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
         test=_test_devices(options, opened),
         bios=options.bios,
         nvram=options.nvram,
+        shares=options.shares,
     )
 
 
@@ -310,6 +312,7 @@ def _check(options: RunOptions) -> None:
     from ringfence.boot.modules import parse_module
     from ringfence.network.config import parse_network, parse_nic
     from ringfence.settings import parse_memory
+    from ringfence.sharing.options import parse_shares
     from ringfence.storage.options import parse_disk
 
     parse_memory(options.memory)
@@ -324,6 +327,7 @@ def _check(options: RunOptions) -> None:
     parse_nic(options.nic)
     for disk in options.disks:
         parse_disk(disk)
+    parse_shares(options.shares)
     if options.boot not in FORMATS:
         raise UsageError(f"--boot {options.boot} is unknown: expected one of {', '.join(FORMATS)}")
     for module in options.modules:

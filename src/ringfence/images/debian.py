@@ -18,7 +18,12 @@ from ringfence.images import guest_agent
 from ringfence.images.apt import Apt, Fetched, Progress, no_progress
 from ringfence.images.deb import read_files
 from ringfence.images.modules import pick_modules
-from ringfence.images.root import MODULES_SCRIPT, NETWORK_SCRIPT, build_initramfs
+from ringfence.images.root import (
+    MODULES_SCRIPT,
+    NETWORK_SCRIPT,
+    SHARES_SCRIPT,
+    build_initramfs,
+)
 from ringfence.images.store import Image, Package, Store, write_atomically
 
 METAPACKAGES = {
@@ -37,7 +42,8 @@ _KERNEL = re.compile(r"boot/vmlinuz-(.+)")
 _MODULE = re.compile(
     r"(?:usr/)?lib/modules/[^/]+/"
     r"(kernel/(?:drivers/(?:virtio|block|char|net(?=/[^/]+$)|net/ethernet/intel/e1000"
-    r"|acpi|input)|net/(?:core|vmw_vsock)|fs/(?:ext4|jbd2)|fs(?=/mbcache)|lib|crypto)/"
+    r"|acpi|input|cdrom)|net/(?:core|vmw_vsock|9p)"
+    r"|fs/(?:ext4|jbd2|9p|netfs|fscache|isofs|fat|nls)|fs(?=/mbcache)|lib|crypto)/"
     r".+\.ko(?:\.\w+)?)"
 )
 """Where the modules of a virtual machine, and those that they need, are in a kernel package."""
@@ -98,6 +104,7 @@ def pull_debian(
         if extra:
             extra["/etc/ringfence/10-modules.sh"] = MODULES_SCRIPT.encode()
         extra["/etc/ringfence/20-network.sh"] = NETWORK_SCRIPT.encode()
+        extra["/etc/ringfence/25-shares.sh"] = SHARES_SCRIPT.encode()
         if flavour not in ARCHITECTURES:
             extra |= guest_agent.initramfs_files()
         write_atomically(folder / "vmlinuz", parts.kernel)

@@ -25,6 +25,8 @@ DEFAULT_MODULES = (
     "virtio_rng",
     "virtio_balloon",
     "vmw_vsock_virtio_transport",
+    "9pnet_virtio",
+    "9p",
     "e1000",
     "button",
     "evdev",

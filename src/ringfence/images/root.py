@@ -67,6 +67,20 @@ if [ -e /sys/class/net/eth0 ]; then
 fi
 """
 
+SHARES_SCRIPT = """\
+# Mount the folders that the host shares, by their tags below /mnt.
+for device in /sys/bus/virtio/devices/virtio*; do
+    [ -r "$device/device" ] && read -r type < "$device/device" && [ "$type" = 0x0009 ] || continue
+    if [ -r "$device/mount_tag" ] && modprobe -q 9p; then
+        tag=$(tr -d '\\0' < "$device/mount_tag")
+        mkdir -p "/mnt/$tag"
+        mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 "$tag" "/mnt/$tag"
+    else
+        echo "There is a shared folder, but this kernel has no 9p: 'debian-generic' does."
+    fi
+done
+"""
+
 UDHCPC_SCRIPT = """\
 #!/bin/busybox sh
 [ "$1" = bound ] || [ "$1" = renew ] || exit 0

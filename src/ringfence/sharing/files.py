@@ -152,13 +152,19 @@ class FidTable:
             if row["inode"] is None:
                 continue
             try:
-                self._reopen(fid, tree, int(row["flags"]) & OPEN_FLAGS)
-                fid.lost = os.fstat(fid.file).st_ino != row["inode"]
+                self._reopen(fid, tree, int(row["flags"]) & OPEN_FLAGS, row["inode"])
             except OSError:
                 fid.lost = True
 
-    def _reopen(self, fid: Fid, tree: Tree, flags: int) -> None:
-        self.open(fid, lambda: tree.open(fid.place, flags), flags)
+    def _reopen(self, fid: Fid, tree: Tree, flags: int, inode: int) -> None:
+        def again() -> int:
+            file = tree.open(fid.place, flags)
+            if os.fstat(file).st_ino != inode:
+                os.close(file)
+                raise stale()
+            return file
+
+        self.open(fid, again, flags)
 
 
 def _saved(number: int, fid: Fid) -> dict[str, Any]:

@@ -23,12 +23,21 @@ from ringfence.engine import EngineConfig
 from ringfence.errors import ImageError
 from ringfence.firmware import TestDevices
 from ringfence.pacing import Pacing
+from ringfence.sharing.options import ShareOptions
 from ringfence.storage.options import DiskOptions
 
 CLASS = "class"
 _CLASSES: dict[str, Any] = {
     each.__name__: each
-    for each in (MachineConfig, EngineConfig, DiskOptions, Pacing, TestDevices, Firmware)
+    for each in (
+        MachineConfig,
+        EngineConfig,
+        DiskOptions,
+        ShareOptions,
+        Pacing,
+        TestDevices,
+        Firmware,
+    )
 }
 _UNSAID = {"cache_dir"}
 """Fields that concern the host only and are not told."""

@@ -29,6 +29,7 @@ from ringfence.errors import HostError, RingfenceError, UsageError
 from ringfence.memory.dirty import PAGE, Run
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import default_cache_dir, parse_memory
+from ringfence.sharing.options import parse_shares
 from ringfence.state import description, images
 from ringfence.state.moment import undisturbed
 from ringfence.state.wire import (
@@ -71,6 +72,9 @@ class Allowed:
     nvram : str or Path, optional
         The file that keeps its firmware's variables from now on; without it a machine that had
         such a file is not taken.
+    shares : sequence of str or Path
+        The folders that it finds here by its shares' tags, as `sharing.options.parse_share` reads
+        them.
     cache_dir : str or Path, optional
         Folder of the engine's compiled code.
     """
@@ -80,6 +84,7 @@ class Allowed:
     network: str | None = None
     vsock: str | Path | None = None
     nvram: str | Path | None = None
+    shares: Sequence[str | Path] = ()
     cache_dir: str | Path | None = field(default_factory=default_cache_dir)
 
     def accepted(self, config: MachineConfig) -> MachineConfig:
@@ -114,6 +119,13 @@ class Allowed:
             raise UsageError(
                 "the machine's firmware keeps variables in a file: name one at the target (--nvram)"
             )
+        shares = {share.tag: share for share in parse_shares(self.shares)}
+        for share in config.shares:
+            if share.tag not in shares:
+                raise UsageError(
+                    f"the machine has a shared folder {share.tag!r}: say at the target which it is"
+                    f" there (--share FOLDER,tag={share.tag})"
+                )
         engine = engines.select(self.engine, config.engine_config.cpus)
         offered = cpuid.build_cpuid(cpuid.host_cpuid, cpus=config.engine_config.cpus)
         cpuid.require(config.engine_config.features, offered)
@@ -127,6 +139,7 @@ class Allowed:
             vsock=Path(self.vsock) if config.vsock and self.vsock else None,
             nvram=Path(self.nvram) if config.nvram and self.nvram else None,
             capture=None,
+            shares=tuple(shares[share.tag] for share in config.shares),
         )
 
 
