@@ -2,20 +2,21 @@
 
 Shape: :func:`read_segments` checks everything about the file and returns plain data, a
 :class:`Program`, which other formats make, too; :func:`load_segments` stores it in guest memory,
-and :func:`find_note` looks into notes. pyelftools, imported at the first use, reads the
-program headers; sections and symbols are never looked at, and what follows the ELF file (the
-relocations that a KASLR kernel's decompressor would use) is ignored.
+and :func:`find_note` looks into notes. Of the file only the ELF header and the program headers are
+read, two structures that don't deserve a library: importing one took longer than unpacking the
+kernel. Sections and symbols are never looked at, and what follows the ELF file (the relocations
+that a KASLR kernel's decompressor would use) is ignored.
 
-Source: System V ABI, "Program Loading" and "Note Section"; AMD64 psABI section 4.1.
+Source: System V ABI, "ELF Header", "Program Header", "Program Loading" and "Note Section"; AMD64
+psABI section 4.1.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
@@ -23,11 +24,31 @@ from ringfence.memory.ram import GuestMemory
 KERNEL_FLOOR = 0x100000
 """Lowest guest-physical address that a kernel may occupy; below are our own structures."""
 PF_X = 1
-_EHDR_SIZE = {32: 52, 64: 64}
-_PHDR_SIZE = {32: 32, 64: 56}
-_MACHINES = {32: ("EM_386", "EM_X86_64"), 64: ("EM_X86_64",)}
+PT_LOAD, PT_NOTE = 1, 4
+ELFCLASS = {1: 32, 2: 64}
+ELFDATA2LSB = 1
+ET_EXEC, ET_DYN = 2, 3
+EM_386, EM_X86_64 = 3, 62
+PN_XNUM = 0xFFFF
+_IDENT = "4xBB10x"
+"""e_ident: the magic bytes, the class, the byte order."""
+_EHDR = {32: struct.Struct(f"<{_IDENT}HHIIIIIHHHHHH"), 64: struct.Struct(f"<{_IDENT}HHIQQQIHHHHHH")}
+_PHDR = {32: struct.Struct("<8I"), 64: struct.Struct("<2I6Q")}
+_MACHINES = {32: (EM_386, EM_X86_64), 64: (EM_X86_64,)}
 NOTES_MAXIMUM = 1 << 16
 """Bytes of notes that are looked at."""
+
+
+class ProgramHeader(NamedTuple):
+    """What a program header says; the names are the ABI's."""
+
+    p_type: int
+    p_flags: int
+    p_offset: int
+    p_vaddr: int
+    p_paddr: int
+    p_filesz: int
+    p_memsz: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,7 @@ def read_segments(elf: bytes) -> Program:
     """
     entry, bits, headers = _read_headers(elf)
     segments = sorted(
-        (_segment(elf, header) for header in headers if header["p_type"] == "PT_LOAD"),
+        (_segment(elf, header) for header in headers if header.p_type == PT_LOAD),
         key=lambda segment: segment.paddr,
     )
     segments = [segment for segment in segments if segment.memsz]
@@ -102,10 +123,10 @@ def find_note(elf: bytes, owner: bytes, kind: int) -> bytes | None:
         See `read_segments`; a note that is cut off only ends the search.
     """
     for header in _read_headers(elf)[2]:
-        if header["p_type"] != "PT_NOTE":
+        if header.p_type != PT_NOTE:
             continue
-        at = header["p_offset"]
-        notes = memoryview(elf)[at : at + min(header["p_filesz"], NOTES_MAXIMUM)]
+        at = header.p_offset
+        notes = memoryview(elf)[at : at + min(header.p_filesz, NOTES_MAXIMUM)]
         while len(notes) >= 12:
             name_size, size, found = struct.unpack_from("<III", notes)
             body = 12 + -(-name_size // 4) * 4
@@ -139,50 +160,45 @@ def load_segments(memory: GuestMemory, image: Program) -> None:
         memory.write(segment.paddr + len(segment.data), bytes(blank))
 
 
-def _read_headers(elf: bytes) -> tuple[int, int, list[Any]]:
+def _read_headers(elf: bytes) -> tuple[int, int, list[ProgramHeader]]:
     """Entry point, 32 or 64, and the program headers of a checked file."""
-    from elftools.common.exceptions import ELFError
-    from elftools.construct.core import ConstructError
-    from elftools.elf.elffile import ELFFile
-
-    if len(elf) < _EHDR_SIZE[32] or not elf.startswith(b"\x7fELF"):
+    if not elf.startswith(b"\x7fELF"):
         raise ImageError("the kernel is no ELF file: expected a vmlinux")
-    try:
-        file = ELFFile(io.BytesIO(elf))
-        _check_header(file, len(elf))
-        headers = [file.get_segment(index).header for index in range(file.num_segments())]
-        return int(file.header["e_entry"]), file.elfclass, headers
-    except (ELFError, ConstructError, KeyError, ValueError, OverflowError, TypeError) as error:
-        raise ImageError(f"the vmlinux is damaged ({error}): fetch it again") from error
-    except (AttributeError, UnicodeDecodeError, IndexError) as error:
-        raise ImageError(f"the vmlinux has malformed headers ({error}): fetch it again") from error
-
-
-def _check_header(file: Any, size: int) -> None:
-    bits = file.elfclass
-    if not file.little_endian or file.header["e_machine"] not in _MACHINES[bits]:
+    bits = ELFCLASS.get(elf[4], 0) if len(elf) > 4 else 0
+    if not bits or len(elf) < _EHDR[bits].size:
+        raise ImageError("the vmlinux is damaged or cut off in its first header: fetch it again")
+    _, order, kind, machine, _, entry, start, _, _, _, width, count, *_ = _EHDR[bits].unpack_from(
+        elf
+    )
+    if order != ELFDATA2LSB or machine not in _MACHINES[bits]:
         raise ImageError(
-            f"the vmlinux is a {bits}-bit one for another machine ({file.header['e_machine']}):"
+            f"the vmlinux is a {bits}-bit one for another machine (e_machine {machine}):"
             " expected x86 or x86-64"
         )
-    if file.header["e_type"] not in ("ET_EXEC", "ET_DYN"):
+    if kind not in (ET_EXEC, ET_DYN):
+        raise ImageError(f"the vmlinux is no executable (type {kind}): expected a linked kernel")
+    if count and width != _PHDR[bits].size:
         raise ImageError(
-            f"the vmlinux is no executable ({file.header['e_type']}): expected a linked kernel"
+            f"the vmlinux is damaged: program headers of {width} bytes, expected {_PHDR[bits].size}"
         )
-    count, width = file.header["e_phnum"], file.header["e_phentsize"]
-    if count and width != _PHDR_SIZE[bits]:
-        raise ImageError(
-            f"the vmlinux is damaged: program headers of {width} bytes, expected {_PHDR_SIZE[bits]}"
-        )
-    if count == 0xFFFF:
+    if count == PN_XNUM:
         raise ImageError("the vmlinux has 65535 or more program headers: expected a kernel")
-    if file.header["e_phoff"] + count * width > size:
+    if start + count * width > len(elf):
         raise ImageError("the vmlinux is cut off inside its program headers: fetch it again")
+    return entry, bits, [_program_header(elf, start + n * width, bits) for n in range(count)]
 
 
-def _segment(elf: bytes, header: Any) -> Segment:
-    offset, filesz, memsz = header["p_offset"], header["p_filesz"], header["p_memsz"]
-    paddr = header["p_paddr"]
+def _program_header(elf: bytes, at: int, bits: int) -> ProgramHeader:
+    fields = _PHDR[bits].unpack_from(elf, at)
+    if bits == 64:
+        return ProgramHeader(*fields[:7])
+    kind, offset, vaddr, paddr, filesz, memsz, flags, _ = fields
+    return ProgramHeader(kind, flags, offset, vaddr, paddr, filesz, memsz)
+
+
+def _segment(elf: bytes, header: ProgramHeader) -> Segment:
+    offset, filesz, memsz = header.p_offset, header.p_filesz, header.p_memsz
+    paddr = header.p_paddr
     if filesz > memsz:
         raise ImageError(f"the vmlinux is damaged: segment at {paddr:#x} is larger in the file")
     if offset + filesz > len(elf):
@@ -197,7 +213,7 @@ def _segment(elf: bytes, header: Any) -> Segment:
     if paddr + memsz > 1 << 52:
         raise ImageError(f"the vmlinux is damaged: a segment at physical {paddr:#x}")
     data = memoryview(elf)[offset : offset + filesz]
-    return Segment(paddr, header["p_vaddr"], memsz, header["p_flags"], data)
+    return Segment(paddr, header.p_vaddr, memsz, header.p_flags, data)
 
 
 def _physical_entry(entry: int, segments: list[Segment]) -> int:
