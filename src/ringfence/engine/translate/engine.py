@@ -9,7 +9,6 @@ out are in ``thunks``.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import threading
 import time
 from collections import deque
@@ -38,6 +37,7 @@ from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
 from ringfence.errors import GuestCrash, HostError
 from ringfence.memory import mmu, strings
+from ringfence.memory.zeroed import ZeroedPages
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
@@ -49,12 +49,6 @@ ORDERS_SINGLY = 64
 """More orders than that, after a long sleep, and dropping the whole TLB is quicker."""
 TRACE_SLOTS = 1 << 19
 PAGE_ROWS = 1 << 16
-
-
-def _anonymous(size: int) -> tuple[mmap.mmap, int]:
-    """Zeroed pages and their address."""
-    pages = mmap.mmap(-1, size)
-    return pages, ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
 
 def prepare(config: EngineConfig) -> None:
@@ -100,8 +94,8 @@ class TranslateEngine(DeviceAccesses):
         self.config = config
         self._natives = natives.load(config.cache_dir)
         library = self.library = self._natives.library
-        self._pages: list[mmap.mmap] = []
-        self.block = self._allocate(Vcpu.size + 4096)
+        self._pages = ZeroedPages()
+        self.block = self._pages.take(Vcpu.size + 4096, dense=True)
         self.view = Vcpu.at(self.block)
         view = self.view
         view.self_address = self.block
@@ -140,14 +134,14 @@ class TranslateEngine(DeviceAccesses):
         self._release_write = library.function("release_write", 2)
         self._release_split_lock = library.function("release_split_lock", 1)
         self._note_outside_write = library.function("note_outside_write", 3)
-        view.trace_table = self._allocate(TRACE_SLOTS * pages.SLOT_BYTES)
+        view.trace_table = self._pages.take(TRACE_SLOTS * pages.SLOT_BYTES, dense=True)
         view.trace_slots = TRACE_SLOTS
-        view.page_table = self._allocate(PAGE_ROWS * pages.ROW_BYTES)
+        view.page_table = self._pages.take(PAGE_ROWS * pages.ROW_BYTES, dense=True)
         view.page_rows = PAGE_ROWS
-        view.breaks = self._allocate((debugging.BREAKS_MAX + 4) * 8 * 2)
-        view.owner_breaks = self._allocate(debugging.BREAKS_MAX * 8)
+        view.breaks = self._pages.take((debugging.BREAKS_MAX + 4) * 8 * 2)
+        view.owner_breaks = self._pages.take(debugging.BREAKS_MAX * 8)
         view.owner_skip = debugging.NO_SKIP
-        view.variants = self._allocate((NUMBER_MAX + 1) * 8)
+        view.variants = self._pages.take((NUMBER_MAX + 1) * 8)
         self._init_host_state()
         rows = cpuid.build_cpuid(
             cpuid.host_cpuid,
@@ -160,7 +154,7 @@ class TranslateEngine(DeviceAccesses):
         cpuid.require(config.features, rows)
         self.features = cpuid.offered(rows)
         packed = cpuid.pack(rows)
-        view.cpuid_table = self._allocate(len(packed))
+        view.cpuid_table = self._pages.take(len(packed))
         ctypes.memmove(view.cpuid_table, packed, len(packed))
         view.cpuid_rows = len(rows)
         view.reserved_bits = ((1 << 52) - 1) & ~((1 << cpuid.PHYSICAL_BITS) - 1)
@@ -225,20 +219,15 @@ class TranslateEngine(DeviceAccesses):
             symbol = f"{name}_gathered" if name in ("fx_in", "fx_out") else name
             view.effects[number] = library.address(symbol)
 
-    def _allocate(self, size: int) -> int:
-        pages, address = _anonymous(-(-size // 4096) * 4096)
-        self._pages.append(pages)
-        return address
-
     def _allocate_notes(self) -> None:
         """Which code is whose, and what others wrote over: see `memory.coherence`."""
         view, pages = self.view, self.memory.mapped >> 12
-        view.code_lines = self._allocate(pages * 8)
-        view.stale_lines = self._allocate(pages * 8)
+        view.code_lines = self._pages.take(pages * 8)
+        view.stale_lines = self._pages.take(pages * 8)
         middle = -(-pages // 64)
-        view.stale_pages = self._allocate(middle * 8)
+        view.stale_pages = self._pages.take(middle * 8)
         view.stale_group_words = -(-middle // 64)
-        view.stale_groups = self._allocate(view.stale_group_words * 8)
+        view.stale_groups = self._pages.take(view.stale_group_words * 8)
 
     def _init_host_state(self) -> None:
         """The XSAVE area that gives the host a clean vector state after guest code."""

@@ -17,19 +17,17 @@ at the same time, and neither for long.
 from __future__ import annotations
 
 import ctypes
-import mmap
 from typing import TYPE_CHECKING, Any
 
 from ringfence.engine.translate.answers import Answers, answers_path
 from ringfence.memory.coherence import VCPUS_MAX
+from ringfence.memory.zeroed import ZeroedPages
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ringfence.engine.translate.engine import TranslateEngine
     from ringfence.memory.ram import GuestMemory
-
-_PAGE = 4096
 
 
 class Siblings:
@@ -49,18 +47,13 @@ class Siblings:
         self.vcpus: list[TranslateEngine] = []
         self.alone = count == 1
         self._answers: Answers | None = None
-        self._memory: list[mmap.mmap] = []
-        self._table = self._allocate(VCPUS_MAX * 8)
-        self._page_use = self._allocate((memory.mapped >> 12) * 8)
-        self._split_lock = self._allocate(8)
+        self._pages = ZeroedPages()
+        self._table = self._pages.take(VCPUS_MAX * 8)
+        self._page_use = self._pages.take((memory.mapped >> 12) * 8)
+        self._split_lock = self._pages.take(8)
         self._gatherer: TranslateEngine | None = None
         memory.watch_dma(self._written)
         board.on_input = self._stop_gathering
-
-    def _allocate(self, size: int) -> int:
-        pages = mmap.mmap(-1, -(-size // _PAGE) * _PAGE)
-        self._memory.append(pages)
-        return ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
     def add(self, vcpu: TranslateEngine) -> None:
         """Make a vCPU known to the others."""

@@ -8,7 +8,6 @@ meets an opcode or an odd instruction for the first time (`Translator.answer`), 
 from __future__ import annotations
 
 import ctypes
-import mmap
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -40,6 +39,7 @@ from ringfence.engine.translate.tables import (
 from ringfence.engine.translate.thunks import THUNK
 from ringfence.engine.translate.writer import EFFECT_EMULATE
 from ringfence.engine.translate.x86 import Decoder
+from ringfence.memory.zeroed import ZeroedPages
 
 if TYPE_CHECKING:
     from ringfence.memory.ram import GuestMemory
@@ -76,10 +76,10 @@ class Translator:
         self._jump_forget = library.function("jump_forget", 1)
         self._forget_code = library.function("forget_code", 1)
         self._flush_all = library.function("tlb_flush_all", 1)
-        self._pages: list[mmap.mmap] = []
-        self.address = self._allocate(Writer.size)
+        self._pages = ZeroedPages()
+        self.address = self._pages.take(Writer.size)
         self.writer = Writer.at(self.address)
-        self._recipes_at = self._allocate(RECIPE_BYTES)
+        self._recipes_at = self._pages.take(RECIPE_BYTES)
         self._recipes_used = 0
         self.recipe_count = self.form_count = 0
         self._makers: dict[tuple[int, int], Recipes] = {}
@@ -88,20 +88,15 @@ class Translator:
         self._recall()
         view.writer = self.address
 
-    def _allocate(self, size: int) -> int:
-        made = mmap.mmap(-1, -(-size // 4096) * 4096)
-        self._pages.append(made)
-        return ctypes.addressof(ctypes.c_char.from_buffer(made))
-
     def _prepare(self) -> None:
         """Fill in what does not change."""
         w = self.writer
         for map_number, opcodes in enumerate(no_modrm()):
             for opcode in range(256):
                 w.has_modrm[map_number << 8 | opcode] = opcode not in opcodes
-        w.forms = self._allocate(FORM_ROWS * Form.size)
-        w.recipes = self._allocate(RECIPE_ROWS * 8)
-        w.templates = self._allocate(TEMPLATES * Template.size)
+        w.forms = self._pages.take(FORM_ROWS * Form.size)
+        w.recipes = self._pages.take(RECIPE_ROWS * 8)
+        w.templates = self._pages.take(TEMPLATES * Template.size)
         templates.fill(w.templates)
         w.effect_ud = EFFECT_NUMBERS["fx_ud"]
         w.effect_sti = EFFECT_NUMBERS["fx_sti"]
@@ -110,14 +105,14 @@ class Translator:
         w.effect_vector_low = EFFECT_NUMBERS["fx_xsave"]
         w.effect_vector_high = EFFECT_NUMBERS["fx_xrstor"]
         w.cache_start, w.cache_size = self.cache.alias, self.cache.size
-        w.pages = self._allocate(NUMBER_MAX * PageRow.size)
+        w.pages = self._pages.take(NUMBER_MAX * PageRow.size)
         w.page_limit = NUMBER_MAX
-        w.page_of_index = self._allocate((self.memory.mapped >> 12) * 4)
-        w.traces = self._allocate(TRACES_MAX * TraceRow.size)
+        w.page_of_index = self._pages.take((self.memory.mapped >> 12) * 4)
+        w.traces = self._pages.take(TRACES_MAX * TraceRow.size)
         w.trace_limit = TRACES_MAX
-        w.marks = self._allocate(MARKS_MAX * 4)
+        w.marks = self._pages.take(MARKS_MAX * 4)
         w.mark_limit = MARKS_MAX
-        w.relocations = self._allocate(RELOCATIONS_MAX * 8)
+        w.relocations = self._pages.take(RELOCATIONS_MAX * 8)
         w.indirect_miss = THUNK["indirect_miss"] & 0xFFFFFFFF
         w.careful = THUNK["careful"] & 0xFFFFFFFF
         w.page_count = w.trace_count = 1
