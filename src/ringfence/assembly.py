@@ -8,11 +8,12 @@ have on the host's side (open disks, sockets, the network) outlives that: `HostS
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ringfence import engine as engines
 from ringfence.boot.firmware import Firmware, place_firmware
@@ -55,6 +56,8 @@ GUEST_CID = 3
 """The guest's address for sockets between it and the host, unless it is a clone."""
 STATE_VERSION = 1
 """Of what `Parts.save` returns."""
+
+T = TypeVar("T")
 
 
 def new_generation() -> bytes:
@@ -335,20 +338,22 @@ def assemble(
 
     With an ``origin``, whose RAM belongs to the machine then, the guest goes on from there instead.
     """
-    from ringfence.chipset.board import Board
-    from ringfence.chipset.clock import HostClock
-    from ringfence.chipset.timekeeping import PauseClock, Timekeeper
-    from ringfence.cpu.tsc import Tsc
-    from ringfence.devices.virtio.pci import VirtioPci
-    from ringfence.paravirt import services
-
+    # The engine's code and the guest's are loaded while the board is being built.
     loading = engines.preload(config.engine, config.engine_config)
     firmware = config.firmware
     if origin is None:
         memory = GuestMemory(config.memory, firmware.code if firmware else b"")
     else:
         memory = origin.memory
+    boot = Ahead(lambda: _load(config, memory)) if origin is None else None
     try:
+        from ringfence.chipset.board import Board
+        from ringfence.chipset.clock import HostClock
+        from ringfence.chipset.timekeeping import PauseClock, Timekeeper
+        from ringfence.cpu.tsc import Tsc
+        from ringfence.devices.virtio.pci import VirtioPci
+        from ringfence.paravirt import services
+
         time = Timekeeper(HostClock(), Tsc(config.tsc_hz), PauseClock(config.pause_clock))
         board = Board(
             clock=time.clock,
@@ -372,7 +377,6 @@ def assemble(
         if firmware or config.test.ports:
             direct = _direct_kernel(config) if firmware else None
             attach_configuration(board, memory, cpus, files, direct)
-        boot = _load(config, memory) if origin is None else None
         features = services.features(engines.capabilities(config.engine).hypercalls, cpus)
         if origin is not None:
             features = _promised(config.engine_config.paravirtual, features)
@@ -386,13 +390,43 @@ def assemble(
             vcpu.attach_services(offers)
         parts = Parts(memory, time, board, engine, paravirtual, offered, devices)
         if origin is None:
-            engine.set_boot_state(boot)
+            engine.set_boot_state(boot.result() if boot else None)
         elif origin.state is not None:
             parts.restore(origin.state)
     except BaseException:
+        if boot is not None:
+            boot.wait()  # it writes to the memory
         memory.close()
         raise
     return parts
+
+
+class Ahead(Generic[T]):
+    """A function's result, for which a thread of its own works from now on."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._done: list[T] = []
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._done.append(self._work())
+        except BaseException as error:
+            self._failure = error
+
+    def wait(self) -> None:
+        """Return when it has been called, whatever came of it."""
+        self._thread.join()
+
+    def result(self) -> T:
+        """Wait for what it returns; raise what it raised."""
+        self.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._done[0]
 
 
 def _promised(promised: int, offered: int) -> int:

@@ -60,7 +60,7 @@ class Kernel:
     elf : bytes
         The unpacked vmlinux; more bytes (relocations) may follow the ELF file. Empty where there is
         none: then ``code`` is to be run.
-    code : bytes
+    code : bytes or memoryview
         The protected-mode part of a bzImage as it is.
     code_64 : bool
         Whether that is to be entered in 64-bit mode.
@@ -76,7 +76,7 @@ class Kernel:
     header: SetupHeader | None
     compression: str
     version: str
-    code: bytes = b""
+    code: bytes | memoryview = b""
     code_64: bool = False
 
 
@@ -111,7 +111,7 @@ def open_kernel(source: ImageSource, *, as_is: bool = False) -> Kernel:
         return Kernel(elf, None, compression.name, _banner(elf))
     header = parse_header(data)
     version = _version_string(data, header)
-    code = data[SECTOR * (1 + (header.setup_sects or 4)) :]
+    code = memoryview(data)[SECTOR * (1 + (header.setup_sects or 4)) :]
     if not code:
         raise ImageError("the kernel is cut off behind its real-mode part: fetch it again")
     if as_is or header.version < PAYLOAD_PROTOCOL or not header.payload_offset:

@@ -29,6 +29,8 @@ MAXIMUM_ROM = 8 << 20
 """Below 4 GiB less this are devices, and what KVM puts into guest-physical space."""
 GUARD = 1 << 21
 """Inaccessible bytes on either side of the mapping."""
+LARGE = 1 << 20
+"""Bytes from which on it pays to call the host's kernel instead of copying."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -200,8 +202,17 @@ class GuestMemory:
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store bytes at a guest-physical address; IndexError outside RAM."""
         at = self.offset(address, len(data))
-        self.view[at : at + len(data)] = data
+        if self.fd >= 0 and len(data) >= LARGE:
+            self._write_through(at, memoryview(data).cast("B"))
+        else:
+            self.view[at : at + len(data)] = data
         self.dirty.mark(at, len(data))
+
+    def _write_through(self, at: int, data: memoryview) -> None:
+        """Store what is large by way of the memfd: no page fault for each page, others may run."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self.fd, data[done:], at + done)
 
     # ---- devices
 
