@@ -63,7 +63,10 @@ class Side:
                 *("-serial", "stdio", "-display", "none", "-monitor", "none"),
                 *("-no-reboot", "-nodefaults"),
             ]
+        # An installed package has its bytecode, even where nobody writes it beside the sources.
         return [
+            *("env", "-u", "PYTHONDONTWRITEBYTECODE"),
+            f"PYTHONPYCACHEPREFIX={cache.parent / 'bytecode'}",
             *(sys.executable, "-m", "ringfence.cli", "run", "--engine", "translate"),
             *("--kernel", str(kernel), "--initrd", str(initrd), "--append", APPEND),
             *("--memory", f"{memory}M", "--cache-dir", str(cache)),
