@@ -5,12 +5,17 @@ card's thread does; an eventfd wakes the poller, once for many frames. ``_held``
 the card had no room for. A subclass says what to poll, and is told what is ready; while frames are
 held it should not ask for input, so that the kernel's or the peer's own flow control takes over.
 
+The eventfd is written with Python's global lock held. Were the lock given away for the call, as
+`os.eventfd_write` does, the thread that it wakes would take it and go to work, and the vCPU, which
+holds the board's lock, would wait until that thread needs the board's lock itself.
+
 Why a held frame is queued *before* it is offered: the card may find room, and say `resume`,
 between its refusal and our noting it. `resume` sees the frame in the queue and wakes the thread.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import threading
@@ -20,6 +25,9 @@ from ringfence.network.backend import MAXIMUM_FRAME, MINIMUM_FRAME, Receive
 
 QUEUE = 1024
 """Frames that may wait in either direction; what comes on top is dropped and counted."""
+
+_count_up = ctypes.PyDLL(None).eventfd_write
+_count_up.argtypes = [ctypes.c_int, ctypes.c_uint64]
 
 
 class ThreadedBackend:
@@ -38,6 +46,10 @@ class ThreadedBackend:
         self._closing = False
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._poller = select.poll()
+        self._poller.register(self._wake, select.POLLIN)
+        self._registered: dict[int, int] = {}
+        """Of the poller, by descriptor: what is waited for."""
         self._counters = {
             "sent": 0,
             "sent_bytes": 0,
@@ -156,7 +168,7 @@ class ThreadedBackend:
     def _notify(self) -> None:
         if not self._signalled and not self._closed:
             self._signalled = True
-            os.eventfd_write(self._wake, 1)
+            _count_up(self._wake, 1)
 
     def _run(self) -> None:
         while True:
@@ -171,12 +183,15 @@ class ThreadedBackend:
                 self._send(self._outgoing.popleft())
 
     def _sleep(self) -> dict[int, int]:
-        wanted, timeout = self._interest()
-        poller = select.poll()
-        poller.register(self._wake, select.POLLIN)
-        for descriptor, events in wanted:
-            poller.register(descriptor, events)
-        ready = dict(poller.poll(None if timeout is None else timeout * 1000))
+        listed, timeout = self._interest()
+        wanted = dict(listed)
+        if wanted != self._registered:
+            for descriptor in self._registered.keys() - wanted.keys():
+                self._poller.unregister(descriptor)
+            for descriptor, events in wanted.items():
+                self._poller.register(descriptor, events)
+            self._registered = wanted
+        ready = dict(self._poller.poll(None if timeout is None else timeout * 1000))
         if ready.pop(self._wake, 0):
             # First the counter, then the flag, then (our caller) the queue. A frame that finds the
             # flag still up is in the queue before we look there; one that finds it down counts up

@@ -55,6 +55,9 @@ _EVENTS = (
     (slirp.POLL_ERR, select.POLLERR),
     (slirp.POLL_HUP, select.POLLHUP),
 )
+_TO_HOST = [sum(host for ours, host in _EVENTS if events & ours) for events in range(32)]
+_FROM_HOST = [sum(ours for ours, host in _EVENTS if events & host) for events in range(32)]
+"""All sets of events, as poll(2) has them and as libslirp has them."""
 
 
 class UserNetwork(ThreadedBackend):
@@ -179,11 +182,10 @@ class UserNetwork(ThreadedBackend):
         self._counters["guest_errors"] += 1
 
     def _on_add_poll(self, descriptor: int, events: int, opaque: int | None) -> int:
-        wanted = sum(host for ours, host in _EVENTS if events & ours)
-        self._wanted.append((descriptor, wanted))
+        self._wanted.append((descriptor, _TO_HOST[events & 31]))
         self._polled.append(descriptor)
         return len(self._polled) - 1
 
     def _on_get_revents(self, index: int, opaque: int | None) -> int:
         found = self._ready.get(self._polled[index], 0) if index < len(self._polled) else 0
-        return sum(ours for ours, host in _EVENTS if found & host)
+        return _FROM_HOST[found & 31]
