@@ -50,7 +50,7 @@ class Kind:
 
 
 STANDARD = tuple(Kind(side, card) for card in ("virtio", "e1000") for side in ("qemu", "ringfence"))
-SWITCHES = ("event-idx=off", "coalesce=16:50", "poll=200")
+SWITCHES = ("gather=off", "event-idx=off", "coalesce=16:50", "poll=200")
 
 
 class Guest:

@@ -2,8 +2,8 @@
 
 Networks are measured against an iperf3 server on the host, which the guest reaches through its
 user-mode network as 10.0.2.2; pings are answered by the network itself. Disks are read and written
-by fio, past the guest's page cache; the host's has all of the file, so that what counts is the way
-to it. Rates are the guest's own figures.
+by fio, past the guest's page cache; the host's is made to have all of the file, so that what counts
+is the way to it. Rates are the guest's own figures.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def _fio(kind: str, size: str, depth: int, figure: str) -> Callable[[Guest, int]
     """Requests, or megabytes, per second."""
 
     def run(guest: Guest, seconds: int) -> float:
+        guest.disk.read_bytes()
         engine = "libaio" if depth > 1 else "psync"
         report = json.loads(
             guest.run(

@@ -7,7 +7,7 @@ of them mean more throughput, and a packet that waits longer. What the switches 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ringfence.errors import UsageError
 
@@ -15,7 +15,9 @@ MAX_PACKETS = 1024
 MAX_MICROSECONDS = 100_000
 SHORTEST_POLL = 20
 """Microseconds; more often nobody looks."""
-OPTIONS = "event-idx=on|off, coalesce=PACKETS:MICROSECONDS or poll=MICROSECONDS"
+OPTIONS = (
+    "event-idx=on|off, gather=off|MICROSECONDS, coalesce=PACKETS:MICROSECONDS or poll=MICROSECONDS"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,16 @@ class Pacing:
     poll : int
         A queue that was busy is looked at again unasked, at pauses of up to so many microseconds;
         0: never.
+    gather : int
+        Where requests come together, a notification waits until the guest has nothing to do, but
+        no longer than so many microseconds; 0: it never waits.
     """
 
     event_idx: bool = True
     packets: int = 0
     microseconds: int = 0
     poll: int = 0
+    gather: int = 200
 
     def with_option(self, text: str) -> Pacing | None:
         """These switches and one more (see `OPTIONS`); None if ``text`` is none of them.
@@ -49,18 +55,19 @@ class Pacing:
         """
         name, _, value = text.partition("=")
         if name == "event-idx" and value in ("on", "off"):
-            return Pacing(value == "on", self.packets, self.microseconds, self.poll)
+            return replace(self, event_idx=value == "on")
+        if name == "gather":
+            gather = 0 if value == "off" else _number(text, value, 1, MAX_MICROSECONDS)
+            return replace(self, gather=gather)
         if name == "coalesce":
             packets, _, microseconds = value.partition(":")
-            return Pacing(
-                self.event_idx,
-                _number(text, packets, 1, MAX_PACKETS),
-                _number(text, microseconds, 1, MAX_MICROSECONDS),
-                self.poll,
+            return replace(
+                self,
+                packets=_number(text, packets, 1, MAX_PACKETS),
+                microseconds=_number(text, microseconds, 1, MAX_MICROSECONDS),
             )
         if name == "poll":
-            poll = _number(text, value, SHORTEST_POLL, MAX_MICROSECONDS)
-            return Pacing(self.event_idx, self.packets, self.microseconds, poll)
+            return replace(self, poll=_number(text, value, SHORTEST_POLL, MAX_MICROSECONDS))
         return None
 
 

@@ -105,6 +105,9 @@ class Board:
     def quiet_status(self) -> None:
         """Every access matters here."""
 
+    def idle(self) -> None:
+        """Nothing was put off."""
+
     def set_wake(self, cpu: int, wake: Any) -> None:
         """Nobody wakes this CPU."""
 

@@ -39,6 +39,7 @@ from ringfence.chipset.pm import SCI_IRQ, Gpe, PowerManagement, ResetControl
 from ringfence.chipset.rtc import BASE as RTC_BASE
 from ringfence.chipset.rtc import LENGTH as RTC_LENGTH
 from ringfence.chipset.rtc import Rtc
+from ringfence.chipset.spare import SpareTime
 from ringfence.chipset.state import Saved, State, check_version
 from ringfence.chipset.uart import BASE as UART_BASE
 from ringfence.chipset.uart import IRQ as UART_IRQ
@@ -117,6 +118,7 @@ class Board:
         self.lock = threading.RLock()
         self.clock = clock
         self.timers = TimerQueue(clock, self.lock)
+        self.spare = SpareTime(self.timers)
         self.ports = PortBus()
         self.mmio = MmioBus()
         self.on_power_off = on_power_off
@@ -149,6 +151,7 @@ class Board:
             interrupt=self.ioapic.set_irq,
             message=self.apics.send_msi,
             later=lambda action, delay: self.timers.arm(self.clock.now() + delay, action),
+            put_off=self.spare.put_off,
         )
         self._wake: list[Callable[[], None]] = [_nothing] * cpus
         self._devices: dict[str, Any] = {
@@ -248,6 +251,12 @@ class Board:
             if lapic.pending_vector() is None and self._extint(cpu):
                 return self.pic.acknowledge()
             return lapic.acknowledge()
+
+    def idle(self) -> None:
+        """Hear that a vCPU is about to sleep: what was put off until then is done."""
+        if self.spare.waiting:
+            with self.lock:
+                self.spare.begin()
 
     def set_wake(self, cpu: int, callback: Callable[[], None]) -> None:
         """Have ``callback`` called, the lock held, when ``cpu`` gets something to deliver."""

@@ -27,6 +27,7 @@ from ringfence.chipset.bus import AddressMap, Device, Window
 from ringfence.chipset.clock import Timer
 from ringfence.chipset.pci.config import BARS, Command, ConfigSpace, Identity, Register, Status
 from ringfence.chipset.pci.msi import Msi, MsiX
+from ringfence.chipset.spare import Waiting
 from ringfence.chipset.state import Saved, State
 from ringfence.errors import ImageError, UsageError
 
@@ -84,6 +85,8 @@ class Socket:
         Takes a message-signalled interrupt: address, data.
     later : Callable[[Callable[[], None], int], Timer]
         Has something done by the timers' thread in some nanoseconds, the lock held.
+    put_off : Callable[[Callable[[], None], int], Waiting]
+        Has something done when a vCPU sleeps, or in some nanoseconds, the lock held.
     """
 
     lock: threading.RLock
@@ -93,6 +96,7 @@ class Socket:
     interrupt: Callable[[bool], None]
     message: Callable[[int, int], None]
     later: Callable[[Callable[[], None], int], Timer]
+    put_off: Callable[[Callable[[], None], int], Waiting]
 
 
 class _BarAccess:
@@ -199,6 +203,10 @@ class PciDevice(Saved):
     def later(self, action: Callable[[], None], delay: int = 0) -> Timer | None:
         """Have ``action`` called in ``delay`` ns, the lock held; others have their turn before."""
         return self._socket.later(action, delay) if self._socket is not None else None
+
+    def put_off(self, action: Callable[[], None], delay: int) -> Waiting | None:
+        """Have ``action`` called, the lock held, when a vCPU goes to sleep, or in ``delay`` ns."""
+        return self._socket.put_off(action, delay) if self._socket is not None else None
 
     def set_intx(self, asserted: bool) -> None:
         """Say whether the device wants its level-triggered pin asserted."""

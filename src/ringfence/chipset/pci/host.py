@@ -19,6 +19,7 @@ from ringfence.chipset.clock import Timer
 from ringfence.chipset.pci import config
 from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice, Socket
+from ringfence.chipset.spare import Waiting
 from ringfence.chipset.state import Saved, State
 from ringfence.errors import ImageError, UsageError
 
@@ -74,6 +75,8 @@ class PciHost(Saved):
         Takes message-signalled interrupts: address, data.
     later : Callable[[Callable[[], None], int], Timer]
         Has something done by the timers' thread in some nanoseconds, the lock held.
+    put_off : Callable[[Callable[[], None], int], Waiting]
+        Has something done when a vCPU sleeps, or in some nanoseconds, the lock held.
     """
 
     FIELDS = ("address", "lines")
@@ -88,6 +91,7 @@ class PciHost(Saved):
         interrupt: Callable[[int, bool], None],
         message: Callable[[int, int], None],
         later: Callable[[Callable[[], None], int], Timer],
+        put_off: Callable[[Callable[[], None], int], Waiting],
     ) -> None:
         self._reset_control = reset_control
         self._lock = lock
@@ -96,6 +100,7 @@ class PciHost(Saved):
         self._interrupt = interrupt
         self._message = message
         self._later = later
+        self._put_off = put_off
         self.address = 0
         self.lines = [0] * LINES
         """Per line, which pins assert it: bit 4 * slot + pin."""
@@ -145,6 +150,7 @@ class PciHost(Saved):
                     interrupt=lambda asserted: self.set_irq(slot, max(pin, 0), asserted),
                     message=self._message,
                     later=self._later,
+                    put_off=self._put_off,
                 )
             )
             return slot

@@ -146,6 +146,11 @@ class VirtioBlk(DeferringDevice):
         if ring is not None:
             self.drain(number, lambda chain: self._begin(number, ring, chain))
 
+    def gathers(self, number: int) -> bool:
+        """See `VirtioDevice.gathers`."""
+        del number
+        return True
+
     def reset(self) -> None:
         """See `VirtioDevice.reset`."""
         self.writeback = 1

@@ -56,10 +56,11 @@ class Transport(Protocol):
     def finished(self) -> None:
         """Hear that ``busy`` has become zero."""
 
-    def polls(self, number: int, found: int) -> bool:
-        """Hear how many chains a look into a queue has found; return whether to ask for no kicks.
+    def polls(self, number: int, found: int, size: int) -> bool:
+        """Hear what a look into a queue has found; return whether to ask for no kicks.
 
-        True: `VirtioDevice.notified` will be called without one.
+        ``found`` is the number of chains, ``size`` the bytes of the first one's buffers. True:
+        `VirtioDevice.notified` will be called without a kick.
         """
 
     def again(self, number: int) -> None:
@@ -111,6 +112,11 @@ class VirtioDevice(Saved):
     def notified(self, number: int) -> None:
         """Hear that there may be chains in an enabled queue; RingError for a broken one."""
 
+    def gathers(self, number: int) -> bool:
+        """Tell whether notifications of a queue may be put off until there are more chains."""
+        del number
+        return False
+
     def reset(self) -> None:
         """Forget the driver; chains in flight are waited for by the transport."""
 
@@ -132,14 +138,16 @@ class VirtioDevice(Saved):
         if ring is None:
             return
         ring.want_kicks(False)
-        found = 0
+        found = size = 0
         try:
             for _ in range(ring.size + 1):
                 chain = ring.pop()
                 if chain is None:
-                    if self.transport.polls(number, found) or not ring.want_kicks(True):
+                    if self.transport.polls(number, found, size) or not ring.want_kicks(True):
                         return
                     continue
+                if not found:
+                    size = chain.readable_length + chain.writable_length
                 found += 1
                 written = handle(chain)
                 if written is not None:

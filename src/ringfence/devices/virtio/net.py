@@ -165,6 +165,10 @@ class VirtioNet(VirtioDevice):
                 self._starved = False
                 self._backend.resume()
 
+    def gathers(self, number: int) -> bool:
+        """See `VirtioDevice.gathers`: what is to be sent."""
+        return bool(number % 2) and number != self._control_queue
+
     def close(self) -> None:
         """See `VirtioDevice.close`."""
         self._backend.detach()

@@ -22,7 +22,7 @@ from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.state import Saved, State
 from ringfence.devices.virtio.device import VERSION_1, VirtioDevice
-from ringfence.devices.virtio.moderation import InterruptModerator, Poller
+from ringfence.devices.virtio.moderation import Gatherer, InterruptModerator, Poller
 from ringfence.devices.virtio.packed import PackedRing
 from ringfence.devices.virtio.ring import (
     EVENT_IDX,
@@ -151,6 +151,10 @@ class VirtioPci(PciDevice):
             Poller(pacing, self.later, partial(self._notify, number))
             for number in range(len(self.queues))
         ]
+        self._gatherers = [
+            Gatherer(pacing, self.put_off, partial(self._notify, number))
+            for number in range(len(self.queues))
+        ]
         self.offered = device.features | VERSION_1 | INDIRECT_DESC
         if pacing.event_idx:
             self.offered |= EVENT_IDX
@@ -246,8 +250,9 @@ class VirtioPci(PciDevice):
             self._resetting = False
             self._clear()
 
-    def polls(self, number: int, found: int) -> bool:
+    def polls(self, number: int, found: int, size: int) -> bool:
         """See `Transport.polls`."""
+        self._gatherers[number].found(found, size)
         return self._pollers[number].found(found)
 
     def again(self, number: int) -> None:
@@ -281,6 +286,14 @@ class VirtioPci(PciDevice):
             return
         self.isr |= cause
         self.set_intx(True)
+
+    def _kicked(self, number: int) -> None:
+        """The driver says that a queue, if there is one of that number, has chains."""
+        ring = self.ring(number)
+        if ring is not None and self.device.gathers(number) and self._gatherers[number].notified():
+            ring.want_kicks(False)
+        else:
+            self._notify(number)
 
     def _notify(self, number: int) -> None:
         if self.ring(number) is None:
@@ -316,9 +329,11 @@ class VirtioPci(PciDevice):
         self._resetting = True
         for queue in self.queues:
             queue.ring = None
-        for moderator, poller in zip(self._moderators, self._pollers, strict=True):
+        parts = zip(self._moderators, self._pollers, self._gatherers, strict=True)
+        for moderator, poller, gatherer in parts:
             moderator.forget()
             poller.forget()
+            gatherer.forget()
         self.set_intx(False)
         self.device.reset()
         self.finished()
@@ -370,7 +385,7 @@ class VirtioPci(PciDevice):
         """See `PciDevice.bar_write`."""
         del bar
         if offset >= NOTIFY:
-            self._notify((offset - NOTIFY) // NOTIFY_MULTIPLIER)
+            self._kicked((offset - NOTIFY) // NOTIFY_MULTIPLIER)
         elif offset >= DEVICE:
             self.device.config_write(offset - DEVICE, value.to_bytes(size, "little"))
         elif offset < ISR:

@@ -549,6 +549,7 @@ class KvmEngine:
 
     def _on_halt(self, run: Any) -> None:
         self._halted = True
+        self.board.idle()
         self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
 
     def _sleep(self, run: Any) -> None:

@@ -571,6 +571,7 @@ class TranslateEngine(DeviceAccesses):
 
     def _on_halt(self) -> StopReason | None:
         self.view.jump_target = self._find
+        self.board.idle()
         outcome = self._rest()
         self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
         return outcome if outcome is not None else self._on_attention()
