@@ -19,6 +19,8 @@ from ringfence.storage.options import parse_disk
         ("virtio,event-idx=off", Pacing(event_idx=False)),
         ("virtio,event-idx=off,event-idx=on", Pacing()),
         ("virtio,coalesce=16:50", Pacing(packets=16, microseconds=50)),
+        ("virtio,gather=off", Pacing(gather=0)),
+        ("virtio,gather=50", Pacing(gather=50)),
         ("virtio,poll=200,coalesce=1024:100000", Pacing(True, 1024, 100_000, 200)),
     ],
 )
@@ -32,6 +34,7 @@ def test_switches(text: str, expected: Pacing) -> None:
     "text",
     [
         *("ne2000", "virtio,", "virtio,fast", "virtio,event-idx=maybe", "virtio,event-idx"),
+        *("virtio,gather=0", "virtio,gather=on", "virtio,gather"),
         *("virtio,coalesce", "virtio,coalesce=16", "virtio,coalesce=0:5", "virtio,coalesce=5:0"),
         *("virtio,coalesce=2000:5", "virtio,poll=1", "virtio,poll=1000000", "virtio,poll=²00"),
         *("virtio,poll=-20", "virtio,poll=99999999999999999999", "e1000,poll=200"),

@@ -165,7 +165,7 @@ def run(
         typer.Option(
             metavar="KIND[,OPTION...]",
             help="The network card: virtio or e1000. Options of virtio: event-idx=on|off,"
-            " coalesce=PACKETS:MICROSECONDS, poll=MICROSECONDS.",
+            " gather=off|MICROSECONDS, coalesce=PACKETS:MICROSECONDS, poll=MICROSECONDS.",
         ),
     ] = "virtio",
     forward: Annotated[

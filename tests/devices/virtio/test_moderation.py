@@ -11,6 +11,7 @@ from devices.virtio.backends import Wire
 from devices.virtio.driver import BUFFERS, Driver
 from ringfence.chipset.state import State
 from ringfence.devices.virtio import net
+from ringfence.devices.virtio.moderation import PROBE
 from ringfence.devices.virtio.net import VirtioNet
 from ringfence.devices.virtio.ring import EVENT_IDX
 from ringfence.pacing import Pacing
@@ -181,3 +182,104 @@ def test_polling_goes_on_after_a_restore(card: Make, packed: bool, event_idx: bo
     second.clock.advance(1000 * US)
     assert sent(second) == 1
     assert second.board.timers.next_deadline() is None
+
+
+def probe(driver: Driver) -> None:
+    """Send until a notification is put off."""
+    for _ in range(PROBE - 1):
+        assert send(driver)
+        assert sent(driver) == 1
+    assert send(driver)
+    assert sent(driver) == 0
+
+
+@LAYOUTS
+def test_who_comes_alone_is_served_at_once(card: Make, packed: bool, event_idx: bool) -> None:
+    driver = card(Pacing(), packed, event_idx)
+    for _ in range(3):
+        probe(driver)
+        driver.board.idle()
+        assert sent(driver) == 1
+
+
+@LAYOUTS
+def test_requests_that_come_together_wait(card: Make, packed: bool, event_idx: bool) -> None:
+    """Until a vCPU sleeps; meanwhile nobody needs to say that there are more."""
+    driver = card(Pacing(), packed, event_idx)
+    probe(driver)
+    for _ in range(5):
+        assert not send(driver, 3)
+        assert sent(driver) == 0
+        driver.board.idle()
+        assert sent(driver) == 4
+        assert send(driver)
+    assert sent(driver) == 0
+    driver.board.idle()
+    assert sent(driver) == 1
+    for _ in range(2):  # alone once more, and it was for the last time
+        assert send(driver)
+        driver.board.idle()
+        assert sent(driver) == 1
+    assert send(driver)
+    assert sent(driver) == 1
+
+
+def test_they_wait_no_longer_than_they_may(card: Make) -> None:
+    driver = card(Pacing(gather=50))
+    probe(driver)
+    assert not send(driver)
+    driver.clock.advance(49 * US)
+    assert sent(driver) == 0
+    driver.clock.advance(US)
+    assert sent(driver) == 2
+    driver.clock.advance(1000 * US)
+    assert driver.board.timers.next_deadline() is None
+
+
+def test_large_requests_do_not_wait(card: Make) -> None:
+    driver = card(Pacing())
+    probe(driver)
+    driver.board.idle()
+    for _ in range(3):
+        for _ in range(PROBE):
+            ring = driver.rings[1]
+            ring.used()
+            for _ in range(2):
+                ring.add([(BUFFERS, net.HEADER.size + 9000, False)])
+            driver.notify(1)
+        assert sent(driver) >= 2 * (PROBE - 1)
+        driver.board.idle()
+        sent(driver)
+
+
+@pytest.mark.parametrize("pacing", [Pacing(gather=0), Pacing(poll=100)])
+def test_nothing_waits_where_it_is_switched_off(card: Make, pacing: Pacing) -> None:
+    driver = card(pacing)
+    for _ in range(3 * PROBE):
+        if send(driver):
+            assert sent(driver)
+        driver.clock.advance(1000 * US)
+        sent(driver)
+
+
+def test_a_reset_forgets_what_was_put_off(card: Make) -> None:
+    driver = card(Pacing())
+    probe(driver)
+    driver.put(0x14, 1, 0)
+    driver.board.idle()
+    assert sent(driver) == 0
+    driver.start(event_idx=True, messages=True)
+    assert send(driver)
+    assert sent(driver) == 1
+
+
+def test_what_was_put_off_is_done_after_a_restore(card: Make) -> None:
+    first, second = (card(Pacing()) for _ in range(2))
+    probe(first)
+    state: State = first.board.save()
+    second.memory.write(0, first.memory.read(0, first.memory.size))
+    second.board.restore(state)
+    second.clock.advance(1000 * US)
+    assert sent(second) == 1
+    first.clock.advance(1000 * US)
+    assert sent(first) == 1
