@@ -10,8 +10,8 @@ import pytest
 import ringfence
 from ringfence.cli import app
 from ringfence.cli.doctor import NEEDED_FEATURES, OFFERED_FEATURES, examine
-from ringfence.engine.kvm import probe
-from ringfence.engine.kvm.probe import Kind
+from ringfence.engine.kvm import verdict
+from ringfence.engine.kvm.verdict import Kind
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,8 @@ def test_doctor(tmp_path: Path, flags: str, name: str, ok: bool, detail: str) ->
 def test_doctor_says_what_auto_takes(
     kind: Kind, ok: bool, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "verdict", lambda: probe.Verdict(kind, "found this"))
+    monkeypatch.setattr(verdict, "DEVICE", Path("/dev/null"))
+    monkeypatch.setattr(verdict, "verdict", lambda: verdict.Verdict(kind, "found this"))
     checks = {each.name: each for each in examine()}
     assert (checks["KVM"].ok, checks["KVM"].detail) == (ok, "found this")
     assert checks["engine"].detail.startswith(f"auto takes '{engine}'")

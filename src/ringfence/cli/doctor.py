@@ -127,7 +127,7 @@ def _cpu(cpu: dict[str, str], flags: set[str]) -> list[Check]:
 def _engines() -> list[Check]:
     """What is behind /dev/kvm, and which engine ``--engine auto`` takes here."""
     from ringfence import engine as engines
-    from ringfence.engine.kvm.probe import Kind, verdict
+    from ringfence.engine.kvm.verdict import Kind, verdict
 
     found = verdict()
     auto = engines.resolve(engines.AUTO)

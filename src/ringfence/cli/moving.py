@@ -18,8 +18,6 @@ from ringfence.api.names import Place
 from ringfence.cli.run import Hosting, host
 from ringfence.errors import HostError
 from ringfence.machine import Machine
-from ringfence.state.receive import Allowed
-from ringfence.state.wire import Tls, parse_address
 
 TLS_FILES = ("certificate", "key", "authority")
 
@@ -61,6 +59,8 @@ def migrate(
     name: str, address: str, *, downtime: float, compress: bool, tls: Sequence[Path], as_json: bool
 ) -> None:
     """Move a running machine."""
+    from ringfence.state.wire import parse_address
+
     parse_address(address)
     arguments: dict[str, Any] = {
         "address": address,
@@ -108,6 +108,9 @@ def receive(
     tls: Sequence[Path],
 ) -> int:
     """Wait for a machine, and have it here."""
+    from ringfence.state.receive import Allowed
+    from ringfence.state.wire import Tls
+
     engines.resolve(engine)
 
     def listening(where: str) -> None:
@@ -116,11 +119,8 @@ def receive(
     def make(opened: ExitStack, place: Place | None) -> Machine:
         own = place.vsock if place else None
         allowed = Allowed(engine, tuple(disks), net, vsock or own, nvram, tuple(shares))
-        return Machine.receive(address, allowed, tls=tls_of(tls), listening=listening)
+        return Machine.receive(
+            address, allowed, tls=Tls(*tls) if tls else None, listening=listening
+        )
 
     return host(make, hosting)
-
-
-def tls_of(files: Sequence[Path]) -> Tls | None:
-    """What ``--tls CERTIFICATE KEY AUTHORITY`` names."""
-    return Tls(*files) if files else None

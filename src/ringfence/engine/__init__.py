@@ -87,11 +87,11 @@ def resolve(name: str) -> str:
         raise UsageError(f"unknown engine '{name}': expected one of {', '.join(names())}")
     if name not in (AUTO, "kvm"):
         return name
-    from ringfence.engine.kvm.probe import Kind, verdict
+    from ringfence.engine.kvm.verdict import Kind, hardware, verdict
 
-    found = verdict()
     if name == AUTO:
-        return "kvm" if found.kind is Kind.HARDWARE else "translate"
+        return "kvm" if hardware() else "translate"
+    found = verdict()
     if found.kind is Kind.NONE:
         raise HostError(found.detail)
     return name

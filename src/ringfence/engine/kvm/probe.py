@@ -15,14 +15,12 @@ import errno
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from functools import cache
 
 from ringfence.cpu import cpuid, reset, state
 from ringfence.engine.kvm import model, transfer
 from ringfence.engine.kvm.abi import Exit
 from ringfence.engine.kvm.device import PATH, HostKernel, Kernel, System, VcpuFile
+from ringfence.engine.kvm.verdict import Kind, Verdict
 from ringfence.errors import HostError
 from ringfence.memory.ram import MINIMUM_SIZE, GuestMemory
 from ringfence.native.routine import routine
@@ -40,37 +38,8 @@ SLOWER = 20
 """How much slower than on the host the loop itself may be."""
 
 
-class Kind(Enum):
-    """What is behind /dev/kvm."""
-
-    HARDWARE = "hardware"
-    SOFTWARE = "software"
-    NONE = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the probe found.
-
-    Attributes
-    ----------
-    kind : Kind
-        What is there.
-    detail : str
-        For people: what was found, and if there is nothing to use, what to do.
-    guest_ns, host_ns : int
-        How long the loop took inside, entry and exit included, and on the host; 0 if not run.
-    """
-
-    kind: Kind
-    detail: str
-    guest_ns: int = 0
-    host_ns: int = 0
-
-
-@cache
-def verdict() -> Verdict:
-    """What this host's /dev/kvm is; found out once per process."""
+def probe_host() -> Verdict:
+    """Try this host's /dev/kvm out."""
     return examine(HostKernel())
 
 
