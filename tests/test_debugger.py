@@ -10,7 +10,7 @@ from gdb.support import AGAIN, COUNTER, DEC, LOADED, SOURCE, SPIN, START
 from ringfence import Machine
 from ringfence.engine import StopReason
 from ringfence.engine.debug import Access, DebugStop, StopKind
-from ringfence.engine.kvm.probe import Kind, verdict
+from ringfence.engine.kvm.verdict import Kind, verdict
 from ringfence.errors import GuestTimeout, UsageError
 from ringfence.images.builtin import LOAD_ADDRESS, assemble, elf_kernel
 from ringfence.machine import State

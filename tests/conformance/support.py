@@ -30,7 +30,7 @@ from ringfence.cpu import cpuid
 from ringfence.cpu.reset import EntryState
 from ringfence.cpu.tsc import Tsc
 from ringfence.engine import Engine, EngineConfig, StopReason
-from ringfence.engine.kvm.probe import Kind, verdict
+from ringfence.engine.kvm.verdict import Kind, verdict
 from ringfence.images.builtin import assemble
 from ringfence.memory.ram import GuestMemory
 from ringfence.paravirt.hypercalls import Functions
