@@ -31,6 +31,7 @@ from ringfence.firmware import (
     attach_test_devices,
 )
 from ringfence.memory.ram import GuestMemory
+from ringfence.memory.zeroed import give_back
 from ringfence.network.config import NICS, open_network
 from ringfence.pacing import Pacing
 from ringfence.sharing.options import ShareOptions
@@ -453,7 +454,7 @@ def _load(config: MachineConfig, memory: GuestMemory) -> EntryState | None:
     assert config.kernel is not None
     hardware = acpi.Hardware(config.engine_config.cpus)
     memory.write(acpi.ADDRESS, acpi.build_tables(acpi.ADDRESS, hardware))
-    return load_guest(
+    entry = load_guest(
         memory,
         kernel=config.kernel,
         boot=config.boot,
@@ -462,6 +463,8 @@ def _load(config: MachineConfig, memory: GuestMemory) -> EntryState | None:
         cmdline=config.cmdline,
         rsdp=acpi.ADDRESS,
     )
+    give_back()
+    return entry
 
 
 def _direct_kernel(config: MachineConfig) -> DirectKernel | None:

@@ -13,9 +13,10 @@ and gives a :class:`Kernel`, which is all that the loader needs to know.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from ringfence.boot.elf import PF_X, Program, Segment
+from ringfence.boot.elf import ELF_MAGIC, PF_X, Program, Segment
 from ringfence.boot.params import (
     BOOT_FLAG_MAGIC,
     HEADER_MAGIC,
@@ -25,12 +26,11 @@ from ringfence.boot.params import (
     SetupHeader,
 )
 from ringfence.boot.source import ImageSource, read_image
-from ringfence.boot.unpack import compression_of, unpack
+from ringfence.boot.unpack import Unpacked, compression_of, unpack
 from ringfence.errors import ImageError
 from ringfence.memory.ram import HIGH_RAM_BASE
 
 SECTOR = 512
-ELF_MAGIC = b"\x7fELF"
 OLDEST_PROTOCOL = 0x0202
 """2.02 (Linux 2.4) is the first that takes the command line where we put it."""
 PAYLOAD_PROTOCOL, RELOCATABLE_PROTOCOL, XLOADFLAGS_PROTOCOL = 0x0208, 0x020A, 0x020C
@@ -40,6 +40,7 @@ LOAD_ADDRESS = 0x100000
 ENTRY_64 = 0x200
 """The 64-bit entry point, from the start of the protected-mode part on."""
 
+_BANNER = re.compile(rb"Linux version ([0-9][^\0\n]{0,255})")
 _MISTAKEN = (
     (b"070701", "a cpio archive, probably an initrd"),
     (b"070702", "a cpio archive, probably an initrd"),
@@ -57,7 +58,7 @@ class Kernel:
 
     Attributes
     ----------
-    elf : bytes
+    elf : bytes or memoryview
         The unpacked vmlinux; more bytes (relocations) may follow the ELF file. Empty where there is
         none: then ``code`` is to be run.
     code : bytes or memoryview
@@ -72,7 +73,7 @@ class Kernel:
         The kernel's version line as far as the image tells, else "".
     """
 
-    elf: bytes
+    elf: Unpacked
     header: SetupHeader | None
     compression: str
     version: str
@@ -103,7 +104,7 @@ def open_kernel(source: ImageSource, *, as_is: bool = False) -> Kernel:
             raise ImageError(f"the kernel is {name}: expected a bzImage (vmlinuz) or a vmlinux")
     if compression_of(data) is not None:
         elf, compression = unpack(data, "kernel")
-        if not elf.startswith(ELF_MAGIC):
+        if bytes(elf[:4]) != ELF_MAGIC:
             raise ImageError(
                 f"the kernel is a {compression.name} file without a vmlinux inside: is it the"
                 " initrd? Expected a bzImage (vmlinuz) or a vmlinux"
@@ -119,9 +120,9 @@ def open_kernel(source: ImageSource, *, as_is: bool = False) -> Kernel:
         return Kernel(b"", header, "none", version, code, bool(can_64) and not as_is)
     payload = _payload(data, header)
     elf, compression = unpack(payload, "kernel's payload")
-    if not elf.startswith(ELF_MAGIC):
+    if bytes(elf[:4]) != ELF_MAGIC:
         raise ImageError(
-            f"the kernel's payload unpacks to something that opens with {elf[:4].hex(' ')}:"
+            f"the kernel's payload unpacks to something that opens with {bytes(elf[:4]).hex(' ')}:"
             " expected an ELF file; fetch the kernel again"
         )
     return Kernel(elf, header, compression.name, version, code)
@@ -213,12 +214,7 @@ def _version_string(data: bytes, header: SetupHeader) -> str:
     return text.decode("ascii", "replace").strip()
 
 
-def _banner(elf: bytes) -> str:
+def _banner(elf: Unpacked) -> str:
     """The release from the kernel's "Linux version …" banner."""
-    at = elf.find(b"Linux version ")
-    while at >= 0:
-        text = elf[at + 14 : at + 270].split(b"\0", 1)[0].split(b"\n", 1)[0]
-        if text[:1].isdigit():
-            return text.decode("ascii", "replace").strip()
-        at = elf.find(b"Linux version ", at + 1)
-    return ""
+    found = _BANNER.search(elf)
+    return found[1].decode("ascii", "replace").strip() if found else ""

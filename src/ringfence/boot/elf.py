@@ -18,11 +18,13 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ringfence.boot.unpack import Unpacked
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
 
 KERNEL_FLOOR = 0x100000
 """Lowest guest-physical address that a kernel may occupy; below are our own structures."""
+ELF_MAGIC = b"\x7fELF"
 PF_X = 1
 PT_LOAD, PT_NOTE = 1, 4
 ELFCLASS = {1: 32, 2: 64}
@@ -89,7 +91,7 @@ class Program:
         return max(segment.end for segment in self.segments)
 
 
-def read_segments(elf: bytes) -> Program:
+def read_segments(elf: Unpacked) -> Program:
     """Check an ELF file and find what is to be loaded.
 
     Raises
@@ -114,7 +116,7 @@ def read_segments(elf: bytes) -> Program:
     return Program(_physical_entry(entry, segments), tuple(segments), bits)
 
 
-def find_note(elf: bytes, owner: bytes, kind: int) -> bytes | None:
+def find_note(elf: Unpacked, owner: bytes, kind: int) -> bytes | None:
     """The descriptor of the first note of this owner and type; None if there is none.
 
     Raises
@@ -160,9 +162,9 @@ def load_segments(memory: GuestMemory, image: Program) -> None:
         memory.write(segment.paddr + len(segment.data), bytes(blank))
 
 
-def _read_headers(elf: bytes) -> tuple[int, int, list[ProgramHeader]]:
+def _read_headers(elf: Unpacked) -> tuple[int, int, list[ProgramHeader]]:
     """Entry point, 32 or 64, and the program headers of a checked file."""
-    if not elf.startswith(b"\x7fELF"):
+    if bytes(elf[:4]) != ELF_MAGIC:
         raise ImageError("the kernel is no ELF file: expected a vmlinux")
     bits = ELFCLASS.get(elf[4], 0) if len(elf) > 4 else 0
     if not bits or len(elf) < _EHDR[bits].size:
@@ -188,7 +190,7 @@ def _read_headers(elf: bytes) -> tuple[int, int, list[ProgramHeader]]:
     return entry, bits, [_program_header(elf, start + n * width, bits) for n in range(count)]
 
 
-def _program_header(elf: bytes, at: int, bits: int) -> ProgramHeader:
+def _program_header(elf: Unpacked, at: int, bits: int) -> ProgramHeader:
     fields = _PHDR[bits].unpack_from(elf, at)
     if bits == 64:
         return ProgramHeader(*fields[:7])
@@ -196,7 +198,7 @@ def _program_header(elf: bytes, at: int, bits: int) -> ProgramHeader:
     return ProgramHeader(kind, flags, offset, vaddr, paddr, filesz, memsz)
 
 
-def _segment(elf: bytes, header: ProgramHeader) -> Segment:
+def _segment(elf: Unpacked, header: ProgramHeader) -> Segment:
     offset, filesz, memsz = header.p_offset, header.p_filesz, header.p_memsz
     paddr = header.p_paddr
     if filesz > memsz:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ringfence.boot import multiboot, pvh
-from ringfence.boot.bzimage import ELF_MAGIC, open_kernel
+from ringfence.boot.bzimage import open_kernel
+from ringfence.boot.elf import ELF_MAGIC
 from ringfence.boot.layout import BootState
 from ringfence.boot.linux import load_linux
 from ringfence.boot.params import HEADER_MAGIC

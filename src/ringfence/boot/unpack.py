@@ -9,7 +9,9 @@ padding), and a ceiling for the result, so that no hostile file can fill the hos
 from __future__ import annotations
 
 import bz2
+import contextlib
 import lzma
+import mmap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ _LZ4_LEGACY_BLOCK = 8 << 20
 """Unpacked bytes per block, the last excepted (LZ4 frame format, section "Legacy frame")."""
 _ZSTD_STEP = 4096
 """Packed bytes per step; even the best-packed zeros stay within some 100 MiB in one."""
+
+
+Unpacked = bytes | memoryview
 
 
 class _Broken(Exception):
@@ -80,41 +85,51 @@ def _zstd(data: memoryview, limit: int) -> bytes:
     raise _Broken("it ends before its last block")
 
 
-def _lz4(data: memoryview, limit: int) -> bytes:
+def _lz4(data: memoryview, limit: int) -> memoryview:
     """The legacy frame: magic, then blocks of a 32-bit packed size and that many bytes.
 
     There is no end mark. What can't be a block (too few bytes, or a size beyond the rest) is the
-    size word that the kernel build appends; it ends the frame.
+    size word that the kernel build appends; it ends the frame. Blocks are gathered outside of
+    malloc's heap, as they are large and soon gone, and on huge pages where the host has them.
     """
     try:
         import lz4.block
     except ImportError as error:
         raise HostError("an lz4-packed image needs the Python package lz4: install it") from error
-    at, total = 4, 0
-    blocks: list[bytes] = []
-    while len(data) - at >= 4 and total <= limit:
+    blocks = _lz4_blocks(data)
+    if not blocks:
+        raise _Broken("it has no whole block")
+    room = min(len(blocks) * _LZ4_LEGACY_BLOCK, limit + _LZ4_LEGACY_BLOCK)
+    unpacked = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        unpacked.madvise(mmap.MADV_HUGEPAGE)
+    for block in blocks:
+        if unpacked.tell() > limit:
+            break
+        try:
+            unpacked.write(lz4.block.decompress(block, uncompressed_size=_LZ4_LEGACY_BLOCK))
+        except lz4.block.LZ4BlockError as error:
+            raise _Broken(str(error)) from error
+    return memoryview(unpacked)[: unpacked.tell()]
+
+
+def _lz4_blocks(data: memoryview) -> list[memoryview]:
+    """The packed blocks of a legacy frame."""
+    blocks = []
+    at = 4
+    while len(data) - at >= 4:
         word = bytes(data[at : at + 4])
+        at += 4
         if word == LZ4_LEGACY_MAGIC:
-            at += 4
             continue
-        size = int.from_bytes(word, "little")
-        rest = len(data) - at - 4
+        size, rest = int.from_bytes(word, "little"), len(data) - at
         if size == 0 or size > rest:
             if rest >= 64:
                 raise _Broken(f"a block of {size} bytes is cut off after {rest}")
             break
-        try:
-            block: bytes = lz4.block.decompress(
-                data[at + 4 : at + 4 + size], uncompressed_size=_LZ4_LEGACY_BLOCK
-            )
-        except lz4.block.LZ4BlockError as error:
-            raise _Broken(str(error)) from error
-        blocks.append(block)
-        total += len(block)
-        at += 4 + size
-    if not blocks:
-        raise _Broken("it has no whole block")
-    return b"".join(blocks)
+        blocks.append(data[at : at + size])
+        at += size
+    return blocks
 
 
 def _lzo(data: memoryview, limit: int) -> bytes:
@@ -130,7 +145,7 @@ class Compression:
 
     name: str
     magic: bytes
-    undo: Callable[[memoryview, int], bytes]
+    undo: Callable[[memoryview, int], Unpacked]
 
 
 COMPRESSIONS = (
@@ -156,7 +171,7 @@ def compression_of(data: bytes | memoryview) -> Compression | None:
 
 def unpack(
     data: bytes | memoryview, what: str, limit: int = MAXIMUM_UNPACKED
-) -> tuple[bytes, Compression]:
+) -> tuple[Unpacked, Compression]:
     """Unpack ``data``, whatever of :data:`COMPRESSIONS` it is packed with.
 
     Parameters

@@ -17,7 +17,7 @@ def make(image: str | None, kernel: Path | None, output: Path | None, *, as_json
         raise UsageError("both an image and --kernel were given: expected one of them")
     name = image or "debian"
     opened = open_kernel(kernel if kernel is not None else Store().find(name).kernel)
-    data, count = symbol_file(opened.elf)
+    data, count = symbol_file(bytes(opened.elf))
     target = output or Path(f"{kernel.name if kernel is not None else name}.symbols")
     try:
         write_atomically(target.absolute(), data)

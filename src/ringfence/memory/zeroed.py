@@ -1,4 +1,4 @@
-"""Zeroed memory for the tables that native code works on.
+"""Zeroed memory for the tables that native code works on; memory that is not needed any more.
 
 The pages are private, which costs the host half of what shared ones do, and large tables that are
 used all over lie on huge pages where the host grants them: then a few faults fill them instead of
@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import mmap
 
+_libc = ctypes.CDLL(None)
 _PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
 
@@ -33,3 +34,10 @@ class ZeroedPages:
                 made.madvise(mmap.MADV_HUGEPAGE)
         self._taken.append(made)
         return ctypes.addressof(ctypes.c_char.from_buffer(made))
+
+
+def give_back() -> None:
+    """Give the host back what malloc keeps for later, after work on much that is gone now."""
+    trim = getattr(_libc, "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
