@@ -7,13 +7,15 @@ have on the host's side (open disks, sockets, the network) outlives that: `HostS
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from ringfence import engine as engines
 from ringfence.boot.firmware import Firmware, place_firmware
@@ -57,8 +59,6 @@ GUEST_CID = 3
 """The guest's address for sockets between it and the host, unless it is a clone."""
 STATE_VERSION = 1
 """Of what `Parts.save` returns."""
-
-T = TypeVar("T")
 
 
 def new_generation() -> bytes:
@@ -339,15 +339,18 @@ def assemble(
 
     With an ``origin``, whose RAM belongs to the machine then, the guest goes on from there instead.
     """
-    # The engine's code and the guest's are loaded while the board is being built.
+    # Unpacking a kernel leaves Python's lock to others: they load code meanwhile.
     loading = engines.preload(config.engine, config.engine_config)
+    importing = threading.Thread(target=_import_board, name="import", daemon=True)
+    importing.start()
     firmware = config.firmware
     if origin is None:
         memory = GuestMemory(config.memory, firmware.code if firmware else b"")
     else:
         memory = origin.memory
-    boot = Ahead(lambda: _load(config, memory)) if origin is None else None
     try:
+        boot = _load(config, memory) if origin is None else None
+        importing.join()
         from ringfence.chipset.board import Board
         from ringfence.chipset.clock import HostClock
         from ringfence.chipset.timekeeping import PauseClock, Timekeeper
@@ -391,43 +394,25 @@ def assemble(
             vcpu.attach_services(offers)
         parts = Parts(memory, time, board, engine, paravirtual, offered, devices)
         if origin is None:
-            engine.set_boot_state(boot.result() if boot else None)
+            engine.set_boot_state(boot)
         elif origin.state is not None:
             parts.restore(origin.state)
     except BaseException:
-        if boot is not None:
-            boot.wait()  # it writes to the memory
         memory.close()
         raise
     return parts
 
 
-class Ahead(Generic[T]):
-    """A function's result, for which a thread of its own works from now on."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._done: list[T] = []
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._done.append(self._work())
-        except BaseException as error:
-            self._failure = error
-
-    def wait(self) -> None:
-        """Return when it has been called, whatever came of it."""
-        self._thread.join()
-
-    def result(self) -> T:
-        """Wait for what it returns; raise what it raised."""
-        self.wait()
-        if self._failure is not None:
-            raise self._failure
-        return self._done[0]
+def _import_board() -> None:
+    """Import what `assemble` needs; what goes wrong here goes wrong again there."""
+    with contextlib.suppress(Exception):
+        for name in (
+            "chipset.board",
+            "devices.virtio.pci",
+            "devices.virtio.rng",
+            "paravirt.services",
+        ):
+            importlib.import_module(f"ringfence.{name}")
 
 
 def _promised(promised: int, offered: int) -> int:
