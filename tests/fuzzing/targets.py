@@ -16,9 +16,9 @@ from ringfence.pacing import Pacing
 SWITCHES = {
     "": DEFAULT_PACING,
     "-paced": Pacing(True, 8, 50, 100),
-    "-kicked": Pacing(event_idx=False),
+    "-kicked": Pacing(event_idx=False, gather=0),
 }
-"""EVENT_IDX alone; with it coalesced interrupts and polling; nothing of the kind."""
+"""EVENT_IDX and gathering; coalesced interrupts and polling; nothing of the kind."""
 TARGETS: Mapping[str, Callable[[int], Fuzzer]] = {
     **{
         f"{name}-{layout}{switches}": partial(kind, packed=layout == "packed", pacing=pacing)

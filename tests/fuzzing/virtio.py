@@ -209,8 +209,11 @@ class VirtioFuzzer(Fuzzer):
         driver.put(offset, size, value, page)
 
     def time(self) -> None:
-        """Time passes; what was put off is done."""
-        self.driver.clock.advance(self.pick(1, 1000, 100_000))
+        """Time passes, or the vCPU sleeps; what was put off is done."""
+        if self.chance(0.3):
+            self.driver.board.idle()
+        else:
+            self.driver.clock.advance(self.pick(1, 1000, 100_000))
 
 
 class RngFuzzer(VirtioFuzzer):
@@ -309,7 +312,12 @@ class NetFuzzer(VirtioFuzzer):
 
     def host(self) -> None:
         length = self.pick(0, 13, 14, 60, 1514, 1514, 9000, 65549, 65550)
-        self.wire.receive(self.source.randbytes(length))
+        frame = bytearray(self.source.randbytes(length))
+        if length > 60 and self.chance(0.5):
+            frame[12:15], frame[23] = b"\x08\0" + bytes([self.pick(0x45, 0x4F, 0x44)]), 6
+            frame[20:22], frame[46] = bytes(2), self.pick(0x50, 0xF0, 0)
+        self.wire.takes_large = self.chance(0.5)
+        self.wire.receive(bytes(frame))
 
     def after(self) -> None:
         assert all(14 <= len(frame) <= net.MAX_FRAME for frame in self.wire.frames)

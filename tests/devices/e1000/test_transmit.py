@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
 
 from devices.e1000.driver import EOP_RS, MAC, MEMORY, PEER, TX_BUFFERS, TX_RING, Driver, frame_of
+from devices.e1000.packets import ipv4
 from ringfence.devices.e1000 import transmit
 from ringfence.devices.e1000.registers import CTRL, ICR, TCTL, Ring, TxDescriptor
 from ringfence.devices.e1000.statistics import TSCTFC
@@ -279,3 +281,49 @@ def test_nothing_is_fetched_without_bus_mastering(driver) -> None:
     assert not done(driver, descriptor)
     driver.card.config_write(4, 2, 0x07)
     assert driver.wire.frames == [frame_of(60)]
+
+
+def test_a_backend_that_takes_large_segments_gets_them_whole(driver) -> None:
+    """As the chip would have cut them, the statistics say."""
+    payload = random.Random(6).randbytes(50_001)
+    packet = bytearray(PEER + MAC + ipv4(6, payload)[12:])
+    wanted = bytes(packet)
+    packet[16:18] = packet[24:26] = bytes(2)
+    driver.wire.takes_large = True
+    tso(driver, bytes(packet), 1460, 54)
+    assert driver.wire.frames == [wanted]
+    assert driver.read(0x4080) == 35, "GPTC"
+    assert driver.read(0x40F8) == 1, "TSCTC"
+    assert driver.read(0x4090) == 50_001 + 35 * 58, "GOTCL"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"tucss": 38},
+        {"tucso": 48},
+        {"ipcss": 10},
+        {"ipcse": 0},
+        {"tucse": 60},
+        {"hdrlen": 58},
+        {"tucmd": TxDescriptor.TUCMD_TCP | TxDescriptor.TSE},
+        {"tucmd": TxDescriptor.TUCMD_IP | TxDescriptor.TSE},
+    ],
+)
+def test_what_is_no_plain_segment_is_cut_as_the_chip_does(driver, odd) -> None:
+    packet = PEER + MAC + ipv4(6, bytes(3000))[12:]
+    sent = []
+    for large in (False, True):
+        driver.wire.takes_large = large
+        fields = {"mss": 1460, "hdrlen": 54, "tucmd": 0x07000000, **odd}
+        driver.memory.write(TX_BUFFERS, packet)
+        driver.context(
+            **{"ipcss": 14, "ipcso": 24, "ipcse": 33, "tucss": 34, "tucso": 50, **fields}
+        )
+        options = (TxDescriptor.IXSM | TxDescriptor.TXSM) << TxDescriptor.POPTS_SHIFT
+        driver.put(TX_BUFFERS, DEXT_DATA | TxDescriptor.TSE | EOP_RS | len(packet), options)
+        driver.ring_tail()
+        sent.append(list(driver.wire.frames))
+        driver.wire.frames.clear()
+    assert sent[0] == sent[1]
+    assert len(sent[0]) > 1

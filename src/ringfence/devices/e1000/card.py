@@ -91,6 +91,7 @@ class E1000(PciDevice):
             *(memory, timers, self.interrupts, self.statistics, self._transmit),
             vlan=self._vlan,
             master=lambda: self.bus_master,
+            takes_large=lambda: self.backend.takes_large and not self._loops,
         )
         self.receiver = Receiver(
             *(memory, self.interrupts, self.statistics, self.filters),
@@ -141,16 +142,21 @@ class E1000(PciDevice):
     def receive(self, frame: bytes) -> bool:
         """Take a frame from the backend, in its thread; False if there is no room now."""
         with self.lock:
-            if not self.phy.link or self.phy.loopback or self.receiver.rctl & RCTL.LBM:
+            if not self.phy.link or self._loops:
                 return True
             return self._arrive(frame)
+
+    @property
+    def _loops(self) -> bool:
+        """Whether what is sent comes back."""
+        return bool(self.phy.loopback or self.receiver.rctl & RCTL.LBM)
 
     def _arrive(self, frame: bytes) -> bool:
         return not self.bus_master or self.receiver.receive(frame)
 
     def _transmit(self, frame: bytes) -> None:
         """Take a frame from the transmitter."""
-        if self.phy.loopback or self.receiver.rctl & RCTL.LBM:
+        if self._loops:
             self._arrive(frame)  # what finds no room is lost, as in the chip's own buffer
         elif self.phy.link:
             self.backend.transmit(frame)

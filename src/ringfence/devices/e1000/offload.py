@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 from ringfence.devices.e1000.registers import TxDescriptor
 from ringfence.network.checksum import add, checksum
+from ringfence.network.offload import tcp_over_ipv4, uncut
 
 IPV4, IPV6, VLAN = 0x0800, 0x86DD, 0x8100
 TCP, UDP = 6, 17
 ETHERNET = 14
+LARGEST = ETHERNET + 0xFFFF
+"""Bytes of a frame whose IP packet has a length that its header can tell."""
 _FIN_PSH = 0x09
 _CONTEXT = struct.Struct("<BBHBBHII")
 Bytes = bytes | bytearray | memoryview
@@ -85,6 +88,22 @@ class Context:
             insert(frame, self.tucss, self.tucso, self.tucse, udp=not self.tcp)
         if options & TxDescriptor.IXSM:
             insert(frame, self.ipcss, self.ipcso, self.ipcse)
+
+    def uncut(self, packet: bytearray, options: int) -> bytes | None:
+        """Return a packet whole, where cutting it would give plain TCP segments over IPv4.
+
+        None where its headers, or what is asked for, are anything else.
+        """
+        both = TxDescriptor.TXSM | TxDescriptor.IXSM
+        if not self.tcp or not self.ipv4 or options & both != both or self.ipcss != ETHERNET:
+            return None
+        tcp = tcp_over_ipv4(bytes(packet[: self.header]))
+        fields = (self.ipcso, self.tucso, self.ipcse, self.tucse)
+        if tcp is None or tcp != self.tucss or self.header != tcp + (packet[tcp + 12] >> 4) * 4:
+            return None
+        if fields != (ETHERNET + 10, tcp + 16, tcp - 1, 0) or len(packet) > LARGEST:
+            return None
+        return uncut(bytes(packet), tcp, version=4)
 
     def segment(self, packet: bytearray, number: int, options: int) -> bytearray:
         """Return segment ``number`` of a packet that begins with its prototype header (3.5)."""

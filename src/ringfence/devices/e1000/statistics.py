@@ -54,16 +54,16 @@ class Statistics(Saved):
         value, counters[index] = counters[index], 0
         return min(value, ALL)
 
-    def sent(self, frame: bytes | bytearray, length: int) -> None:
-        """Count a frame of ``length`` bytes, FCS included."""
+    def sent(self, frame: bytes | bytearray, length: int, count: int = 1) -> None:
+        """Count frames like this one, of ``length`` bytes each, FCS included."""
         counters = self.counters
-        counters[TPT] += 1
-        counters[GPTC] += 1
-        counters[TOTL] += length
-        counters[GOTCL] += length
-        counters[PTC64 + bisect_left(_SIZES, length)] += 1
+        counters[TPT] += count
+        counters[GPTC] += count
+        counters[TOTL] += count * length
+        counters[GOTCL] += count * length
+        counters[PTC64 + bisect_left(_SIZES, length)] += count
         if frame[0] & 1:
-            counters[BPTC if frame[:6] == b"\xff\xff\xff\xff\xff\xff" else MPTC] += 1
+            counters[BPTC if frame[:6] == b"\xff\xff\xff\xff\xff\xff" else MPTC] += count
 
     def arrived(self, length: int) -> None:
         """Count a frame on the wire, whether it is for us or not."""

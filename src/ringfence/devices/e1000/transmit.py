@@ -51,6 +51,8 @@ class Transmitter(Saved):
         The Ethernet type of VLAN tags, or 0 if tags are not the card's affair.
     master : Callable[[], bool]
         Whether the card may access memory.
+    takes_large : Callable[[], bool]
+        Whether ``send`` takes TCP segments of any size.
     """
 
     FIELDS = ("tctl", "options", "special", "flags", "segment", "overrun")
@@ -64,6 +66,7 @@ class Transmitter(Saved):
         send: Callable[[bytes], None],
         vlan: Callable[[], int],
         master: Callable[[], bool],
+        takes_large: Callable[[], bool],
     ) -> None:
         self._memory = memory
         self._clock = queue.clock
@@ -73,6 +76,7 @@ class Transmitter(Saved):
         self._send = send
         self._vlan = vlan
         self._master = master
+        self._takes_large = takes_large
         self.ring = DescriptorRing(memory, Ring.TRANSMIT)
         self.reset()
 
@@ -228,6 +232,12 @@ class Transmitter(Saved):
             self._drop()
             return
         counters[counter.TSCTC] += 1
+        if self._takes_large() and not lower & TxDescriptor.VLE:
+            frame = self.context.uncut(self.packet, self.options)
+            if frame is not None:
+                self._out_uncut(frame, header, mss)
+                self._drop()
+                return
         self.flags, self.special = lower, upper >> TxDescriptor.SPECIAL_SHIFT
         self.segment = 0
 
@@ -238,6 +248,15 @@ class Transmitter(Saved):
         self.segment += 1
         if self.context.header + self.segment * self.context.mss >= len(self.packet):
             self._drop()
+
+    def _out_uncut(self, frame: bytes, header: int, mss: int) -> None:
+        """Send what the chip would cut, whole; the statistics have the segments."""
+        self._frames -= 1
+        self._bytes -= len(frame)
+        full, rest = divmod(len(frame) - header, mss)
+        self._statistics.sent(frame, header + mss + FCS, full)
+        self._statistics.sent(frame, header + rest + FCS, int(rest > 0 or not full))
+        self._send(frame)
 
     def _finish(self, lower: int, upper: int) -> None:
         """Send the packet as it is."""
