@@ -108,6 +108,19 @@ def test_fragments_join_to_what_they_were() -> None:
     assert struct.unpack_from(">H", last, 20) == (0x2000 | 7 + 185,)
 
 
+@pytest.mark.parametrize("sequence", [0, 0xFFFF, 0x10000, 0x12345678, 0xFFFFFFFF])
+@pytest.mark.parametrize("length", [0, 1, 1459, 1460, 4001])
+def test_segments_are_right(sequence: int, length: int) -> None:
+    payload = random.Random(sequence).randbytes(length)
+    frame = bytearray(ipv4(6, payload))
+    struct.pack_into(">I", frame, 38, sequence)
+    pieces = list(offload.segments(bytes(frame), 34, 1460, version=4))
+    assert all(map(tcp_good, pieces))
+    assert b"".join(piece[54:] for piece in pieces) == payload
+    starts = [struct.unpack_from(">I", piece, 38)[0] for piece in pieces]
+    assert starts == [sequence + 1460 * n & 0xFFFFFFFF for n in range(len(pieces))]
+
+
 def test_a_frame_is_left_uncut() -> None:
     payload = random.Random(3).randbytes(60_001)
     frame = bytearray(ipv4(6, payload))

@@ -80,26 +80,40 @@ def segments(frame: bytes, tcp: int, mss: int, *, version: int) -> Iterator[byte
     (sequence,) = struct.unpack_from(">I", frame, tcp + 4)
     (identification,) = struct.unpack_from(">H", frame, ETHERNET + 4)
     flags = frame[tcp + 13]
+    length_at = ETHERNET + (2 if version == 4 else 4)
+    # What is the same in all of them, and its sums: in `header`, what differs is zero.
+    header = bytearray(frame[:start])
+    header[length_at : length_at + 2] = header[tcp + TCP_CHECKSUM : tcp + TCP_CHECKSUM + 2] = (
+        b"\0\0"
+    )
+    header[tcp + 4 : tcp + 8], header[tcp + 13] = bytes(4), 0
     addresses = (ETHERNET + 12, ETHERNET + 20) if version == 4 else (ETHERNET + 8, ETHERNET + 40)
-    pseudo = add(frame, *addresses) + TCP
+    network = 0
+    if version == 4:
+        header[ETHERNET + 4 : ETHERNET + 6] = header[ETHERNET + 10 : ETHERNET + 12] = b"\0\0"
+        network = add(header, ETHERNET, tcp)
+    transport = add(header, *addresses) + TCP + add(header, tcp)
     for number, at in enumerate(range(0, max(len(payload), 1), mss)):
         part = payload[at : at + mss]
-        header = bytearray(frame[:start])
+        out = bytearray(header)
         last = at + mss >= len(payload)
         kept = flags & ~(0 if last else _FIN | _PSH) & ~(_CWR if number else 0)
-        header[tcp + 13] = kept
-        struct.pack_into(">I", header, tcp + 4, sequence + at & 0xFFFF_FFFF)
+        out[tcp + 13] = kept
+        place = sequence + at & 0xFFFF_FFFF
+        struct.pack_into(">I", out, tcp + 4, place)
         length = start - tcp + len(part)
         if version == 4:
-            struct.pack_into(">H", header, ETHERNET + 2, tcp - ETHERNET + length & 0xFFFF)
-            struct.pack_into(">H", header, ETHERNET + 4, identification + number & 0xFFFF)
-            _sum_ipv4(header, tcp)
+            whole = tcp - ETHERNET + length & 0xFFFF
+            name = identification + number & 0xFFFF
+            value = 0xFFFF - fold(network + whole + name)
+            struct.pack_into(">HH", out, length_at, whole, name)
+            struct.pack_into(">H", out, ETHERNET + 10, value)
         else:
-            struct.pack_into(">H", header, ETHERNET + 4, tcp - ETHERNET - 40 + length & 0xFFFF)
-        struct.pack_into(">H", header, tcp + TCP_CHECKSUM, 0)
-        more = pseudo + length + add(frame, start + at, start + at + len(part))
-        struct.pack_into(">H", header, tcp + TCP_CHECKSUM, checksum(header, tcp, more=more))
-        yield b"".join((header, part))
+            struct.pack_into(">H", out, length_at, tcp - ETHERNET - 40 + length & 0xFFFF)
+        total = transport + length + place + kept
+        total += add(frame, start + at, start + at + len(part))
+        struct.pack_into(">H", out, tcp + TCP_CHECKSUM, 0xFFFF - fold(total))
+        yield b"".join((out, part))
 
 
 def uncut(frame: bytes, tcp: int, *, version: int) -> bytes:
