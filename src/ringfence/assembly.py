@@ -34,7 +34,7 @@ from ringfence.firmware import (
 )
 from ringfence.memory.ram import GuestMemory
 from ringfence.memory.zeroed import give_back
-from ringfence.network.config import NICS, open_network
+from ringfence.network.config import NICS, heritable, open_network
 from ringfence.pacing import Pacing
 from ringfence.sharing.options import ShareOptions
 from ringfence.storage import Storage
@@ -202,8 +202,8 @@ class HostSide:
     network : NetworkBackend, optional
         The caller's own, instead of one by name.
     awaited : bool
-        Whether another machine still has what only one can have at a time: disks, and the file of
-        the firmware's variables. They are ours from `reclaim` on.
+        Whether another machine still has what only one can have at a time: disks, the file of the
+        firmware's variables, ports that are forwarded. They are ours from `reclaim` on.
     """
 
     def __init__(
@@ -227,7 +227,11 @@ class HostSide:
             variables = config.firmware.variables if config.firmware else b""
             self.nvram = Nvram(config.nvram, variables, awaited=awaited)
             opened.callback(self.nvram.close)
-            self.network = open_network(network or config.network, config.forwards, config.capture)
+            self.network = open_network(
+                network or config.network, config.forwards, config.capture, awaited=awaited
+            )
+            self.heritable = heritable(self.network)
+            """The network again, if a guest can leave it behind with its connections."""
             if self.network is not None:
                 opened.callback(self.network.close)
             self._opened = opened.pop_all()
@@ -236,11 +240,15 @@ class HostSide:
         """Let another machine have what only one can have, until `reclaim`."""
         self.storage.lend()
         self.nvram.lend()
+        if self.heritable is not None:
+            self.heritable.lend()
 
     def reclaim(self) -> None:
         """Have it all for ourselves, again or at last; HostError if another machine has it."""
         self.storage.reclaim()
         self.nvram.reclaim()
+        if self.heritable is not None:
+            self.heritable.reclaim()
 
     def close(self) -> None:
         """Give everything back to the host."""

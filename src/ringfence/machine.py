@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ringfence.boot.firmware import Firmware
     from ringfence.boot.source import ImageSource
     from ringfence.engine.exits import TraceRecord
-    from ringfence.network.backend import NetworkBackend
+    from ringfence.network.backend import Heritable, NetworkBackend
     from ringfence.paravirt.hypercalls import Function
     from ringfence.state.keeper import Keeper
 
@@ -274,6 +274,15 @@ class Machine(Movable):
         machine = cls.__new__(cls)
         machine._build(config, None, origin)
         return machine
+
+    @property
+    def network(self) -> Heritable | None:
+        """The network that the guest can leave behind with its connections, if it has such a one.
+
+        After a migration ``network.served()`` waits until the last of them has ended. They need
+        this process, not the machine: it may be closed.
+        """
+        return self._host.heritable
 
     def take_over(self, state: dict[str, Any]) -> None:
         """Become, before the start, the machine that another process has let go of.

@@ -16,7 +16,8 @@ from network.support import Card, frame, until
 from ringfence.errors import HostError, UsageError
 from ringfence.network import stream
 from ringfence.network.backend import MAXIMUM_FRAME
-from ringfence.network.stream import BACKLOG, Peer, SocketNetwork
+from ringfence.network.peer import BACKLOG, Peer
+from ringfence.network.stream import SocketNetwork
 
 
 @pytest.fixture

@@ -359,6 +359,19 @@ def _report(stats: dict[str, Any], where: str | None) -> None:
         report.write_json(stats, Path(where))
 
 
+def _serve_out(machine: Machine) -> None:
+    """Stay as long as connections of a guest that has moved need it."""
+    network = machine.network
+    if network is None or network.served(0):
+        return
+    print(
+        "ringfence: note: connections that it has go on through here, until they end or this does",
+        file=sys.stderr,
+        flush=True,
+    )
+    network.served()
+
+
 def _status(machine: Machine, ending: Ending | signal.Signals) -> int:
     if isinstance(ending, signal.Signals):
         return 128 + ending
@@ -371,6 +384,7 @@ def _status(machine: Machine, ending: Ending | signal.Signals) -> int:
         return machine.exit_status or 0
     if outcome is StopReason.MIGRATED:
         print("ringfence: note: the machine runs elsewhere now", file=sys.stderr)
+        _serve_out(machine)
     if outcome is StopReason.CRASH:
         raise GuestCrash("the guest crashed; its registers:", machine.crash_report)
     if outcome is StopReason.RESET:

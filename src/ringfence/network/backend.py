@@ -17,7 +17,10 @@ Each side says whether it takes them, and who makes one cuts it for a side that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ringfence.network.peer import Peer
 
 HEADER = 14
 """Bytes of an Ethernet header: destination, source, type."""
@@ -69,3 +72,22 @@ class NetworkBackend(Protocol):
 
     def close(self) -> None:
         """Give back what the backend has of the host's. Safe to repeat."""
+
+
+class Heritable(Protocol):
+    """A network that a guest can leave behind, with its connections (see `succession`)."""
+
+    def lend(self) -> None:
+        """Give up what only one network can have, ports of the host's, until `reclaim`."""
+
+    def reclaim(self) -> None:
+        """Have it, again or at last; HostError if somebody else has it."""
+
+    def follow(self, peer: Peer | None) -> None:
+        """Connections from before go on over there, or, with None, nowhere."""
+
+    def serve(self, peer: Peer) -> None:
+        """The guest is over there from now on: go on for its connections, and for no others."""
+
+    def served(self, timeout: float | None = None) -> bool:
+        """Wait until there is nothing left to `serve`; whether that is so."""

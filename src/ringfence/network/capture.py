@@ -55,6 +55,11 @@ class Capture:
             )
         )
 
+    @property
+    def backend(self) -> NetworkBackend:
+        """Where frames really go."""
+        return self._backend
+
     def attach(self, receive: Receive) -> None:
         """See `NetworkBackend.attach`."""
 

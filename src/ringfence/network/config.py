@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.errors import UsageError
-from ringfence.network.backend import NetworkBackend
+from ringfence.network.backend import Heritable, NetworkBackend
 from ringfence.network.forward import Forward, parse_forward
 from ringfence.pacing import OPTIONS, Pacing
 
@@ -104,25 +104,46 @@ def parse_mac(text: str | None) -> bytes:
 
 
 def open_network(
-    network: str | NetworkBackend | None, forwards: Sequence[str], capture: str | Path | None
+    network: str | NetworkBackend | None,
+    forwards: Sequence[str],
+    capture: str | Path | None,
+    *,
+    awaited: bool = False,
 ) -> NetworkBackend | None:
-    """Return the backend that `Machine`'s arguments ask for, which may be the caller's own."""
+    """Return the backend that `Machine`'s arguments ask for, which may be the caller's own.
+
+    One whose guest is ``awaited`` from elsewhere leaves its ports to others until `reclaim`.
+    """
     if network is not None and not isinstance(network, str):
         if forwards or capture is not None:
             raise UsageError("forwards and capture are for networks by name, not for a backend")
         return network
     config = parse_network(network, forwards, capture)
-    return None if config is None else connect(config)
+    return None if config is None else connect(config, awaited=awaited)
 
 
-def connect(config: NetworkConfig) -> NetworkBackend:
+def heritable(network: NetworkBackend | None) -> Heritable | None:
+    """Return the network that a guest can leave behind with its connections, if it is such a one.
+
+    What goes on for a guest that has left is not captured.
+    """
+    if network is None:
+        return None
+    from ringfence.network.capture import Capture
+    from ringfence.network.user import UserNetwork
+
+    inner = network.backend if isinstance(network, Capture) else network
+    return inner if isinstance(inner, UserNetwork) else None
+
+
+def connect(config: NetworkConfig, *, awaited: bool = False) -> NetworkBackend:
     """Make the backend; HostError where the host lacks what it needs."""
     backend: NetworkBackend
     match config.kind:
         case "user":
             from ringfence.network.user import UserNetwork
 
-            backend = UserNetwork(config.forwards, loopback=config.loopback)
+            backend = UserNetwork(config.forwards, loopback=config.loopback, awaited=awaited)
         case "socket":
             from ringfence.network.stream import SocketNetwork
 

@@ -123,6 +123,8 @@ _PROTOTYPES = {
     "slirp_pollfds_poll": (None, [c_void_p, c_int, GetRevents, c_void_p]),
     "slirp_input": (None, [c_void_p, c_char_p, c_int]),
     "slirp_add_hostfwd": (c_int, [c_void_p, c_int, InAddr, c_int, InAddr, c_int]),
+    "slirp_remove_hostfwd": (c_int, [c_void_p, c_int, InAddr, c_int]),
+    "slirp_connection_info": (c_void_p, [c_void_p]),
     "slirp_version_string": (c_char_p, []),
 }
 _LOG_LEVELS = 0xFC
@@ -143,13 +145,29 @@ def library() -> ctypes.PyDLL:
         for name, (result, arguments) in _PROTOTYPES.items():
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
-        glib = ctypes.PyDLL("libglib-2.0.so.0")
+        glib = _glib()
     except (OSError, AttributeError) as error:
         raise HostError(
             f"user-mode networking needs libslirp 4.0 or later ({error}):"
             f" install {PACKAGE} (Debian, Ubuntu) or libslirp (Fedora), or use --net none"
         ) from error
     glib.g_log_set_handler(b"Slirp", _LOG_LEVELS, _silent, None)
+    return found
+
+
+def connections(slirp: int) -> list[bytes]:
+    """Return a line for each connection, forward and the like: ``PROTOCOL[STATE] ...``."""
+    text = library().slirp_connection_info(slirp)
+    try:
+        return ctypes.string_at(text).splitlines()[1:]
+    finally:
+        _glib().g_free(text)
+
+
+@functools.cache
+def _glib() -> ctypes.PyDLL:
+    found = ctypes.PyDLL("libglib-2.0.so.0")
+    found.g_free.restype, found.g_free.argtypes = None, [c_void_p]
     return found
 
 

@@ -1,8 +1,8 @@
 """Virtual machines on one wire: a Unix socket with frames in it, each behind its length.
 
-The stream is that of QEMU's ``-netdev stream`` and ``socket``: a 32-bit big-endian length, then the
-frame. Whoever comes first listens, and is the *hub* for those who come later: it repeats each
-frame to all others and to its own card, as an Ethernet repeater does. When the hub goes, its peers
+The stream is that of QEMU's ``-netdev stream`` and ``socket`` (see `peer`). Whoever comes first
+listens, and is the *hub* for those who come later: it repeats each frame to all others and to its
+own card, as an Ethernet repeater does. When the hub goes, its peers
 try again every second; the first of them becomes the new hub.
 
 What a peer may do: send frames of any content. A length that no frame has ends its connection. For
@@ -24,63 +24,17 @@ import time
 from pathlib import Path
 
 from ringfence.errors import HostError, UsageError
-from ringfence.network.backend import MAXIMUM_FRAME, MINIMUM_FRAME
+from ringfence.network.backend import MINIMUM_FRAME
+from ringfence.network.peer import NoFrames, Peer
 from ringfence.network.threaded import ThreadedBackend
 
-PREFIX = 4
-BACKLOG = 1 << 20
-"""Bytes that wait for a slow peer at most."""
 PEERS = 64
-READ = 1 << 18
-"""Bytes taken from a peer per turn at most."""
 RETRY = 1.0
 """Seconds between two attempts to find a hub, or become one."""
 PATIENCE = 5.0
 """Seconds to wait at first for others that are joining at the same moment."""
 PATH_LIMIT = 107
 """Bytes of ``sun_path`` without its NUL (unix(7))."""
-
-
-class Peer:
-    """One connection: what came of the next frame, and what waits to be sent."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.incoming = bytearray()
-        self.outgoing = bytearray()
-
-    def frames(self) -> list[bytes] | None:
-        """Cut whole frames off ``incoming``; None if the peer doesn't keep to the format."""
-        found: list[bytes] = []
-        at, data = 0, self.incoming
-        while len(data) - at >= PREFIX:
-            length = int.from_bytes(data[at : at + PREFIX], "big")
-            if not 0 < length <= MAXIMUM_FRAME:
-                return None
-            if len(data) - at - PREFIX < length:
-                break
-            at += PREFIX + length
-            found.append(bytes(data[at - length : at]))
-        del data[:at]
-        return found
-
-    @property
-    def full(self) -> bool:
-        """True if the next frame may not find room."""
-        return len(self.outgoing) + PREFIX + MAXIMUM_FRAME > BACKLOG
-
-    def queue(self, frame: bytes) -> bool:
-        """Note a frame for sending; False if too much waits already."""
-        if len(self.outgoing) + PREFIX + len(frame) > BACKLOG:
-            return False
-        self.outgoing += len(frame).to_bytes(PREFIX, "big") + frame
-        return True
-
-    def flush(self) -> None:
-        """Send what the socket takes; OSError if the connection is broken."""
-        with contextlib.suppress(BlockingIOError):
-            while self.outgoing:
-                del self.outgoing[: self.connection.send(self.outgoing, socket.MSG_NOSIGNAL)]
 
 
 class SocketNetwork(ThreadedBackend):
@@ -212,19 +166,13 @@ class SocketNetwork(ThreadedBackend):
         try:
             if events & select.POLLOUT:
                 peer.flush()
-            if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
-                data = peer.connection.recv(READ)
-                if not data:
-                    raise ConnectionResetError
-                peer.incoming += data
-        except BlockingIOError:
-            return
-        except OSError:
+            come = events & (select.POLLIN | select.POLLHUP | select.POLLERR)
+            frames = peer.receive() if come else []
+        except NoFrames:
+            self._counters["dropped_peers"] += 1
             self._drop(descriptor)
             return
-        frames = peer.frames()
-        if frames is None:
-            self._counters["dropped_peers"] += 1
+        except OSError:
             self._drop(descriptor)
             return
         for frame in frames:

@@ -20,7 +20,9 @@ import os
 import select
 import threading
 from collections import deque
+from collections.abc import Callable
 
+from ringfence.errors import HostError
 from ringfence.network.backend import MAXIMUM_FRAME, MINIMUM_FRAME, Receive
 
 QUEUE = 1024
@@ -41,6 +43,7 @@ class ThreadedBackend:
         self._delivering = threading.Lock()
         self._outgoing: deque[bytes] = deque()
         self._held: deque[bytes] = deque()
+        self._jobs: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._signalled = False
         self._closing = False
@@ -114,6 +117,28 @@ class ThreadedBackend:
         self._release()
         os.close(self._wake)
 
+    def _call(self, job: Callable[[], None]) -> None:
+        """Have something done in the thread, or here while there is none; its errors are ours."""
+        if self._thread is None:
+            job()
+            return
+        done, failed = threading.Event(), list[Exception]()
+
+        def do() -> None:
+            try:
+                job()
+            except Exception as error:
+                failed.append(error)
+            done.set()
+
+        self._jobs.append(do)
+        self._notify()
+        while not done.wait(0.1):
+            if not self._thread.is_alive():
+                raise HostError("the network was closed meanwhile")
+        if failed:
+            raise failed[0]
+
     # ---- what a subclass implements; called in the thread
 
     def _interest(self) -> tuple[list[tuple[int, int]], float | None]:
@@ -173,6 +198,8 @@ class ThreadedBackend:
     def _run(self) -> None:
         while True:
             ready = self._sleep()
+            while self._jobs:
+                self._jobs.popleft()()
             if self._closing:
                 return
             self._offer()

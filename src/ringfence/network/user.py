@@ -11,6 +11,9 @@ whoever can connect. ``loopback=True`` opens it, as 10.0.2.2.
 All calls of libslirp are made by the backend's thread; those of `__init__` come before it starts.
 IPv6 is switched off: few hosts could route it, and guests would try it first.
 
+When the guest moves, its connections stay here (see `succession`): the network then serves a guest
+that is elsewhere, until none is left.
+
 **Large segments.** libslirp ends the guest's TCP connections, so segments need not fit any wire. It
 takes what guests send as large as it comes. What it sends is as large as the guest's option MSS
 allows: where the card takes large segments, it is rewritten on its way to `LARGE_MSS`. That is a
@@ -23,11 +26,13 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ringfence.errors import HostError
 from ringfence.network import slirp
+from ringfence.network.backend import Receive
 from ringfence.network.forward import Forward
 from ringfence.network.offload import (
     ETHERNET,
@@ -37,6 +42,8 @@ from ringfence.network.offload import (
     tcp_over_ipv4,
     with_mss,
 )
+from ringfence.network.peer import Peer
+from ringfence.network.succession import Predecessor
 from ringfence.network.threaded import ThreadedBackend
 
 NETWORK, NETMASK = "10.0.2.0", "255.255.255.0"
@@ -47,6 +54,10 @@ LARGE_MSS = 11 * WIRE_MSS
 LARGE_MTU = LARGE_MSS + 60
 """What libslirp takes the wire for. It sends so much less payload to who hasn't said otherwise, and
 doesn't listen to options while it waits for a connection to be made."""
+LAST_ANSWERS = 5.0
+"""Seconds for which answers without a connection may still come, when the guest has moved."""
+LOOK_AROUND = 1000
+"""Milliseconds between two looks whether there is anybody left to serve."""
 _FOREVER = 0xFFFF_FFFF
 _EVENTS = (
     (slirp.POLL_IN, select.POLLIN),
@@ -69,6 +80,8 @@ class UserNetwork(ThreadedBackend):
         Ports of the host's to listen at.
     loopback : bool
         Whether the guest may connect to the host's 127.0.0.1, as 10.0.2.2.
+    awaited : bool
+        Whether the guest is on its way here, and its ports and connections are still elsewhere.
 
     Raises
     ------
@@ -79,10 +92,18 @@ class UserNetwork(ThreadedBackend):
     NAME = "user"
     takes_large = True
 
-    def __init__(self, forwards: Iterable[Forward] = (), *, loopback: bool = False) -> None:
+    def __init__(
+        self, forwards: Iterable[Forward] = (), *, loopback: bool = False, awaited: bool = False
+    ) -> None:
         library = slirp.library()
         super().__init__()
         self._library = library
+        self._forwards = tuple(forwards)
+        self._listening: list[Forward] = []
+        self._past = Predecessor() if awaited else None
+        self._successor: Peer | None = None
+        self._served = threading.Event()
+        self._since = 0.0
         self._polled: list[int] = []
         self._ready: dict[int, int] = {}
         self._brings_large = False
@@ -119,12 +140,38 @@ class UserNetwork(ThreadedBackend):
         )
         if not self._slirp:
             raise HostError("libslirp refused to start: try --net none")
-        try:
-            for forward in forwards:
+        if not awaited:
+            try:
+                self.reclaim()
+            except HostError:
+                self.close()
+                raise
+
+    # ---- ports of the host's
+
+    def lend(self) -> None:
+        """See `Heritable.lend`."""
+        self._call(self._remove_forwards)
+
+    def reclaim(self) -> None:
+        """See `Heritable.reclaim`."""
+        self._call(self._add_forwards)
+
+    def _add_forwards(self) -> None:
+        for forward in self._forwards:
+            if forward not in self._listening:
                 self._add_forward(forward)
-        except HostError:
-            self.close()
-            raise
+                self._listening.append(forward)
+
+    def _remove_forwards(self) -> None:
+        while self._listening:
+            forward = self._listening.pop()
+            self._library.slirp_remove_hostfwd(
+                self._slirp,
+                forward.udp,
+                slirp.InAddr.of(forward.host_address),
+                forward.host_port,
+            )
 
     def _add_forward(self, forward: Forward) -> None:
         ctypes.set_errno(0)
@@ -144,6 +191,91 @@ class UserNetwork(ThreadedBackend):
         """See `NetworkBackend.bring_large`; connections keep what they began with."""
         self._brings_large = wanted
 
+    # ---- a guest that moves
+
+    def follow(self, peer: Peer | None) -> None:
+        """See `Heritable.follow`."""
+
+        def begin() -> None:
+            if peer is None:
+                self._past = None
+            elif self._past is not None:
+                self._past.plug(peer)
+
+        self._call(begin)
+
+    def serve(self, peer: Peer) -> None:
+        """See `Heritable.serve`."""
+
+        def begin() -> None:
+            self._successor = peer
+            self._since = time.monotonic()
+
+        self._call(begin)
+        super().attach(self._forth)
+
+    def served(self, timeout: float | None = None) -> bool:
+        """See `Heritable.served`."""
+        return self._successor is None or self._served.wait(timeout)
+
+    def attach(self, receive: Receive) -> None:
+        """See `NetworkBackend.attach`."""
+        if self._successor is None:
+            super().attach(receive)
+
+    def detach(self) -> None:
+        """See `NetworkBackend.detach`; who has a successor goes on serving it."""
+        if self._successor is None or self._served.is_set():
+            super().detach()
+
+    def close(self) -> None:
+        """See `NetworkBackend.close`; while it has a successor, the network closes later."""
+        if self.served(0):
+            super().close()
+        else:
+            closing = threading.Thread(target=self._close_later, name="ringfence-served")
+            closing.daemon = True
+            closing.start()
+
+    def _close_later(self) -> None:
+        self._served.wait()
+        super().close()
+
+    def _forth(self, frame: bytes) -> bool:
+        """A frame for a guest that is elsewhere."""
+        return self._successor is None or self._successor.queue(frame)
+
+    def _left(self) -> bool:
+        """Whether there is somebody left to serve."""
+        if self._past is not None or time.monotonic() < self._since + LAST_ANSWERS:
+            return True
+        return any(line.lstrip().startswith(b"TCP[") for line in slirp.connections(self._slirp))
+
+    def _talk(self, peer: Peer, ready: dict[int, int]) -> list[bytes] | None:
+        """The frames that a peer has sent; None if it is gone."""
+        events = ready.get(peer.connection.fileno(), 0)
+        try:
+            peer.flush()
+            return peer.receive() if events & ~select.POLLOUT else []
+        except OSError:
+            peer.connection.close()
+            return None
+
+    def _talk_to_successor(self, peer: Peer, ready: dict[int, int]) -> None:
+        frames = self._talk(peer, ready)
+        for frame in frames or ():
+            self._send(frame)
+        if frames is None or not self._left():
+            peer.connection.close()
+            self._served.set()
+
+    def _talk_to_predecessor(self, peer: Peer, ready: dict[int, int]) -> None:
+        frames = self._talk(peer, ready)
+        for frame in frames or ():
+            self._deliver(frame)
+        if frames is None:
+            self._past = None
+
     # ---- the thread's turn
 
     def _interest(self) -> tuple[list[tuple[int, int]], float | None]:
@@ -151,24 +283,53 @@ class UserNetwork(ThreadedBackend):
         self._wanted: list[tuple[int, int]] = []
         timeout = ctypes.c_uint32(_FOREVER)
         self._library.slirp_pollfds_fill(self._slirp, ctypes.byref(timeout), self._add_poll, None)
+        for peer in self._peers():
+            # What a predecessor has for the card waits there while the card has no room.
+            wanted = 0 if self._stalled and peer is not self._successor else select.POLLIN
+            if peer.outgoing:
+                wanted |= select.POLLOUT
+            self._wanted.append((peer.connection.fileno(), wanted))
+            timeout.value = min(timeout.value, LOOK_AROUND)
         return self._wanted, None if timeout.value == _FOREVER else timeout.value / 1000
+
+    def _peers(self) -> Iterator[Peer]:
+        """Other networks that this one talks to."""
+        if self._past is not None and self._past.peer is not None:
+            yield self._past.peer
+        if self._successor is not None and not self._served.is_set():
+            yield self._successor
 
     def _handle(self, ready: dict[int, int]) -> None:
         self._ready = ready
         self._library.slirp_pollfds_poll(self._slirp, 0, self._get_revents, None)
+        for peer in list(self._peers()):
+            if peer is self._successor:
+                self._talk_to_successor(peer, ready)
+            else:
+                self._talk_to_predecessor(peer, ready)
 
     def _send(self, frame: bytes) -> None:
+        past = self._past
+        if past is not None and past.exhausted:
+            past = self._past = None
+        if past is not None and past.claims(frame):
+            past.send(frame)
+            return
         if self._brings_large:
             frame = with_mss(frame, LARGE_MSS)
         self._library.slirp_input(self._slirp, frame, len(frame))
 
     def _release(self) -> None:
+        for peer in self._peers():
+            peer.connection.close()
         self._library.slirp_cleanup(self._slirp)
 
     # ---- what libslirp calls
 
     def _on_packet(self, data: int, length: int, opaque: int | None) -> int:
         frame = with_mss(ctypes.string_at(data, length), WIRE_MSS)
+        if self._past is not None:
+            self._past.note(frame)
         tcp = tcp_over_ipv4(frame) if length > ETHERNET + MTU else None
         if length <= ETHERNET + MTU or (tcp is not None and self._brings_large):
             self._deliver(frame)

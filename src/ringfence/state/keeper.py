@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ringfence.assembly import HostSide, MachineConfig, Parts
 from ringfence.errors import UsageError
+from ringfence.network.backend import Heritable
 from ringfence.state.send import Report, Sender, Watcher
 from ringfence.state.snapshots import Taking
 from ringfence.state.wire import Tls, parse_address
@@ -65,6 +66,11 @@ class Keeper:
     def config(self) -> MachineConfig:
         """The machine's."""
         return self._machine.config
+
+    @property
+    def network(self) -> Heritable | None:
+        """Where the guest's connections stay when it moves."""
+        return self.host.heritable
 
     # ---- what the owner asks for
 

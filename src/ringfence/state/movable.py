@@ -132,7 +132,8 @@ class Movable(ABC):
 
         The guest goes on meanwhile, and stands still for about ``downtime`` seconds at the end;
         then this machine has ended (`StopReason.MIGRATED`). On one host, over a Unix socket, RAM is
-        handed over as it is. Connections through a user-mode network don't move along.
+        handed over as it is. Connections through a user-mode network go on by way of this
+        process, until they end (see ``network.served``).
 
         Parameters
         ----------

@@ -254,20 +254,25 @@ class Receiver:
             memory.close()
             raise
         try:
-            link.send(Kind.READY)
+            network = machine.network
+            link.send(Kind.READY, {"wire": network is not None})
             state = self._fill(link, memory, progress)
             with undisturbed():
                 machine.take_over(state.content())
                 link.send(Kind.RESTORED)
                 self._fates[token] = "gone"
-                link.receive(Kind.GO)
+                wired = link.receive(Kind.GO).content().get("wire") is True
         except BaseException:
             machine.close()
             raise
         self._fates[token] = "running"
+        if network is not None and not wired:
+            network.follow(None)
         machine.start()
         with suppress(LinkError):  # the sender will ask, or is dead
             link.send(Kind.RUNNING)
+        if network is not None and wired:
+            network.follow(link.give_away())
         progress("running", 0)
         return machine
 

@@ -31,6 +31,7 @@ import lz4.block
 from ringfence.assembly import MachineConfig, Parts
 from ringfence.errors import HostError, RingfenceError, UsageError
 from ringfence.memory.dirty import PAGE, Run
+from ringfence.network.backend import Heritable
 from ringfence.state import description, images, pages
 from ringfence.state.moment import undisturbed
 from ringfence.state.snapshots import description_of
@@ -130,6 +131,10 @@ class Owner(Protocol):
     def config(self) -> MachineConfig:
         """What it is made of."""
 
+    @property
+    def network(self) -> Heritable | None:
+        """Where connections stay that the guest has, if there is such a network."""
+
     def standing(self) -> AbstractContextManager[Parts]:
         """Have the guest stand still for a moment."""
 
@@ -206,12 +211,13 @@ class Sender:
                     self._link.send_descriptor(parts.memory.fd)
                 self._link.receive(Kind.ACCEPT)
                 self._send_images(carried)
-                self._link.receive(Kind.READY)
+                ready = self._link.receive(Kind.READY).content()
+                network = self._owner.network if ready.get("wire") is True else None
                 rounds = 0 if hello["handover"] else self._copy(parts)
             except (RingfenceError, ValueError) as error:  # RAM is gone after a reset
                 self._give_up(error, parts)
             with undisturbed():
-                steps = self._finish(parts, copied=not hello["handover"])
+                steps = self._finish(parts, network, copied=not hello["handover"])
             total = time.monotonic() - began
             return Report(total, sum(steps.values()), self._link.sent, rounds, steps)
         finally:
@@ -313,7 +319,7 @@ class Sender:
 
     # ---- the guest stands still
 
-    def _finish(self, parts: Parts, *, copied: bool) -> dict[str, float]:
+    def _finish(self, parts: Parts, network: Heritable | None, *, copied: bool) -> dict[str, float]:
         """Stop the guest, send the rest, give the machine away; what each step took."""
         watch = _Stopwatch()
         try:
@@ -336,8 +342,10 @@ class Sender:
         except RingfenceError as error:
             self._give_up(error, parts)
         try:
-            self._link.send(Kind.GO)
+            self._link.send(Kind.GO, {"wire": network is not None})
             self._link.receive(Kind.RUNNING)
+            if network is not None:
+                network.serve(self._link.give_away())
         except RingfenceError as error:
             self._settle(error, parts)
         watch.lap("start")

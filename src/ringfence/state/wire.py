@@ -19,6 +19,9 @@ The conversation, in order (the source speaks first):
 | GO | | from here on the source never runs it again |
 | | RUNNING | it runs |
 
+If both sides have a user-mode network (READY and GO say so), the link carries frames of connections
+that the guest had before, from then on; see `network.succession`.
+
 Either side may send FAILED with a reason instead. Before GO, whatever goes wrong leaves the machine
 at the source; who has received GO owns it. If the answer to GO is lost, the source can't know, so
 it connects once more and sends QUERY with the token of HELLO; the target answers what became of it.
@@ -37,6 +40,7 @@ from typing import Any
 
 from ringfence.errors import HostError, ImageError, UsageError
 from ringfence.memory.dirty import PAGE, Run
+from ringfence.network.peer import Peer
 from ringfence.state import plain
 from ringfence.state.pages import MAX_RUN
 
@@ -224,6 +228,7 @@ class Link:
 
     def __init__(self, connected: socket.socket, patience: float = PATIENCE) -> None:
         self._socket = connected
+        self._given = False
         self.patience = patience
         connected.settimeout(patience)
         if connected.family != socket.AF_UNIX:
@@ -232,8 +237,16 @@ class Link:
         """Bytes."""
 
     def close(self) -> None:
-        """Hang up. Safe to repeat."""
-        self._socket.close()
+        """Hang up, unless the connection was given away. Safe to repeat."""
+        if not self._given:
+            self._socket.close()
+
+    def give_away(self) -> Peer:
+        """The connection, for frames of a network from now on; no message may follow."""
+        self._given = True
+        self._socket.setblocking(False)
+        again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        return Peer(self._socket, again)
 
     def send(self, kind: Kind, content: dict[str, Any] | None = None) -> None:
         """Send plain data."""
