@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import ast
 import builtins
-import inspect
-import textwrap
-from collections.abc import Callable, Collection, Iterable
+import functools
+import linecache
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 from ringfence.native.layout import Struct
@@ -56,9 +57,29 @@ class NativeFunction:
         raise DialectError(f"{self.name} is native code: call it through a compiled library")
 
     @property
-    def source(self) -> str:
-        """The function's source text, dedented."""
-        return textwrap.dedent(inspect.getsource(self.function))
+    def tree(self) -> ast.FunctionDef:
+        """The function's syntax tree; line numbers are the file's."""
+        code = self.function.__code__
+        return _functions(code.co_filename)[code.co_firstlineno]
+
+
+@functools.cache
+def _functions(path: str) -> dict[int, ast.FunctionDef]:
+    """All functions of a source file by their first line, which is that of their decorator."""
+    tree = ast.parse("".join(linecache.getlines(path)))
+    return {
+        (node.decorator_list[0] if node.decorator_list else node).lineno: node
+        for node in _statements(tree.body)
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements, and those inside of them."""
+    for node in body:
+        yield node
+        yield from _statements(getattr(node, "body", ()))
+        yield from _statements(getattr(node, "orelse", ()))
 
 
 def native(function: F) -> F:
@@ -97,6 +118,18 @@ _BINARY = {
     ast.FloorDiv: "udiv",
     ast.Mod: "urem",
 }
+_FOLD: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.LShift: operator.lshift,
+    ast.RShift: operator.rshift,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
+}
 _COMPARE = {
     ast.Eq: "eq",
     ast.NotEq: "ne",
@@ -107,6 +140,10 @@ _COMPARE = {
 }
 _ATTRIBUTES = '"no-builtins" nounwind noimplicitfloat "target-features"="{features}"'
 NO_VECTOR = "-x87,-mmx,-sse,-sse2,-sse3,-ssse3,-sse4.1,-sse4.2,-avx,-avx2,-avx512f"
+
+
+class _NotConstant(Exception):
+    """An expression depends on what is known at run time only."""
 
 
 class _Function:
@@ -121,12 +158,11 @@ class _Function:
         self.structs: dict[str, type[Struct]] = {}
         self.loops: list[tuple[str, str]] = []
         self.terminated = False
-        self.scope = dict(inspect.getclosurevars(target.function).globals)
-        self.scope.update(target.function.__globals__)
+        self.scope: dict[str, Any] = target.function.__globals__
 
     def error(self, node: ast.AST, message: str) -> DialectError:
         code = self.target.function.__code__
-        line = code.co_firstlineno + getattr(node, "lineno", 1) - 1
+        line = getattr(node, "lineno", code.co_firstlineno)
         return DialectError(f"{code.co_filename}:{line}: {self.target.name}: {message}")
 
     def fresh(self, stem: str = "t") -> str:
@@ -153,17 +189,14 @@ class _Function:
         self.terminated = True
 
     def compile(self) -> str:
-        tree = ast.parse(self.target.source).body[0]
-        assert isinstance(tree, ast.FunctionDef)
+        tree = self.target.tree
         parameters = [a.arg for a in tree.args.args]
         hints = self.target.function.__annotations__
         for name in parameters:
             self.declare(name, hints.get(name))
-        names = set(parameters)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                names.add(node.id)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        names = set(self.target.function.__code__.co_varnames)
+        for node in _statements(tree.body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 self.declare(node.target.id, ast.unparse(node.annotation))
         self.locals = names
         signature = ", ".join(f"i64 %arg.{p}" for p in parameters)
@@ -320,20 +353,38 @@ class _Function:
         return value if width == 8 else self.value(f"zext i{width * 8} {value} to i64")
 
     def constant(self, node: ast.expr) -> int | None:
+        """The value of an expression that is a constant integer."""
         try:
-            # Our own source, evaluated while it is compiled.
-            value = eval(compile(ast.Expression(node), "<constant>", "eval"), dict(self.scope))
-        except Exception:
+            value = self.fold(node)
+        except (_NotConstant, ArithmeticError, LookupError, TypeError, ValueError):
             return None
-        return int(value) & MASK64 if isinstance(value, int) else None
+        return value & MASK64 if isinstance(value, int) else None
 
-    def is_constant(self, node: ast.expr) -> bool:
+    def fold(self, node: ast.expr) -> Any:
+        """The value of a constant expression; `_NotConstant`, or what evaluating it raises."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            if node.id in self.locals:
+                raise _NotConstant
+            found = self.scope.get(node.id, self)
+            return getattr(builtins, node.id, None) if found is self else found
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id in self.locals:
+                raise _NotConstant
+            return getattr(self.fold(node.value), node.attr, None)
+        if isinstance(node, ast.BinOp):
+            left, right = self.fold(node.left), self.fold(node.right)
+            return _FOLD[type(node.op)](left, right)
+        if isinstance(node, ast.Call) and not self.is_compile_time(node.func):
+            raise _NotConstant
         for inner in ast.walk(node):
             if isinstance(inner, ast.Call) and not self.is_compile_time(inner.func):
-                return False
+                raise _NotConstant
             if isinstance(inner, ast.Name) and inner.id in self.locals:
-                return False
-        return True
+                raise _NotConstant
+        # Our own source, evaluated while it is compiled.
+        return eval(compile(ast.Expression(node), "<constant>", "eval"), self.scope)
 
     def is_compile_time(self, function: ast.expr) -> bool:
         """Whether a call is of an ordinary Python function, so that its result is a constant."""
@@ -347,10 +398,9 @@ class _Function:
         return callable(value) and not native
 
     def expression(self, node: ast.expr) -> str:
-        if self.is_constant(node):
-            constant = self.constant(node)
-            if constant is not None:
-                return str(constant)
+        constant = self.constant(node)
+        if constant is not None:
+            return str(constant)
         if isinstance(node, ast.Name):
             if node.id in self.locals:
                 return self.value(f"load i64, ptr %v.{node.id}")
@@ -548,7 +598,13 @@ class _Function:
 
 
 def _as_load(node: ast.expr) -> ast.expr:
-    return ast.parse(ast.unparse(node), mode="eval").body
+    """What an assignment's target is as a value."""
+    if isinstance(node, ast.Name):
+        return ast.Name(node.id, ast.Load())
+    if isinstance(node, ast.Attribute):
+        return ast.Attribute(node.value, node.attr, ast.Load())
+    assert isinstance(node, ast.Subscript)
+    return ast.Subscript(node.value, node.slice, ast.Load())
 
 
 class Unit:

@@ -9,6 +9,8 @@ calls go to other functions made this way."""
 from __future__ import annotations
 
 import ast
+import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,7 +76,7 @@ class Interpreter:
         return self._made[native.symbol]
 
     def _make(self, native: NativeFunction) -> Callable[..., int]:
-        tree = ast.parse(native.source)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(native.function)))
         body = tree.body[0]
         assert isinstance(body, ast.FunctionDef)
         body.decorator_list = []
