@@ -41,6 +41,7 @@ from ringfence.storage import Storage
 from ringfence.storage.disk import Disk
 from ringfence.storage.nvram import Nvram
 from ringfence.storage.options import DiskOptions
+from ringfence.storage.seed import Seed, SeedDisk
 
 if TYPE_CHECKING:
     from ringfence.chipset.board import Board
@@ -126,6 +127,8 @@ class MachineConfig:
         The guest's address for sockets between it and the host.
     shares : tuple of ShareOptions
         Folders of the host's that the guest may use.
+    seed : Seed or None
+        What cloud-init finds on a disk behind the others.
     """
 
     kernel: ImageSource | None
@@ -157,6 +160,7 @@ class MachineConfig:
     generation: bytes = field(default_factory=new_generation)
     cid: int = GUEST_CID
     shares: tuple[ShareOptions, ...] = ()
+    seed: Seed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +180,7 @@ class Devices:
     """What is plugged into a machine."""
 
     disks: list[VirtioBlk] = field(default_factory=list)
+    seed: VirtioBlk | None = None
     rng: VirtioRng | None = None
     balloon: VirtioBalloon | None = None
     console: VirtioConsole | None = None
@@ -186,7 +191,7 @@ class Devices:
     def all(self) -> Iterator[VirtioDevice]:
         """Give the virtio devices in order of slots; the network card comes behind them."""
         yield from self.disks
-        for device in (self.rng, self.balloon, self.console, self.vsock):
+        for device in (self.seed, self.rng, self.balloon, self.console, self.vsock):
             if device is not None:
                 yield device
         yield from self.shares
@@ -483,12 +488,20 @@ def _devices(config: MachineConfig, host: HostSide, console: Callable[[bytes], N
             VirtioBlk(disk, storage.pool, serial=options.serial)
             for options, disk in zip(config.disks, storage.disks, strict=True)
         ],
+        seed=_seed_disk(config.seed, storage) if config.seed else None,
         rng=VirtioRng() if config.rng else None,
         balloon=VirtioBalloon() if config.balloon else None,
         console=VirtioConsole([Port("", console), *named]) if named else None,
         vsock=VirtioVsock(config.cid, host.vsock) if host.vsock else None,
         shares=[Virtio9p(share.server, share.worker) for share in host.shares],
     )
+
+
+def _seed_disk(seed: Seed, storage: Storage) -> VirtioBlk:
+    """The disk that cloud-init looks for."""
+    from ringfence.devices.virtio.blk import VirtioBlk
+
+    return VirtioBlk(SeedDisk(seed), storage.pool, serial="CIDATA")
 
 
 def _plug_card(

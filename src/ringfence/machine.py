@@ -33,6 +33,7 @@ from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.sharing.options import ShareOptions, parse_shares
 from ringfence.state.movable import Movable
 from ringfence.storage.options import DiskOptions, parse_disk
+from ringfence.storage.seed import Seed
 
 if TYPE_CHECKING:
     from ringfence.boot.firmware import Firmware
@@ -132,6 +133,8 @@ class Machine(Movable):
     shares : sequence of str, Path or ShareOptions
         Folders of the host's that the guest may mount (9p over virtio); text as
         `sharing.options.parse_share` reads it, such as ``"src,tag=code,ro"``.
+    seed : Seed, optional
+        What cloud-init in the guest is told, on one more disk; see `storage.seed.parse_seed`.
 
     Raises
     ------
@@ -181,6 +184,7 @@ class Machine(Movable):
         bios: str | Path | Firmware | None = None,
         nvram: str | Path | None = None,
         shares: Sequence[str | Path | ShareOptions] = (),
+        seed: Seed | None = None,
     ) -> None:
         if on_reset not in ("exit", "reboot"):
             raise UsageError(f"on_reset {on_reset!r} is unknown: expected 'exit' or 'reboot'")
@@ -228,6 +232,7 @@ class Machine(Movable):
             Path(nvram) if nvram else None,
             nic_pacing,
             shares=parse_shares(shares),
+            seed=seed,
         )
         self._build(config, None if isinstance(network, str) else network)
 

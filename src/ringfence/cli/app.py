@@ -45,6 +45,7 @@ ringfence run builtin --stats - --trace exits
 ringfence run --net user --forward 8080:80
 ringfence run --share ~/src,ro               (in the guest: mount -t 9p src /mnt)
 ringfence run --bios seabios --disk disk.img
+ringfence run --bios seabios --disk cloud.qcow2,snapshot --ssh-key id.pub --hostname web
 ringfence run --kernel test.elf --test-devices --append "first second"
 ringfence run --gdb :1234 --gdb-wait
 ringfence run debian-disk --ephemeral --net user
@@ -200,6 +201,17 @@ def run(
         ),
     ] = None,
     share: Share = None,
+    user_data: Annotated[
+        Path | None,
+        typer.Option(help="What cloud-init in the guest is to do (a cloud-config, a script)."),
+    ] = None,
+    ssh_key: Annotated[
+        list[Path] | None,
+        typer.Option(help="Public key of who may log in by SSH, by cloud-init (repeatable)."),
+    ] = None,
+    hostname: Annotated[
+        str | None, typer.Option(help="The guest's name, given to it by cloud-init.")
+    ] = None,
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Throw away what is written on the image's disk.")
     ] = False,
@@ -330,6 +342,9 @@ def run(
             gdb=gdb,
             gdb_wait=gdb_wait,
             shares=tuple(share or ()),
+            user_data=user_data,
+            ssh_keys=tuple(ssh_key or ()),
+            hostname=hostname,
         )
     )
 

@@ -87,6 +87,7 @@ def pull_disk(
     refresh: bool,
 ) -> None:
     """Install Debian on a disk, showing how far it is."""
+    from ringfence.cli.files import read_user_file
     from ringfence.images.store import Store
     from ringfence.installer.debian import NAME, SMALLEST, access_by_ssh, install_debian, seed
     from ringfence.settings import parse_size
@@ -97,10 +98,7 @@ def pull_disk(
     packages, files = list(include), dict[str, bytes]()
     for option, extra in ((ssh_key, access_by_ssh), (user_data, seed)):
         if option is not None:
-            try:
-                more, contents = extra(option.read_bytes())
-            except OSError as error:
-                raise UsageError(f"{option} can't be read: {error.strerror}") from error
+            more, contents = extra(read_user_file(option))
             packages += more
             files |= contents
     with _progress(name or NAME) as progress:

@@ -24,6 +24,7 @@ from ringfence.machine import Machine
 
 if TYPE_CHECKING:
     from ringfence.gdb.server import GdbServer
+    from ringfence.storage.seed import Seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,9 @@ class RunOptions:
     gdb: str | None = None
     gdb_wait: bool = False
     shares: tuple[str, ...] = ()
+    user_data: Path | None = None
+    ssh_keys: tuple[Path, ...] = ()
+    hostname: str | None = None
 
 
 def run_guest(options: RunOptions) -> int:
@@ -227,7 +231,18 @@ def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
         bios=options.bios,
         nvram=options.nvram,
         shares=options.shares,
+        seed=_seed(options),
     )
+
+
+def _seed(options: RunOptions) -> Seed | None:
+    """What cloud-init is to be told."""
+    from ringfence.cli.files import read_text_file, read_user_file
+    from ringfence.storage.seed import parse_seed
+
+    user_data = None if options.user_data is None else read_user_file(options.user_data)
+    keys = [read_text_file(path) for path in options.ssh_keys]
+    return parse_seed(user_data, keys, options.hostname)
 
 
 def _gdb(hosting: Hosting, machine: Machine) -> GdbServer | None:
@@ -328,6 +343,7 @@ def _check(options: RunOptions) -> None:
     for disk in options.disks:
         parse_disk(disk)
     parse_shares(options.shares)
+    _seed(options)
     if options.boot not in FORMATS:
         raise UsageError(f"--boot {options.boot} is unknown: expected one of {', '.join(FORMATS)}")
     for module in options.modules:

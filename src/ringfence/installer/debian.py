@@ -25,6 +25,7 @@ from ringfence.images.unpacked import Tree
 from ringfence.installer import scripts
 from ringfence.machine import Machine
 from ringfence.storage.options import DiskOptions
+from ringfence.storage.seed import Seed
 
 NAME = "debian-disk"
 PACKAGES = (
@@ -138,12 +139,12 @@ def access_by_ssh(keys: bytes) -> tuple[tuple[str, ...], dict[str, bytes]]:
 def seed(user_data: bytes) -> tuple[tuple[str, ...], dict[str, bytes]]:
     """Packages and files that have cloud-init follow ``user_data`` at the first boot.
 
-    It is a NoCloud seed (cloudinit.readthedocs.io, "NoCloud"), in the folder where that is looked
-    for without a seed disk.
+    The seed (`storage.seed`) lies in the folder where cloud-init looks before it looks for disks;
+    what a seed disk says later comes before that.
     """
+    files = Seed(user_data).files()
     return ("cloud-init",), {
-        "var/lib/cloud/seed/nocloud/user-data": user_data,
-        "var/lib/cloud/seed/nocloud/meta-data": b"instance-id: ringfence\n",
+        **{f"var/lib/cloud/seed/nocloud/{name}": data for name, data in files.items()},
         # The default locale would have to be generated, by a package that is not there.
         "etc/cloud/cloud.cfg.d/90_ringfence.cfg": (
             b"datasource_list: [NoCloud, None]\nlocale: false\n"

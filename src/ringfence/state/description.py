@@ -25,6 +25,7 @@ from ringfence.firmware import TestDevices
 from ringfence.pacing import Pacing
 from ringfence.sharing.options import ShareOptions
 from ringfence.storage.options import DiskOptions
+from ringfence.storage.seed import Seed
 
 CLASS = "class"
 _CLASSES: dict[str, Any] = {
@@ -37,6 +38,7 @@ _CLASSES: dict[str, Any] = {
         Pacing,
         TestDevices,
         Firmware,
+        Seed,
     )
 }
 _UNSAID = {"cache_dir"}
