@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,10 +42,12 @@ from ringfence.storage import Storage
 from ringfence.storage.disk import Disk
 from ringfence.storage.nvram import Nvram
 from ringfence.storage.options import DiskOptions
+from ringfence.storage.pool import IoPool
 from ringfence.storage.seed import Seed, SeedDisk
 
 if TYPE_CHECKING:
     from ringfence.chipset.board import Board
+    from ringfence.chipset.pci.device import PciDevice
     from ringfence.chipset.timekeeping import Timekeeper
     from ringfence.devices.virtio.balloon import VirtioBalloon
     from ringfence.devices.virtio.blk import VirtioBlk
@@ -265,7 +268,6 @@ class _Share:
 
     def __init__(self, options: ShareOptions, opened: ExitStack) -> None:
         from ringfence.sharing.session import FolderServer
-        from ringfence.storage.pool import IoPool
 
         self.server = FolderServer(options)
         opened.callback(self.server.close)
@@ -325,6 +327,19 @@ class Parts:
         for device, disk in zip(self.devices.disks, disks, strict=True):
             device.insert(disk)
 
+    def plug_disk(
+        self, config: MachineConfig, options: DiskOptions, disk: Disk, pool: IoPool
+    ) -> int:
+        """Plug one more disk in while the guest runs; return its slot."""
+        from ringfence.devices.virtio.blk import VirtioBlk
+        from ringfence.devices.virtio.pci import VirtioPci
+
+        device = VirtioBlk(disk, pool, serial=options.serial)
+        function = VirtioPci(device, self.memory, packed=config.packed, pacing=options.pacing)
+        slot = self.board.hot_plug(function)
+        self.devices.disks.append(device)
+        return slot
+
     def log_dirty(self, enabled: bool) -> None:
         """Note in RAM's `dirty` log all writes from now on, or none; the machine stands still."""
         self.memory.dirty.enabled = enabled
@@ -346,6 +361,7 @@ def assemble(
     on_power_off: Callable[[], None],
     on_reset: Callable[[], None],
     on_exit: Callable[[int], None],
+    on_eject: Callable[[Parts, int, PciDevice], None],
     origin: Origin | None = None,
 ) -> Parts:
     """Build RAM, board and engine and load the guest, as after power-on.
@@ -385,10 +401,11 @@ def assemble(
         cpus = config.engine_config.cpus
         files = attach_firmware(board, memory, firmware, host.nvram, cpus) if firmware else {}
         devices = _devices(config, host, console_sink)
-        pacings = (each.pacing for each in config.disks)  # disks come first
+        described = iter(config.disks)  # disks come first
         for device in devices.all():
-            pacing = next(pacings, Pacing())
-            board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing))
+            disk = next(described, None)
+            pacing, slot = (disk.pacing, disk.slot) if disk else (Pacing(), None)
+            board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing), slot)
         devices.card = _plug_card(config, host, memory, board)
         attach_test_devices(board, config.test, on_exit)
         if firmware or config.test.ports:
@@ -406,6 +423,7 @@ def assemble(
             vcpu.attach_msrs(services.MSRS, offers)
             vcpu.attach_services(offers)
         parts = Parts(memory, time, board, engine, paravirtual, offered, devices)
+        board.on_eject = partial(on_eject, parts)
         if origin is None:
             engine.set_boot_state(boot)
         elif origin.state is not None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from ringfence.debugger import Debugger
 from ringfence.engine import Engine, EngineConfig, StopReason, VirtualCpu
 from ringfence.errors import GuestTimeout, HostError, ImageError, UsageError
 from ringfence.firmware import TestDevices
+from ringfence.hotplug import Pluggable, Slots
 from ringfence.memory.linear import read_linear, write_linear
 from ringfence.network.config import NICS, parse_mac, parse_nic
 from ringfence.settings import default_cache_dir, parse_memory
@@ -58,7 +60,7 @@ class State(Enum):
     ENDED = "ended"
 
 
-class Machine(Movable):
+class Machine(Movable, Pluggable):
     """One virtual computer.
 
     Parameters
@@ -265,6 +267,7 @@ class Machine(Movable):
         self._seconds = 0.0
         self._resets = 0
         self._host = HostSide(config, network, awaited=origin is not None and origin.state is None)
+        self._slots = Slots(self, self._host)
         try:
             self._parts = self._assemble(origin)
         except BaseException:
@@ -441,6 +444,7 @@ class Machine(Movable):
         if self._thread.is_alive():
             self._thread.join(STOP_PATIENCE)
         self._last_stats = self.stats()
+        self._slots.settle()
         self._parts.close()
         self._host.close()
 
@@ -597,6 +601,22 @@ class Machine(Movable):
         """Whether the guest runs now."""
         return self._state is State.RUNNING
 
+    @property
+    def slots(self) -> Slots:
+        """Who plugs disks in, and takes them out."""
+        return self._slots
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Have no snapshot or migration meanwhile; UsageError where there is one."""
+        return self.keeper.alone()
+
+    @contextmanager
+    def unchanging(self) -> Iterator[Parts]:
+        """The parts of a machine that has begun and not ended, and doesn't start anew meanwhile."""
+        with self._change:
+            self._require(State.RUNNING, State.PAUSED)
+            yield self._parts
+
     def still_parts(self) -> Parts:
         """The parts of a machine that stands still, for its keeper."""
         if self._state is State.ENDED:
@@ -639,6 +659,7 @@ class Machine(Movable):
             with self._change:
                 if self._stop_wanted:
                     return StopReason.STOPPED
+                self._slots.settle()
                 self._parts.close()
                 self._parts = self._assemble()
                 self._resets += 1
@@ -700,6 +721,7 @@ class Machine(Movable):
             on_power_off=lambda: self._ending(StopReason.POWER_OFF),
             on_reset=lambda: self._ending(StopReason.RESET),
             on_exit=self._guest_exit,
+            on_eject=self._slots.ejected,
             origin=origin,
         )
 

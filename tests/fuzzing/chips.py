@@ -18,7 +18,7 @@ from devices.virtio.backends import Inline, Ramdisk, Wire
 from fuzzing.harness import FAR, Fuzzer
 from ringfence.boot.firmware import Firmware
 from ringfence.chipset import flash, fwcfg, ioapic, lapic, pit, pm, rtc, uart
-from ringfence.chipset.pci import host
+from ringfence.chipset.pci import host, hotplug
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.devices import testing
 from ringfence.devices.e1000.card import E1000
@@ -56,11 +56,19 @@ class Bench(Rig):
         self.flash_base = self.memory.rom.base - FLASH_SIZE
         self.disk = VirtioPci(VirtioBlk(Ramdisk(), Inline()), self.memory)
         self.board.plug(self.disk)
+        self.board.on_eject = lambda slot, device: device.close()
         mac = bytes.fromhex("020000000001")
         self.board.plug(E1000(self.memory, self.board.timers, Wire(), mac))
         console = TestDevices(testing.EXIT_PORT, self.output.extend, ports=True)
         attach_test_devices(self.board, console, lambda status: self.events.append(status))
         attach_configuration(self.board, self.memory, CPUS, files)
+
+    def plug(self) -> int | None:
+        """Plug one more disk in, if there is a slot; return it."""
+        free = [slot for slot in hotplug.SLOTS if not self.board.pci.present(slot)]
+        if not free:
+            return None
+        return self.board.hot_plug(VirtioPci(VirtioBlk(Ramdisk(), Inline()), self.memory))
 
     def close(self) -> None:
         self.board.close()
@@ -186,8 +194,13 @@ class ChipFuzzer(Fuzzer):
             assert 0 <= board.acknowledge(cpu) < 256
 
     def host(self) -> None:
-        """The owner types, or presses the button."""
+        """The owner types, presses the button, or plugs disks in and out."""
         board = self.bench.board
+        if self.chance(0.1):
+            self.bench.plug()
+        slot = self.pick(*hotplug.SLOTS)
+        if self.chance(0.1) and board.pci.present(slot):
+            board.request_removal(slot)
         if board.uart.pending_input() < 4096:
             board.receive(self.source.randbytes(self.pick(1, 16, 100)))
         if self.chance(0.1):
@@ -283,6 +296,18 @@ def _pci_works(bench: Bench) -> None:
     assert bench.board.mmio_read(0xC000_0012, 2) == 1  # num_queues
 
 
+def _hotplug_works(bench: Bench) -> None:
+    bench.board.port_write(hotplug.BASE + hotplug.EJECT, 4, 0xFFFFFFFF)
+    bench.board.port_read(hotplug.BASE + hotplug.FILLED, 4)
+    slot = bench.plug()
+    assert slot == hotplug.SLOTS[0]
+    assert bench.board.port_read(hotplug.BASE + hotplug.FILLED, 4) == 1 << slot
+    assert _configure(bench, slot, 0) == 0x1042_1AF4
+    bench.board.port_write(hotplug.BASE + hotplug.EJECT, 4, 1 << slot)
+    assert _configure(bench, slot, 0) == 0xFFFFFFFF
+    assert bench.board.pci.present(1)
+
+
 def _fwcfg_works(bench: Bench) -> None:
     bench.board.port_write(fwcfg.BASE, 2, fwcfg.SIGNATURE)
     assert bytes(bench.inb(fwcfg.BASE + 1) for _ in range(4)) == b"QEMU"
@@ -326,6 +351,11 @@ CHIPS: dict[str, Chip] = {
         _pci_works,
         ports=((host.BASE, 8), (host.BASE, 4), (host.BASE + 4, 4)),
         memory=((host.ECAM_BASE, 0x40000),),
+    ),
+    "hotplug": Chip(
+        _hotplug_works,
+        ports=((hotplug.BASE, hotplug.LENGTH), (hotplug.BASE + hotplug.EJECT, 4)),
+        memory=((host.ECAM_BASE, 0x100000),),
     ),
     "fwcfg": Chip(_fwcfg_works, ports=((fwcfg.BASE, fwcfg.LENGTH), (fwcfg.BASE + 8, 4))),
     "flash": Chip(_flash_works, memory=((0xFFFF_0000 - FLASH_SIZE, FLASH_SIZE),)),

@@ -24,8 +24,20 @@ from ringfence.agent.client import Command
 from ringfence.images.store import Image, Store
 from ringfence.installer.debian import install_debian
 from ringfence.storage.options import DiskOptions
+from ringfence.storage.seed import parse_seed
 
 LOGIN = 600.0
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGxvb2sgYXQgbWUsIEkgYW0ganVzdCBhIHRlc3Q tester"
+USER_DATA = b"""\
+#cloud-config
+disable_root: false
+locale: false
+write_files:
+- path: /etc/seeded
+  content: "from the seed\\n"
+runcmd:
+- [cp, /etc/seeded, /root/ran]
+"""
 DISK = 64 << 20
 FIO = (
     "fio --name=check --ioengine=psync --verify=crc32c --do_verify=1 --verify_fatal=1 --direct=1"
@@ -35,10 +47,11 @@ FIO = (
 
 @pytest.fixture(scope="module")
 def installed(store: Store) -> Image:
-    """Debian with fio, on a disk."""
+    """Debian with fio and cloud-init, on a disk."""
     support.require(shutil.which("apt-get"), "apt")
     support.require(shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin"), "mke2fs")
-    return install_debian(store, name="test-disk", size=2 << 30, packages=["fio"])
+    packages = ["fio", "cloud-init"]
+    return install_debian(store, name="test-cloud", size=2 << 30, packages=packages)
 
 
 @pytest.fixture
@@ -101,7 +114,7 @@ class Login:
 def test_debian_from_disk(
     installed: Image, store: Store, repository: int, cache: Path, tmp_path: Path
 ) -> None:
-    """Boot to login, apt over the user network, fio on raw and qcow2, the agent, the button."""
+    """Boot to login, cloud-init, apt over the user network, fio on disks, the agent, the button."""
     qemu_img = support.require(shutil.which("qemu-img"), "qemu-img")
     raw, qcow2 = tmp_path / "raw.img", tmp_path / "disk.qcow2"
     with raw.open("wb") as file:
@@ -122,9 +135,14 @@ def test_debian_from_disk(
         ],
         network="user:loopback",
         vsock=tmp_path / "vsock",
+        seed=parse_seed(USER_DATA, [KEY], "seeded"),
     ) as machine:
         machine.start()
         root = Login(machine)
+        root.run("cloud-init status --wait")
+        assert "from the seed" in root.run("cat /root/ran")
+        assert KEY in root.run("cat /root/.ssh/authorized_keys")
+        assert 'LABEL="CIDATA"' in root.run("blkid /dev/vdd")
         root.run('test -z "$(systemctl --failed --no-legend --plain)" || systemctl --failed')
         assert "debian" in root.run("cat /etc/os-release")
         root.run('dpkg --audit && test -z "$(dpkg --audit)"')
@@ -142,7 +160,7 @@ def test_debian_from_disk(
         command = Command(tmp_path / "vsock", wire.request(["/bin/hostname"], {}))
         assert command.run(None, said.append, said.append) == 0
         command.close()
-        assert said == [b"ringfence\n"]
+        assert said == [b"seeded\n"]
 
         machine.press_power_button()
         assert machine.wait(LOGIN).value == "power-off"

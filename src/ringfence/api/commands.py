@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ringfence.machine import Machine
 
-MODULES = ("ringfence.api.commands", "ringfence.api.consoles", "ringfence.api.moving")
+MODULES = tuple(f"ringfence.api.{name}" for name in ("commands", "consoles", "devices", "moving"))
 """Where commands are."""
 PATIENCE = 3600.0
 """Seconds that ``wait`` waits at most; who wants more asks again."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ringfence.chipset import aml, generation, ioapic, lapic, pm, rtc, uart
 from ringfence.chipset.pci import host as pci
+from ringfence.chipset.pci import hotplug
 
 ADDRESS = 0xE0000
 """Where firmware-less kernels look for the RSDP (5.2.5.1)."""
@@ -20,6 +21,8 @@ LIMIT = 0x20000
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"RINGFC", b"RINGFENC", b"RFNC"
 PCI_MEMORY = (0xC000_0000, ioapic.BASE - 1)
 """PCI memory window: from the end of low RAM to the interrupt controllers."""
+DEVICE_CHECK, EJECT_REQUEST = 1, 3
+"""Notifications for any device (5.6.6)."""
 STATUS_CHANGE = 0x80
 """Notification whose meaning is the device's own (5.6.6)."""
 FIRMWARE_PCI_MEMORY = 0x8000_0000
@@ -179,6 +182,9 @@ def build_dsdt(hardware: Hardware) -> bytes:
             ),
         ),
         aml.name("_PRT", aml.package(*routes)),
+        aml.registers("HPLG", hotplug.BASE, "HPFL", "HPWA", "HPEJ"),
+        *(_slot(slot) for slot in hotplug.SLOTS),
+        _look_at_slots(),
     )
     com1 = aml.device(
         "COM1",
@@ -199,14 +205,44 @@ def build_dsdt(hardware: Hardware) -> bytes:
             "_CRS",
             aml.resources(
                 aml.io(hardware.pm_base, pm.LENGTH),
+                aml.io(hotplug.BASE, hotplug.LENGTH),
                 aml.memory(pci.ECAM_BASE, pci.ECAM_LENGTH),
                 aml.memory(generation.BASE, generation.LENGTH),
             ),
         ),
     )
     devices = (*processors, pci_host, com1, clock, board, _generation_id())
-    told = aml.method(f"_E{pm.Gpe.GENERATION:02X}", aml.notify("\\_SB.VGID", STATUS_CHANGE))
-    return aml.name("\\_S5", s5) + aml.scope("\\_SB", *devices) + aml.scope("\\_GPE", told)
+    told = (
+        aml.method(f"_E{pm.Gpe.GENERATION:02X}", aml.notify("\\_SB.VGID", STATUS_CHANGE)),
+        aml.method(f"_E{pm.Gpe.HOT_PLUG:02X}", aml.path("\\_SB.PCI0.LOOK")),
+    )
+    return aml.name("\\_S5", s5) + aml.scope("\\_SB", *devices) + aml.scope("\\_GPE", *told)
+
+
+def _slot(slot: int) -> bytes:
+    """Assemble a slot that may be filled and emptied (6.1.1, 6.1.8, 6.3.3)."""
+    eject = aml.store(aml.integer(1 << slot), aml.path("HPEJ"))
+    return aml.device(
+        f"S{slot:02X}",
+        aml.name("_ADR", aml.integer(slot << 16)),
+        aml.name("_SUN", aml.integer(slot)),
+        aml.method("_EJ0", eject, arguments=1),
+    )
+
+
+def _look_at_slots() -> bytes:
+    """Assemble the method that tells which slots were filled, and which are to be emptied.
+
+    Reading a register clears it, so each is read once.
+    """
+    terms = []
+    for register, notification in (("HPFL", DEVICE_CHECK), ("HPWA", EJECT_REQUEST)):
+        terms.append(aml.store(aml.path(register), aml.LOCAL0))
+        terms += [
+            aml.when(aml.LOCAL0, 1 << slot, aml.notify(f"S{slot:02X}", notification))
+            for slot in hotplug.SLOTS
+        ]
+    return aml.method("LOOK", *terms, serialized=True)
 
 
 def _generation_id() -> bytes:

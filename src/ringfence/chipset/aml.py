@@ -1,7 +1,8 @@
 """A small assembler for AML, the byte code of ACPI tables (ACPI 6.4, chapter 20).
 
 Each function returns the bytes of one term; nesting calls nests terms. Only what our DSDT needs is
-here: names, scopes, devices, methods, packages, integers, strings, resource descriptors (6.4).
+here: names, scopes, devices, methods, packages, integers, strings, resource descriptors (6.4),
+registers in ports, and what methods do with them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from __future__ import annotations
 import struct
 
 _OPEN_SCOPE, _DEVICE, _METHOD, _NOTIFY = b"\x10", b"\x5b\x82", b"\x14", b"\x86"
+_REGION, _FIELD, _SYSTEM_IO = b"\x5b\x80", b"\x5b\x81", b"\x01"
+_STORE, _AND, _IF, _NOWHERE = b"\x70", b"\x7b", b"\xa0", b"\0"
+LOCAL0 = b"\x60"
+"""A method's first variable (20.2.6.2)."""
+_DWORD_ACCESS = 3
 
 
 def _length(body: bytes) -> bytes:
@@ -83,9 +89,28 @@ def device(where: str, *terms: bytes) -> bytes:
     return _DEVICE + _length(path(where) + b"".join(terms))
 
 
-def method(where: str, *terms: bytes) -> bytes:
-    """Encode ``Method (where) {terms}``, of no arguments, not serialized (20.2.5.2)."""
-    return _METHOD + _length(path(where) + b"\0" + b"".join(terms))
+def method(where: str, *terms: bytes, arguments: int = 0, serialized: bool = False) -> bytes:
+    """Encode ``Method (where, arguments) {terms}`` (20.2.5.2)."""
+    flags = bytes([arguments | serialized << 3])
+    return _METHOD + _length(path(where) + flags + b"".join(terms))
+
+
+def registers(where: str, base: int, *names: str) -> bytes:
+    """Encode a region of ports that is a row of 32-bit registers, by their names (20.2.5.2)."""
+    length = 4 * len(names)
+    region = _REGION + path(where) + _SYSTEM_IO + integer(base) + integer(length)
+    bits = b"".join(path(each) + b"\x20" for each in names)  # a length of 32
+    return region + _FIELD + _length(path(where) + bytes([_DWORD_ACCESS]) + bits)
+
+
+def store(source: bytes, target: bytes) -> bytes:
+    """Encode ``Store (source, target)`` (20.2.5.4)."""
+    return _STORE + source + target
+
+
+def when(value: bytes, mask: int, *terms: bytes) -> bytes:
+    """Encode ``If (And (value, mask)) {terms}`` (20.2.5.3)."""
+    return _IF + _length(_AND + value + integer(mask) + _NOWHERE + b"".join(terms))
 
 
 def notify(where: str, value: int) -> bytes:

@@ -33,6 +33,10 @@ from ringfence.chipset.lapic import (
 from ringfence.chipset.lapic_timer import TscLine
 from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.pci.host import PciHost
+from ringfence.chipset.pci.hotplug import BASE as HOTPLUG_BASE
+from ringfence.chipset.pci.hotplug import LENGTH as HOTPLUG_LENGTH
+from ringfence.chipset.pci.hotplug import SLOTS as HOTPLUG_SLOTS
+from ringfence.chipset.pci.hotplug import HotPlug
 from ringfence.chipset.pic import PicPair
 from ringfence.chipset.pit import Pit
 from ringfence.chipset.pm import SCI_IRQ, Gpe, PowerManagement, ResetControl
@@ -99,7 +103,7 @@ class Board:
         Called with (cpu, NMI | INIT | SIPI | SMI, vector), the lock held.
     """
 
-    VERSION = 3
+    VERSION = 4
 
     def __init__(
         self,
@@ -153,6 +157,10 @@ class Board:
             later=lambda action, delay: self.timers.arm(self.clock.now() + delay, action),
             put_off=self.spare.put_off,
         )
+        self.hotplug = HotPlug(lambda: self.pm.raise_event(Gpe.HOT_PLUG), self._eject)
+        self.on_eject: Callable[[int, PciDevice], None] = lambda slot, device: None
+        """Called, with the lock held, with a device that the guest has let go of, off the bus."""
+        self._removable: set[int] = set()
         self._wake: list[Callable[[], None]] = [_nothing] * cpus
         self._devices: dict[str, Any] = {
             "ioapic": self.ioapic,
@@ -165,12 +173,14 @@ class Board:
             "reset_control": self.reset_control,
             "pci": self.pci,
             "generation": self.generation,
+            "hotplug": self.hotplug,
         }
 
         for part in (self.pic, self.pit, self.pm, self.i8042):
             part.attach(self.ports)
         self.ports.register(RTC_BASE, RTC_LENGTH, self.rtc, widths=(1,))
         self.ports.register(UART_BASE, UART_LENGTH, self.uart, widths=(1,))
+        self.ports.register(HOTPLUG_BASE, HOTPLUG_LENGTH, self.hotplug, widths=(4,))
         self.mmio.register(IOAPIC_BASE, IOAPIC_LENGTH, self.ioapic)
         self.mmio.register(GENERATION_BASE, GENERATION_LENGTH, self.generation)
         self.pic.write(1, 1, 1 << SCI_IRQ - 8)  # ELCR: the SCI is level-triggered
@@ -273,8 +283,45 @@ class Board:
             self.ioapic.set_irq(2 if irq == 0 else irq, asserted)
 
     def plug(self, device: PciDevice, slot: int | None = None) -> int:
-        """Put a device into a PCI slot, by default the first free one; return the slot."""
+        """Put a device into a PCI slot, by default the first free one; return the slot.
+
+        One that is put into a slot for hot-plug by its number is the guest's to remove.
+        """
+        if slot is not None and slot in HOTPLUG_SLOTS:
+            self._removable.add(slot)
         return self.pci.plug(device, slot)
+
+    def hot_plug(self, device: PciDevice) -> int:
+        """Put a device into a free slot and have the guest look there; return the slot.
+
+        Raises
+        ------
+        UsageError
+            All slots for this are taken.
+        """
+        with self.lock:
+            taken = {slot for slot in HOTPLUG_SLOTS if self.pci.present(slot)}
+            free = next((slot for slot in HOTPLUG_SLOTS if slot not in taken), None)
+            if free is None:
+                raise UsageError(
+                    f"all {len(HOTPLUG_SLOTS)} slots for devices that are added are taken: remove"
+                    " one first"
+                )
+            self.plug(device, free)
+            self.hotplug.tell_filled(free)
+            return free
+
+    def request_removal(self, slot: int) -> None:
+        """Ask the guest to let go of a device that was added; `on_eject` tells when it has."""
+        with self.lock:
+            if slot not in self._removable:
+                raise UsageError(f"there is no device in slot {slot} that was added")
+            self.hotplug.ask_for(slot)
+
+    def _eject(self, slot: int) -> None:
+        if slot in self._removable:
+            self._removable.remove(slot)
+            self.on_eject(slot, self.pci.unplug(slot))
 
     def add(self, name: str, part: Saved) -> None:
         """Let a further part of the board be saved and restored under ``name``."""

@@ -41,6 +41,7 @@ class Gpe(IntEnum):
     """Who general-purpose events come from."""
 
     GENERATION = 0
+    HOT_PLUG = 1
 
 
 class PowerManagement(Saved):

@@ -67,7 +67,11 @@ app = typer.Typer(
 pull_app = typer.Typer(help="Fetch a guest to run.", no_args_is_help=True)
 cache_app = typer.Typer(help="Look at or clear the engine's compiled code.", no_args_is_help=True)
 app.add_typer(pull_app, name="pull")
+device_app = typer.Typer(
+    help="Add disks to a running machine, and remove them.", no_args_is_help=True
+)
 app.add_typer(cache_app, name="cache")
+app.add_typer(device_app, name="device")
 
 
 class Trace(StrEnum):
@@ -705,6 +709,51 @@ def doctor(json: Json = False) -> int:
     from ringfence.cli.doctor import show
 
     return show(as_json=json)
+
+
+DEVICE_EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence device add web data.qcow2,serial=DATA    (prints the slot: 24)
+ringfence device list web
+ringfence device remove web 24
+"""
+
+
+@device_app.command("add", epilog=DEVICE_EXAMPLES)
+def device_add(
+    name: Name,
+    disk: Annotated[
+        str, typer.Argument(metavar="FILE[,OPTION...]", help="A disk image, as for run --disk.")
+    ],
+    json: Json = False,
+) -> int:
+    """Plug a disk into a running machine, and print its slot."""
+    from ringfence.cli import devices
+
+    devices.add(name, disk, as_json=json)
+    return 0
+
+
+@device_app.command("remove", epilog=DEVICE_EXAMPLES)
+def device_remove(
+    name: Name,
+    slot: Annotated[int, typer.Argument(help="What 'device add' printed.")],
+    timeout: Annotated[float, typer.Option(help="Seconds that the guest gets (status 5).")] = 30.0,
+) -> int:
+    """Have the guest let go of a disk that was added."""
+    from ringfence.cli import devices
+
+    devices.remove(name, slot, timeout=timeout)
+    return 0
+
+
+@device_app.command("list", epilog=DEVICE_EXAMPLES)
+def device_list(name: Name, json: Json = False) -> int:
+    """List a machine's disks; those with a slot were added."""
+    from ringfence.cli import devices
+
+    devices.show(name, as_json=json)
+    return 0
 
 
 @cache_app.command("info")

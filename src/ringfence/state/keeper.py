@@ -76,7 +76,7 @@ class Keeper:
 
     def snapshot(self, path: Path, base: Path | None, incremental: bool) -> None:
         """See `Machine.snapshot`."""
-        with self._alone(), Taking(path, base) as taking:
+        with self.alone(), Taking(path, base) as taking:
             with self.standing() as parts:
                 if taking.base is not None and self._last != (taking.base, parts):
                     raise UsageError(
@@ -93,7 +93,7 @@ class Keeper:
         self, address: str, tls: Tls | None, downtime: float, compress: bool, watcher: Watcher
     ) -> Report:
         """See `Machine.migrate`."""
-        with self._alone():
+        with self.alone():
             self._last = None
             place = parse_address(address)
             sender = Sender(
@@ -102,7 +102,8 @@ class Keeper:
             return sender.run()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """Have no other snapshot or migration meanwhile; UsageError where there is one."""
         if not self._busy.acquire(blocking=False):
             raise UsageError("a snapshot or migration of this machine is under way: wait for it")
         try:

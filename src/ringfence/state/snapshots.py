@@ -139,4 +139,11 @@ def _disk(found: folder.Snapshot, number: int, options: DiskOptions) -> DiskOpti
     """A disk as the restored machine opens it."""
     if number not in found.disks:
         return options
-    return DiskOptions(found.disks[number], "raw", snapshot=True, serial=options.serial)
+    return DiskOptions(
+        found.disks[number],
+        "raw",
+        snapshot=True,
+        serial=options.serial,
+        pacing=options.pacing,
+        slot=options.slot,
+    )

@@ -54,6 +54,16 @@ class Storage:
             if isinstance(disk, Awaited):
                 self.disks[at] = open_disk(self._options[at])
 
+    def add(self, options: DiskOptions, disk: Disk) -> None:
+        """Take in one more disk, which is open."""
+        self._options = (*self._options, options)
+        self.disks.append(disk)
+
+    def remove(self, at: int) -> Disk:
+        """Give away the disk of a number; it is still open."""
+        self._options = (*self._options[:at], *self._options[at + 1 :])
+        return self.disks.pop(at)
+
     def close(self) -> None:
         """Finish what was submitted, flush, close the files."""
         self.pool.close()

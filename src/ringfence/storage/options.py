@@ -41,6 +41,8 @@ class DiskOptions:
         Let a qcow2 image name backing files anywhere, not only in or below its own folder.
     pacing : Pacing
         How often its device and the guest tell each other of work.
+    slot : int or None
+        The PCI slot of one that was added while the guest ran; None: the next free one.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class DiskOptions:
     serial: str = ""
     backing: bool = False
     pacing: Pacing = NO_PACING
+    slot: int | None = None
 
 
 FLAGS = {

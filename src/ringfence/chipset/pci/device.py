@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import ClassVar
@@ -241,6 +241,14 @@ class PciDevice(Saved):
         """Connect the device with its slot."""
         self._socket = socket
         self._settle()
+
+    def unplug(self) -> None:
+        """Take the device off the bus; its threads still find the lock."""
+        self.config.command = 0
+        self._settle()
+        if self._socket is not None:
+            self._socket.interrupt(False)
+            self._socket = replace(self._socket, interrupt=lambda asserted: None)
 
     def config_read(self, offset: int, size: int) -> int:
         """Return ``size`` bytes of configuration space, within an aligned word."""

@@ -155,6 +155,17 @@ class PciHost(Saved):
             )
             return slot
 
+    def present(self, slot: int) -> bool:
+        """Whether there is a device in a slot."""
+        return slot * FUNCTIONS in self._functions
+
+    def unplug(self, slot: int) -> PciDevice:
+        """Take a device of one function out of its slot: nothing sees it any more."""
+        with self._lock:
+            device = self._functions.pop(slot * FUNCTIONS)
+            device.unplug()
+            return device
+
     def set_irq(self, slot: int, pin: int, asserted: bool) -> None:
         """Drive a slot's interrupt pin (0 = INTA#), the board's lock held."""
         line, bit = line_of(slot, pin), 1 << 4 * slot + pin
