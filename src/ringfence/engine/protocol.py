@@ -47,12 +47,15 @@ class EngineConfig:
     features : frozenset of str, optional
         CPU features that the guest has been promised, by the names in ``cpu.cpuid``: it gets these
         and no others, or HostError where the host lacks one. By default all that the host has.
+    direct : bool
+        Under translation: let user code that computes for long run directly where that is possible.
     """
 
     cpus: int = 1
     paravirtual: int = 0
     cache_dir: Path | None = None
     features: frozenset[str] | None = None
+    direct: bool = True
 
 
 class MsrDevice(Protocol):

@@ -63,6 +63,9 @@ PENDING_GUEST = DR6_B | DR6_BS
 PENDING_OWNER_SHIFT = 16
 PENDING_OWNER = ((1 << OWNER_WATCHES) - 1) << PENDING_OWNER_SHIFT
 PENDING_LOOK = 1 << 31
+PENDING_DIRECT = 1 << 30
+"""User code is about to go on that is to run directly (see ``engine.direct``)."""
+DROPPED_MAX = 32
 
 
 class Mmu(Coherent):
@@ -99,6 +102,12 @@ class Mmu(Coherent):
     owner_first: Annotated[Array, u64, 8]
     owner_last: Annotated[Array, u64, 8]
     owner_access: Annotated[Array, u8, 8]
+    mapping_epoch: Annotated[int, u64]
+    """Changes where all that was kept of the page tables has to be given up or compared with them
+    again; for those who keep something outside of the TLBs."""
+    dropped: Annotated[Array, u64, 32]
+    """Pages of which that holds since somebody last looked; more than fit change the epoch."""
+    dropped_count: Annotated[int, u64]
     tlb_misses: Annotated[int, u64]
     tlb_flushes: Annotated[int, u64]
     tlb_page_flushes: Annotated[int, u64]
@@ -133,6 +142,7 @@ def forget_stack(mmu: Mmu) -> int:
 def tlb_flush_all(mmu: Mmu) -> int:
     """Drop everything from both TLBs and the code page identities."""
     forget_stack(mmu)
+    mmu.mapping_epoch += 1
     mmu.tlb_flushes += 1
     for i in range(TLB_ENTRIES):
         never = (i ^ 1) << 12
@@ -156,6 +166,7 @@ def tlb_flush_all(mmu: Mmu) -> int:
 def tlb_flush_nonglobal(mmu: Mmu) -> int:
     """Drop what a write to CR3 drops: translations of pages without the G bit."""
     forget_stack(mmu)
+    mmu.mapping_epoch += 1
     mmu.tlb_flushes += 1
     if mmu.filled_user_count > 512 or mmu.filled_kernel_count > 512:
         return flush_nonglobal_scan(mmu)
@@ -213,6 +224,7 @@ def flush_code_nonglobal(mmu: Mmu) -> int:
 def tlb_flush_page(mmu: Mmu, address: int) -> int:
     """Drop one linear page from both TLBs, the whole of it where it is a large page."""
     forget_stack(mmu)
+    note_dropped(mmu, address & PAGE_MASK)
     mmu.tlb_page_flushes += 1
     index = (address >> 12) & (TLB_ENTRIES - 1)
     page = address & PAGE_MASK
@@ -232,9 +244,21 @@ def tlb_flush_page(mmu: Mmu, address: int) -> int:
     return 0
 
 
+@native_inline
+def note_dropped(mmu: Mmu, page: int) -> int:
+    """Note a page for ``dropped``."""
+    if mmu.dropped_count == DROPPED_MAX:
+        mmu.mapping_epoch += 1
+    else:
+        mmu.dropped[mmu.dropped_count] = page
+        mmu.dropped_count += 1
+    return 0
+
+
 @native
 def flush_large(mmu: Mmu, address: int) -> int:
     """Drop all entries that share a large page with ``address``."""
+    mmu.mapping_epoch += 1
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
         shift = mmu.tlb_kind[index * 2] & 0xFF
@@ -255,6 +279,7 @@ def flush_large(mmu: Mmu, address: int) -> int:
 def tlb_protect_page(mmu: Mmu, host_page: int) -> int:
     """A RAM page came to hold translated code: no entry may write to it any more."""
     forget_stack(mmu)
+    mmu.mapping_epoch += 1
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12
         if mmu.tlb[index * 8 + 2] == host_page:

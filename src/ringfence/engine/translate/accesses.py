@@ -29,6 +29,7 @@ class DeviceAccesses:
 
     board: Any
     view: Any
+    _rouse: Callable[[], None]
     """The vCPU's block as a ctypes structure."""
     block: int
     """Its address."""
@@ -97,6 +98,7 @@ class DeviceAccesses:
         if view.gathered_count:
             view.service_request = 1
             view.attention = 1
+            self._rouse()
 
     def _hand_over(self) -> None:
         """Give the board the bytes gathered since the last exit."""

@@ -64,6 +64,10 @@ EXIT_EMULATE = 71
 EXIT_DEBUG = 72
 """The owner's debugger wants to know; ``exit_data`` = STOP_BREAKPOINT, STOP_STEP or Mmu's
 PENDING_OWNER bits of watchpoints."""
+EXIT_DIRECT = 74
+"""A process of user code is lost; ``exit_data`` = its space, whether registers went with it."""
+RUN_DIRECT = 3
+"""Status of a look-up, beside OK, FAULT and EXIT: the code at ``rip`` is to run directly."""
 STOP_BREAKPOINT, STOP_STEP = 1, 2
 EXIT_WRITERS = 73
 """Others must not write to a RAM page any more; ``exit_data`` = mode, the page's number."""
@@ -166,6 +170,16 @@ class Vcpu(Mmu):
     seg_top: Annotated[Array, u64, 16]
     """Outside 64-bit mode: the last byte of each segment that may be read, then of each that may be
     written; what lies above is looked at by ``segment_access``."""
+    direct_roots: Annotated[Array, u64, 8]
+    """Page tables whose user code runs directly (see ``engine.direct``)."""
+    direct_spaces: Annotated[Array, u64, 8]
+    """Host addresses of their spaces."""
+    direct_mode: Annotated[int, u32]
+    """The mode that such code has to be in."""
+    direct_running: Annotated[int, u64]
+    """Number of the process that runs now; 0: none does."""
+    user_entries: Annotated[int, u64]
+    """How often user code was begun or gone on with."""
     links: Annotated[int, u64]
     lookups: Annotated[int, u64]
     lookup_misses: Annotated[int, u64]

@@ -35,6 +35,7 @@ from ringfence.engine.translate.block import (
     MODE_LONG,
     MODE_SLOW,
     MODE_STEP,
+    RUN_DIRECT,
     SLOW_MASKED,
     SLOW_READ,
     SLOW_STACK,
@@ -65,6 +66,7 @@ from ringfence.memory.mmu import (
     ITLB_ENTRIES,
     OFFSET_MASK,
     PAGE_MASK,
+    PENDING_DIRECT,
     TLB_ENTRIES,
     host_page,
     linear_write,
@@ -155,7 +157,7 @@ def lookup(vcpu: Vcpu) -> int:
         if vcpu.stale_code:
             drop_stale_code(vcpu)
         status = OK
-        if vcpu.debug_pending:
+        if vcpu.debug_pending & ~PENDING_DIRECT:
             status = boundary(vcpu)
         if status == OK:
             status = find_code(vcpu, vcpu.mode)
@@ -169,6 +171,16 @@ def lookup(vcpu: Vcpu) -> int:
             vcpu.exit_reason = EXIT_ATTENTION
             return EXIT
     return OK
+
+
+@native
+def onward(vcpu: Vcpu) -> int:
+    """As ``lookup``, where control has come from elsewhere; RUN_DIRECT for user code that may."""
+    if vcpu.debug_pending & PENDING_DIRECT:
+        vcpu.debug_pending = vcpu.debug_pending & ~PENDING_DIRECT
+        if vcpu.debug_pending == 0:
+            return RUN_DIRECT
+    return lookup(vcpu)
 
 
 @native_inline
@@ -264,7 +276,7 @@ def link_careful(vcpu: Vcpu, site: int) -> int:
     return status
 
 
-@native_inline
+@native
 def wanted(vcpu: Vcpu) -> int:
     """Whether the VMM has something to do for which guest code must be left."""
     if vcpu.stop_request or vcpu.service_request or vcpu.init_pending:

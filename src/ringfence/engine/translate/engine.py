@@ -25,6 +25,7 @@ from ringfence.cpu.tsc import MSRS as TSC_MSRS
 from ringfence.cpu.tsc import host_hz
 from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
 from ringfence.engine import exits as vocabulary
+from ringfence.engine.direct.policy import DirectExecution
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, debugging, natives, pages, signals
 from ringfence.engine.translate.accesses import MASK64, DeviceAccesses
@@ -181,6 +182,7 @@ class TranslateEngine(DeviceAccesses):
         self._services: Services | None = None
         self._msrs: dict[int, MsrDevice] = dict.fromkeys(TSC_MSRS, counter)
         self._owner = OwnerDebug(view, library, index)
+        self._direct = DirectExecution(view, lambda: self._natives.library, memory, config.direct)
         self.counters = ExitCounters()
         self._trace: Callable[[vocabulary.TraceRecord], None] | None = None
         self._guest_ns = self._vmm_ns = self._idle_ns = self._asking_ns = 0
@@ -196,6 +198,7 @@ class TranslateEngine(DeviceAccesses):
             block.EXIT_FETCH_OUTSIDE: self._on_fetch_outside,
             block.EXIT_EMULATE: self._on_emulate,
             block.EXIT_DEBUG: self._on_debug,
+            block.EXIT_DIRECT: self._on_direct,
             state.EXIT_PORT_IN: self._on_port_in,
             state.EXIT_PORT_OUT: self._on_port_out,
             state.EXIT_PORT_STRING: self._on_port_string,
@@ -301,6 +304,7 @@ class TranslateEngine(DeviceAccesses):
             return outcome
         finally:
             self.inside = False
+            self._direct.close()
             self._tell_awaiting()
             self._set_gs(0)
             if self._services is not None:
@@ -324,6 +328,7 @@ class TranslateEngine(DeviceAccesses):
             return None
         self.view.service_request = 1
         self.view.attention = 1
+        self._rouse()
         return event
 
     def _tell_awaiting(self) -> None:
@@ -353,7 +358,7 @@ class TranslateEngine(DeviceAccesses):
         """See ``VirtualCpu``."""
         if cpu_signals.note(self.view, kind, vector):
             self.view.attention = 1
-            self._wake.set()
+            self._rouse()
 
     def forget_pause(self) -> None:
         """See ``VirtualCpu``."""
@@ -368,13 +373,18 @@ class TranslateEngine(DeviceAccesses):
     def _call_attention(self) -> None:
         self.view.stop_request = 1
         self.view.attention = 1
-        self._wake.set()
+        self._rouse()
+
+    def _rouse(self) -> None:
+        """End the vCPU's sleep, or what it runs directly: ``attention`` is set."""
+        self._wake.set()  # has the barrier between that and what `kick` reads
+        self._direct.kick()
 
     def _woken(self) -> None:
         """The board has an interrupt for us (any thread, the board's lock held)."""
         self.view.irq_request = 1
         self.view.attention = 1
-        self._wake.set()
+        self._rouse()
 
     def registers(self) -> dict[str, int]:
         """See ``VirtualCpu``."""
@@ -481,6 +491,7 @@ class TranslateEngine(DeviceAccesses):
                 "yields": view.yields,
                 "slow_accesses": view.slow_accesses,
             },
+            "direct": self._direct.statistics(),
             "tlb": {
                 "misses": view.tlb_misses,
                 "walks": view.walks,
@@ -531,6 +542,7 @@ class TranslateEngine(DeviceAccesses):
         began = time.perf_counter_ns()
         view = self.view
         view.jump_target = self._find
+        self._direct.look()
         stopped = self._stopped_between()
         if stopped is not None:
             return stopped
@@ -585,6 +597,7 @@ class TranslateEngine(DeviceAccesses):
         if not (view.halted or view.wait_for_sipi):
             return None
         began = time.perf_counter_ns()
+        self._direct.release()
         outcome = None
         while outcome is None:
             self._wake.clear()
@@ -636,6 +649,12 @@ class TranslateEngine(DeviceAccesses):
             self._raise(state.DB)
         self._count(Reason.DEBUG, time.perf_counter_ns(), vocabulary.Debug)
         return StopReason.STOPPED if self._stop else StopReason.PAUSED
+
+    def _on_direct(self) -> StopReason | None:
+        """A process that ran user code directly is gone."""
+        self._direct.lost()
+        self.view.jump_target = self._find
+        return self._stopped_between()
 
     def _on_fetch_outside(self) -> StopReason | None:
         """Code outside RAM reads as all ones, which is an invalid opcode."""

@@ -30,6 +30,7 @@ from ringfence.cpu.state import (
     OK,
     SS,
 )
+from ringfence.engine.direct.run import direct_space
 from ringfence.engine.translate.block import (
     JUMP_ENTRIES,
     MODE_AVX,
@@ -56,6 +57,7 @@ from ringfence.engine.translate.pages import (
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.memory.mmu import (
     ITLB_ENTRIES,
+    PENDING_DIRECT,
     PENDING_LOOK,
 )
 from ringfence.native.dialect import (
@@ -155,6 +157,11 @@ def mode_changed(cpu: Vcpu) -> int:
     step = mode & MODE_STEP
     if step or (cpu.other_flags & FLAG_RF and cpu.break_count):
         cpu.debug_pending = cpu.debug_pending | PENDING_LOOK
+    cpu.debug_pending = cpu.debug_pending & ~PENDING_DIRECT
+    if cpu.cpl == 3:
+        cpu.user_entries += 1
+        if direct_space(cpu):
+            cpu.debug_pending = cpu.debug_pending | PENDING_DIRECT
     cpu.unknown_targets = 1 if mode & MODE_BASED else 0
     if mode & MODE_BASED:
         return OK

@@ -14,6 +14,7 @@ from typing import Any
 from ringfence.cpu import library as cpu_library
 from ringfence.cpu.exceptions import deliver_exception, deliver_interrupt, deliver_nmi
 from ringfence.cpu.stack import segment_linear
+from ringfence.engine.direct import lengths, mapping, ptrace, run, scan, space, stub
 from ringfence.engine.translate import (
     assembling,
     block,
@@ -64,6 +65,13 @@ _MODULES = (
     walk,
     walk_state,
     xstate,
+    lengths,
+    mapping,
+    ptrace,
+    run,
+    scan,
+    space,
+    stub,
     assembling,
     block,
     builder,
@@ -88,6 +96,11 @@ _ROOTS = (
     gather.fx_in_gathered,
     gather.fx_out_gathered,
     dispatch.lookup,
+    dispatch.onward,
+    dispatch.wanted,
+    run.run_direct,
+    lengths.shape,
+    scan.is_harmless,
     dispatch.lookup_slow,
     dispatch.lookup_careful,
     dispatch.link_careful,
@@ -134,6 +147,11 @@ _ALL = (*_ROOTS, *EFFECTS.values())
 
 KEPT_FILES = 8
 """Versions of the library that stay in the cache folder."""
+
+def _assembly() -> str:
+    return thunks.assembly() + stub.assembly()
+
+
 _CHILD = "from ringfence.engine.translate.natives import optimize; optimize()"
 
 
@@ -162,7 +180,7 @@ class Natives:
         if code is None:
             from ringfence.native.compiler import compile_image  # only this needs LLVM
 
-            self.library = Library(compile_image(_ALL, thunks.assembly(), optimize=False))
+            self.library = Library(compile_image(_ALL, _assembly(), optimize=False))
             if sys.executable:
                 threading.Thread(target=self._improve, name="optimizer", daemon=True).start()
         else:
@@ -229,7 +247,7 @@ def optimize() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     from ringfence.native.compiler import compile_image
 
-    code = compile_image(_ALL, thunks.assembly())
+    code = compile_image(_ALL, _assembly())
     if len(sys.argv) > 2:
         path = Path(sys.argv[2])
         write_image(path, code)

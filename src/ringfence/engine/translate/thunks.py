@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from ringfence.cpu.components import MXCSR, XCOMP_BV
 from ringfence.cpu.state import EXIT, FAULT, OK, STATUS_FLAGS
-from ringfence.engine.translate.block import EXIT_HOST_FAULT, GS_BIAS, gs
+from ringfence.engine.translate.block import EXIT_HOST_FAULT, GS_BIAS, RUN_DIRECT, gs
 from ringfence.engine.translate.tables import ONWARD
 
 HOST_OF_GUEST = {
@@ -284,7 +284,19 @@ def assembly() -> str:
             f"mov {_field('jump_target')}, rax",
             *go,
         ],
-        "find": [*_call("lookup"), "jmp rf_decide"],
+        "find": [
+            *_call("onward"),
+            f"cmp eax, {RUN_DIRECT}",
+            "jne rf_decide",
+            *_SAVE_VECTOR,
+            *_call("run_direct"),
+            "mov r12d, eax",
+            *_LOAD_VECTOR,
+            *_FROM_STATUS,
+            f"cmp r12d, {EXIT}",
+            "je rf_leave",
+            "jmp rf_find",
+        ],
         # Called by a trace head, RIP set; returns into the trace, if it still holds.
         "attention": [
             *save_all,

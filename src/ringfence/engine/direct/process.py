@@ -1,0 +1,171 @@
+"""A host process for user code: made from a program of a few hundred bytes, and empty but for that.
+
+It is started with two descriptors, guest RAM and the stub's pages, by the thread that runs the
+virtual CPU, which is its tracer; with that thread it ends, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+from ringfence.cpu.components import HEADER
+from ringfence.cpu.cpuid import host_cpuid
+from ringfence.engine.direct import ptrace, stub
+from ringfence.engine.direct.space import GENERAL_WORDS, Space
+from ringfence.errors import HostError
+
+if TYPE_CHECKING:
+    from ringfence.memory.ram import GuestMemory
+    from ringfence.native.library import Library
+
+_SET_OPTIONS, _EXIT_KILL, _SYSTEM_CALL_BIT = 0x4200, 0x100000, 1
+_XSTATE_MAX = 16384
+_XSTATE_LEAF = 0xD
+_GETPID = 39
+
+
+def _address(pages: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+
+class Process:
+    """One process and its `Space`; made, used and closed by the virtual CPU's thread.
+
+    Parameters
+    ----------
+    library : Library
+        The engine's native code.
+    memory : GuestMemory
+        RAM with a descriptor.
+    components : int
+        Components of the vector state that guests know, as bits of XCR0.
+
+    Raises
+    ------
+    HostError
+        The host does not allow it, or lacks what it takes.
+    """
+
+    def __init__(self, library: Library, memory: GuestMemory, components: int) -> None:
+        self._host_call = library.function("host_call", 7)
+        self._pages = mmap.mmap(-1, -(-Space.size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self._vector = mmap.mmap(-1, _XSTATE_MAX)
+        self.address = _address(self._pages)
+        self.space: Any = Space.at(self.address)
+        self.pid = self.handle = -1
+        start = library.address("rf_stub")
+        code = ctypes.string_at(start, library.address("rf_stub_end") - start)
+        shared = os.memfd_create("ringfence-stub", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(shared, stub.BYTES)
+            os.pwrite(shared, code, 0)
+            self._shared = mmap.mmap(shared, stub.BYTES)
+            self._start(code, memory.fd, shared)
+            self._learn(components)
+            self._try(library.address("rf_stub_call") - start)
+        except OSError as error:
+            self.close()
+            raise HostError(f"no process for user code: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(shared)
+        self.space.own[ptrace.RIP] = stub.PLACE + library.address("rf_stub_orders") - start
+
+    def _start(self, code: bytes, ram: int, shared: int) -> None:
+        """Have the process at its first stop, where it is empty."""
+        program = os.memfd_create("ringfence-user", os.MFD_CLOEXEC)
+        try:
+            os.write(program, stub.program(code))
+            # Neither may lie where the other is to go.
+            spare = max(ram, shared, program, stub.DESCRIPTOR_STUB) + 1
+            actions = [
+                (os.POSIX_SPAWN_DUP2, ram, spare),
+                (os.POSIX_SPAWN_DUP2, shared, spare + 1),
+                (os.POSIX_SPAWN_DUP2, spare, stub.DESCRIPTOR_RAM),
+                (os.POSIX_SPAWN_DUP2, spare + 1, stub.DESCRIPTOR_STUB),
+                (os.POSIX_SPAWN_CLOSE, spare),
+                (os.POSIX_SPAWN_CLOSE, spare + 1),
+                *((os.POSIX_SPAWN_CLOSE, number) for number in range(3)),
+            ]
+            self.pid = os.posix_spawn(
+                f"/proc/self/fd/{program}",
+                ["ringfence-user"],
+                {},
+                file_actions=actions,
+                setsid=True,
+            )
+        finally:
+            os.close(program)
+        self.handle = os.pidfd_open(self.pid)
+        self._wait(signal.SIGTRAP)
+        self._ask(_SET_OPTIONS, 0, _EXIT_KILL | _SYSTEM_CALL_BIT)
+
+    def _learn(self, components: int) -> None:
+        """Fill in the space; read registers, and how the host lays them out."""
+        space = self.space
+        space.process = self.pid
+        space.stub = stub.PLACE
+        space.orders = _address(self._shared) + stub.ORDERS_AT
+        own = self.address + Space.offset_of("own")
+        self._registers(ptrace.GET_REGISTERS, ptrace.NT_PRSTATUS, own, GENERAL_WORDS * 8)
+        space.vector = _address(self._vector)
+        space.vector_bytes = self._registers(
+            ptrace.GET_REGISTERS, ptrace.NT_X86_XSTATE, space.vector, _XSTATE_MAX
+        )
+        for number in range(2, 8):
+            space.vector_offsets[number] = host_cpuid(_XSTATE_LEAF, number)[1]
+        present = ctypes.c_uint64.from_address(space.vector + HEADER).value
+        space.foreign = present & ~components
+
+    def _try(self, call: int) -> None:
+        """Whether system calls are ours to take: some hosts only say that they know ptrace."""
+        space, own = self.space, self.address + Space.offset_of("own")
+        space.own[ptrace.RIP] = stub.PLACE + call
+        space.own[ptrace.RAX] = _GETPID
+        space.own[ptrace.ORIGINAL_RAX] = (1 << 64) - 1
+        self._registers(ptrace.SET_REGISTERS, ptrace.NT_PRSTATUS, own, GENERAL_WORDS * 8)
+        self._ask(ptrace.SYSTEM_CALLS, 0, 0)
+        self._wait(ptrace.SIGNAL_SYSTEM_CALL)
+
+    def _ask(self, what: int, which: int, where: int) -> None:
+        result = self._host_call(ptrace.PTRACE, what, self.pid, which, where, 0, 0)
+        if result:
+            error = (1 << 64) - result
+            raise OSError(error, os.strerror(error))
+
+    def _registers(self, what: int, which: int, where: int, size: int) -> int:
+        self.space.request[:] = (where, size)
+        self._ask(what, which, self.address + Space.offset_of("request"))
+        return int(self.space.request[1])
+
+    def _wait(self, expected: int) -> None:
+        status = os.waitpid(self.pid, ptrace.WAIT_ALL)[1]
+        if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != expected:
+            if not os.WIFSTOPPED(status):
+                self.pid = -1
+            raise HostError("no process for user code: this host's ptrace is not what it takes")
+
+    def kick(self) -> None:
+        """Stop the process if it runs (any thread)."""
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self.handle, signal.SIGURG)
+
+    def close(self) -> None:
+        """End the process."""
+        if self.handle >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            os.close(self.handle)
+            self.handle = -1
+        if self.pid >= 0:
+            with contextlib.suppress(ChildProcessError):
+                while os.WIFSTOPPED(os.waitpid(self.pid, ptrace.WAIT_ALL)[1]):
+                    pass
+            self.pid = -1
