@@ -120,6 +120,9 @@ class Machine(Movable, Pluggable):
     pause_clock : {"stop", "run"}
         Whether the guest's time stands still over a pause, or jumps to where it would have been.
         The guest may change it (see ``paravirt.hypercalls``).
+    direct : bool
+        Under translation: user code that computes for long runs directly, in processes of its own,
+        where guest and host allow it.
     boot : str
         The kernel's format: ``auto``, ``linux``, ``linux32``, ``multiboot`` or ``pvh``.
     modules : sequence of str
@@ -180,6 +183,7 @@ class Machine(Movable, Pluggable):
         capture: str | Path | None = None,
         tsc_hz: int | None = None,
         pause_clock: Literal["stop", "run"] = "stop",
+        direct: bool = True,
         boot: str = "auto",
         modules: Sequence[str] = (),
         test: TestDevices | None = None,
@@ -212,7 +216,7 @@ class Machine(Movable, Pluggable):
             cmdline,
             size,
             engine,
-            EngineConfig(cpus, cache_dir=folder),
+            EngineConfig(cpus, cache_dir=folder, direct=direct),
             on_reset,
             (*own, *(parse_disk(disk) for disk in disks)),
             rng,

@@ -238,6 +238,10 @@ def run(
         PauseClock,
         typer.Option(help="Over a pause, the guest's time stands still, or runs on (it jumps)."),
     ] = PauseClock.STOP,
+    direct: Annotated[
+        bool,
+        typer.Option(help="Run long computing user code directly where possible (translate)."),
+    ] = True,
     boot: Annotated[
         str,
         typer.Option(help="The kernel's format: auto, linux, linux32, multiboot or pvh."),
@@ -332,6 +336,7 @@ def run(
             vsock=vsock,
             tsc_hz=tsc_hz,
             pause_clock="run" if pause_clock is PauseClock.RUN else "stop",
+            direct=direct,
             boot=boot,
             modules=tuple(module or ()),
             test_devices=test_devices,

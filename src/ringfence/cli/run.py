@@ -53,6 +53,7 @@ class RunOptions:
     vsock: Path | None = None
     tsc_hz: int | None = None
     pause_clock: Literal["stop", "run"] = "stop"
+    direct: bool = True
     boot: str = "auto"
     modules: tuple[str, ...] = ()
     test_devices: bool = False
@@ -225,6 +226,7 @@ def _make(options: RunOptions, image: str | None, opened: ExitStack) -> Machine:
         vsock=options.vsock,
         tsc_hz=options.tsc_hz,
         pause_clock=options.pause_clock,
+        direct=options.direct,
         boot=options.boot,
         modules=options.modules,
         test=_test_devices(options, opened),

@@ -1,10 +1,10 @@
 """Direct execution: user code of a guest runs on the host's CPU as it is, in a process of its own.
 
-Most instructions of user code need no virtual machine monitor at all: what they may touch is decided
-by page tables, and what they may not do traps. So the guest's kernel is translated, and user code
-that computes for long is given the CPU itself, as early monitors of this processor did. Each guest
-address space that deserves it has a host process whose memory is nothing but pages of guest RAM, at
-the guest's own addresses. It has no system calls: the tracer takes them all.
+Most instructions of user code need no virtual machine monitor at all: what they may touch is
+decided by page tables, and what they may not do traps. So the guest's kernel is translated, and
+user code that computes for long is given the CPU itself, as early monitors of this processor did.
+Each guest address space that deserves it has a host process whose memory is nothing but pages of
+guest RAM, at the guest's own addresses. It has no system calls: the tracer takes them all.
 
 | file | concept |
 |---|---|

@@ -91,7 +91,7 @@ def operand_length(at: int) -> int:
 
 @native
 def map_length(at: int, opcode: int, which: int) -> int:
-    """Bytes behind an opcode of the maps 0F (1), 0F 38 (2) and 0F 3A (3), and EVEX's further ones."""
+    """Bytes behind an opcode of the maps 0F (1), 0F 38 (2), 0F 3A (3), and those behind."""
     if which == 1:
         if among(opcode, PLAIN_0, PLAIN_1, PLAIN_2, PLAIN_3):
             return 4 if opcode & 0xF0 == 0x80 else 0

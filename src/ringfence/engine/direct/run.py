@@ -1,8 +1,8 @@
 """One piece of user code: the virtual CPU's registers go into the process, and come back changed.
 
-`run_direct` is called where translated code has returned to user code of an address space that is to
-run directly, with the whole CPU state in its block. It lets the process run, maps the pages that it
-lacks, and returns at whatever else stops it. Nothing of that is carried out here: the registers
+`run_direct` is called where translated code has returned to user code of an address space that is
+to run directly, with the whole CPU state in its block. It lets the process run, maps the pages that
+it lacks, and returns at whatever else stops it. Nothing of that is carried out here: the registers
 come back as they were in front of the instruction, which is then translated, and does there what it
 does, fault, system call or a look at the CPU's identity. A stop because somebody wants the virtual
 CPU (``attention``) leaves the CPU between two instructions; it goes on directly afterwards.
@@ -126,10 +126,10 @@ DIRECT_SPACES = 8
 NOWHERE = 1
 """Not the address of any page table."""
 EVENT_COST = 100_000
-"""Nanoseconds of computing that a stop must be worth: code that stops oftener is better translated."""
+"""Nanoseconds of computing that a stop must be worth: who stops oftener is better translated."""
 BUDGET_MAX = EVENT_COST * 2000
 CLOCK_GETTIME, CPU_CLOCK = 228, 2
-SEGV_MAPERR, SEGV_ACCERR = 1, 2
+SEGV_MAPERR, SEGV_ACCERR, SI_KERNEL = 1, 2, 0x80
 LONGEST = 15
 INT3, INT1 = 0xCC, 0xF1
 
@@ -220,7 +220,7 @@ def put_general(vcpu: Vcpu, space: Space) -> int:
 
 @native_inline
 def take_segment(vcpu: Vcpu, number: int, selector: int) -> int:
-    """User code has loaded a segment register; only data segments of its own level are to be had."""
+    """User code has loaded a segment register; it gets data segments of its own level only."""
     if vcpu.seg_selector[number] != selector:
         vcpu.seg_selector[number] = selector
         vcpu.seg_base[number] = 0
@@ -436,19 +436,30 @@ def code_byte(vcpu: Vcpu, address: int) -> int:
 
 
 @native
+def settle_breakpoint(vcpu: Vcpu, space: Space) -> int:
+    """The same for INT3 and INT1, which leave RIP behind them, or should."""
+    rip = space.general[RIP]
+    behind = code_byte(vcpu, rip - 1)
+    if ask(space, GET_SIGNAL, 0, address_of(space.information[0])) != OK:
+        return OK
+    if space.information[1] & 0xFFFFFFFF == SI_KERNEL:
+        space.general[RIP] = rip - 1 if behind == INT3 else rip - 2  # INT3 has a longer form
+    elif behind == INT1:
+        space.general[RIP] = rip - 1
+    return OK
+
+
+@native
 def settle_stop(vcpu: Vcpu, space: Space, signal: int) -> int:
     """Take registers back to the front of the instruction that stopped the process."""
     if signal == SIGNAL_SYSTEM_CALL:
         space.general[RIP] = space.general[RIP] - 2
         space.general[RAX] = space.general[ORIGINAL_RAX]
     elif signal == SIGTRAP:
-        rip = space.general[RIP]
         if space.general[FLAGS] & FLAG_TF:
             vcpu.debug_pending = vcpu.debug_pending | DR6_BS  # of the instruction behind POPF
-        elif code_byte(vcpu, rip - 1) in (INT3, INT1):
-            space.general[RIP] = rip - 1
         else:
-            space.general[RIP] = rip - 2  # INT3 in two bytes
+            settle_breakpoint(vcpu, space)
     elif signal == SIGSYS:
         # The host's vsyscall page was called, and the call had been undone as if it had returned.
         if ask(space, GET_SIGNAL, 0, address_of(space.information[0])) == OK:

@@ -2,18 +2,19 @@
 
 In a process most sensitive instructions trap, and a trapped one is translated. Some don't, and show
 the host's machine in place of the guest's: `critical` instructions in Popek and Goldberg's sense
-(``cpu.sensitive``). Code in a page that has the bytes of one of them, wherever, isn't executed there
-but translated. Looked for are
+(``cpu.sensitive``). Code in a page that has the bytes of one of them, wherever, isn't executed
+there but translated. Looked for are
 
-CPUID, XGETBV, RDPID, LSL, RDPKRU and WRPKRU, RDPRU, SYSENTER, VMCALL and VMMCALL. RDTSC and RDTSCP trap by
-PR_SET_TSC. SGDT, SIDT, SLDT, SMSW and STR trap where UMIP is on, or show what Linux shows as a dummy
-there, which `run.eligible` asks of the guest. Selectors, LAR, VERR, VERW and far transfers behave
-as in the guest, whose selectors have to be those of Linux (the same).
+CPUID, XGETBV, RDPID, LSL, RDPKRU and WRPKRU, RDPRU, SYSENTER, VMCALL and VMMCALL. RDTSC and RDTSCP
+trap by PR_SET_TSC. SGDT, SIDT, SLDT, SMSW and STR trap where UMIP is on, or show what Linux shows
+as a dummy there, which `run.eligible` asks of the guest. Selectors, LAR, VERR, VERW and far
+transfers behave as in the guest, whose selectors have to be those of Linux (the same).
 
 The bytes alone mean little: one page in ten has them somewhere, mostly in a displacement or an
 immediate. So decoding is begun at `STARTS` places in front of them, and as code read from a wrong
 start soon falls into step, these vote whether an instruction is there. Code that hides an
-instruction from every disassembler gets it executed, and sees the host's answer, as any process does.
+instruction from every disassembler gets it executed, and sees the host's answer, as any process
+does.
 
 Where a page ends in the first bytes of one, the page behind it decides; while that is not there, it
 is not executed.

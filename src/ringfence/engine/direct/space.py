@@ -1,9 +1,10 @@
 """A guest address space that runs directly: its process, and the pages that this has.
 
-A `Space` is one structure in memory, made by Python and worked on by native code. Pages are rows, in
-the order of their mapping, and found by a table of their numbers that is probed linearly. A row says
-where in guest RAM the page is and with which rights it is mapped. Rows are a cache of the guest's
-page tables as a TLB is one, and `mapping` compares them with the tables where a TLB would be emptied.
+A `Space` is one structure in memory, made by Python and worked on by native code. Pages are rows,
+in the order of their mapping, and found by a table of their numbers that is probed linearly. A row
+says where in guest RAM the page is and with which rights it is mapped. Rows are a cache of the
+guest's page tables as a TLB is one, and `mapping` compares them with the tables where a TLB would
+be emptied.
 """
 
 from __future__ import annotations

@@ -148,6 +148,7 @@ _ALL = (*_ROOTS, *EFFECTS.values())
 KEPT_FILES = 8
 """Versions of the library that stay in the cache folder."""
 
+
 def _assembly() -> str:
     return thunks.assembly() + stub.assembly()
 
