@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from guest import support
 from guest.support import APPEND, PROGRAMS, Shell
 from ringfence import Machine
 from ringfence.engine.direct import policy
+from ringfence.errors import HostError
 from ringfence.images.debian import Image
 from ringfence.images.root import build_initramfs
 
@@ -79,3 +83,74 @@ def test_a_program_that_looks_at_everything(
     same = [line for line in translated if not line.startswith(own)]
     wanted = [line for line in host.stdout.splitlines() if not line.startswith(own)]
     assert same == wanted
+
+
+def processes(machine: Machine) -> list[int]:
+    """Numbers of the processes that run user code."""
+    return [pid for vcpu in machine._parts.engine.vcpus for pid in vcpu._direct._running]
+
+
+def test_several_cpus(cloud: Image, initrd: Path, cache: Path, eager: None) -> None:
+    """Two programs at once, and a third that makes the kernel drop pages under them."""
+    with machine(cloud, initrd, cache, direct=True, cpus=2) as made:
+        made.start()
+        shell = Shell(made)
+        shell.take_over()
+        alone = shell.run("/test/user")
+        shell.run("for n in 1 2; do /test/user > /tmp/$n & done; wait", timeout=120)
+        for n in (1, 2):
+            said = shell.run(f"cat /tmp/{n}")
+            assert same_on_any_cpu(said) == same_on_any_cpu(alone)
+        assert made.stats()["direct"]["runs"] > 1000
+
+
+def same_on_any_cpu(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "identity" not in line]
+
+
+def test_a_machine_without_it(cloud: Image, initrd: Path, cache: Path) -> None:
+    with machine(cloud, initrd, cache, direct=False) as made:
+        made.start()
+        shell = Shell(made)
+        shell.take_over()
+        shell.run("i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done")
+        assert made.stats()["direct"]["spaces"] == 0
+
+
+def test_a_process_that_is_killed(cloud: Image, initrd: Path, cache: Path) -> None:
+    """It may have had the guest's registers: then the machine ends and says so, at once."""
+    with machine(cloud, initrd, cache, direct=True) as made:
+        made.start()
+        shell = Shell(made)
+        shell.take_over()
+        made.console.send("i=0; while :; do i=$((i + 1)); done\n")
+        deadline = time.monotonic() + support.BOOT
+        while not processes(made):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        victims = processes(made)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(HostError, match="killed"):
+            made.wait(support.BOOT)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
+
+
+def test_a_pause_ends_its_processes(cloud: Image, initrd: Path, cache: Path) -> None:
+    """And the guest goes on; nothing is left behind when the machine is closed."""
+    with machine(cloud, initrd, cache, direct=True) as made:
+        made.start()
+        shell = Shell(made)
+        shell.take_over()
+        made.console.send("i=0; while [ $i -lt 400000 ]; do i=$((i + 1)); done; echo '[['sum $i\n")
+        deadline = time.monotonic() + support.BOOT
+        seen: list[int] = []
+        while not seen:
+            assert time.monotonic() < deadline
+            seen = processes(made)
+        made.pause()
+        assert not processes(made)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in seen)
+        made.resume()
+        made.console.wait_for("[[sum 400000", support.BOOT)

@@ -77,6 +77,9 @@ class Services(Protocol):
     def end(self) -> None:
         """It runs it no more."""
 
+    def helped(self, process: int) -> None:
+        """A process of this number runs guest code in turn with the calling thread."""
+
     def refresh(self) -> None:
         """Bring what the guest may read up to date, before an interrupt is delivered."""
 

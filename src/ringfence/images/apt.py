@@ -145,12 +145,17 @@ class Apt:
             raise HostError(f"apt can't download {', '.join(names)}: {self.reason()}")
         fetched = []
         for name, version in wanted:
-            bare = name.partition(":")[0]
-            files = list(dest.glob(f"{bare}_{version.replace(':', '%3a')}_*.deb"))
-            if not files:
-                raise HostError(f"apt fetched {name} {version} but left no file in {dest}")
-            fetched.append(Fetched(bare, version, files[0]))
+            bare, _, architecture = name.partition(":")
+            fetched.append(Fetched(bare, version, self._file(dest, bare, version, architecture)))
         return fetched
+
+    def _file(self, folder: Path, name: str, version: str, architecture: str) -> Path:
+        """Where apt has put a package; the same of other architectures may lie beside it."""
+        for kind in (architecture or self._architecture, "all"):
+            file = folder / f"{name}_{version.replace(':', '%3a')}_{kind}.deb"
+            if file.is_file():
+                return file
+        raise HostError(f"apt fetched {name} {version} but left no file in {folder}")
 
     def reason(self) -> str:
         """Why something is missing, as far as apt said: a list it couldn't fetch comes first."""
@@ -162,6 +167,8 @@ class Apt:
             ["apt-config", "dump"], capture_output=True, text=True, errors="replace", check=False
         )
         lines = [line for line in host.stdout.splitlines() if not _HOOKS.match(line)]
+        found = re.search(r'(?m)^APT::Architecture "([^"]*)";', host.stdout)
+        self._architecture = architecture or (found.group(1) if found else "amd64")
         own = {
             "Dir::Etc::main": "ringfence-has-none",
             "Dir::Etc::parts": self.folder / "parts/",

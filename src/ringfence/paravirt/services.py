@@ -87,6 +87,10 @@ class VcpuServices:
         """See ``engine.protocol.Services``."""
         self.steal.begin()
 
+    def helped(self, process: int) -> None:
+        """See ``engine.Services``."""
+        self.steal.helped(process)
+
     def end(self) -> None:
         """See ``engine.protocol.Services``."""
         self.steal.end()

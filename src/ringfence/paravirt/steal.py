@@ -1,9 +1,10 @@
 """Steal time: how long a vCPU was ready to run and the host ran something else.
 
 The host's scheduler counts this for each thread (run delay, /proc/PID/task/TID/schedstat). A vCPU
-is a thread, so what was added while it ran the guest is what the guest was robbed of; a pause
-doesn't count. The sum is written to the guest's structure before an interrupt is delivered, which
-is when guests look at it, but not oftener than once in `INTERVAL_NS`.
+is a thread, and the processes of user code that runs directly, one at a time; so what was added
+while it ran the guest is what the guest was robbed of; a pause doesn't count. The sum is written to
+the guest's structure before an interrupt is delivered, which is when guests look at it, but not
+oftener than once in `INTERVAL_NS`.
 
 The structure's ``preempted`` byte stays 0: at the moment when a thread is preempted, user space
 doesn't run and can't say so.
@@ -47,20 +48,38 @@ def available() -> bool:
 
 
 class RunDelay:
-    """What the host's scheduler says about one thread, the one that makes the object."""
+    """What the host's scheduler says about one thread, the one that makes the object.
+
+    And about processes that run in turn with it: a vCPU's user code may run in them.
+    """
 
     def __init__(self) -> None:
-        self._file = os.open(_SCHEDSTAT, os.O_RDONLY | os.O_CLOEXEC)
+        self._waited: dict[int, int] = {}
+        """By the file's descriptor, as last read."""
+        self._ended = 0
+        self._open(_SCHEDSTAT)
+
+    def _open(self, path: Path) -> None:
+        self._waited[os.open(path, os.O_RDONLY | os.O_CLOEXEC)] = 0
+
+    def add(self, process: int) -> None:
+        """Count a process, too."""
+        self._open(Path(f"/proc/{process}/schedstat"))
 
     def read(self) -> int:
-        """Nanoseconds that the thread has waited for a CPU since it began."""
-        return int(os.pread(self._file, 64, 0).split()[1])
+        """Nanoseconds that they have waited for a CPU since each began."""
+        for file in list(self._waited):
+            try:
+                self._waited[file] = int(os.pread(file, 64, 0).split()[1])
+            except ProcessLookupError:  # it has ended
+                self._ended += self._waited.pop(file)
+                os.close(file)
+        return self._ended + sum(self._waited.values())
 
     def close(self) -> None:
-        """Close the file; a second time nothing happens."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Close the files; a second time nothing happens."""
+        while self._waited:
+            os.close(self._waited.popitem()[0])
 
 
 class StealTime(Saved):
@@ -120,6 +139,12 @@ class StealTime(Saved):
             with suppress(OSError):  # without a descriptor for it nothing is seen as stolen
                 self._delay = RunDelay()
                 self._seen = self._delay.read()
+
+    def helped(self, process: int) -> None:
+        """Count from here on for a process, too, which runs in turn with the thread."""
+        if self._delay is not None:
+            with suppress(OSError):
+                self._delay.add(process)
 
     def end(self) -> None:
         """The thread runs the vCPU no more."""

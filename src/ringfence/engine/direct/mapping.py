@@ -64,7 +64,7 @@ _FIXED_SHARED_POPULATED = 0x8011
 
 @native
 def look(mmu: Mmu, page: int) -> int:
-    """Where in RAM user code finds a page, with rights in the low bits; 0 if only a walk can say."""
+    """Where in RAM user code finds a page, with rights in the low bits; 0: only a walk can say."""
     table = mmu.cr3 & PTE_ADDRESS
     allowed = PTE_W | PTE_U
     no_execute = 0

@@ -79,7 +79,10 @@ class DirectExecution:
         self._ran = self._runs = self._faults = self._made = 0
         mask = view.xstate_mask
         host_avx512 = host_cpuid(0xD, 0)[0] & AVX512_STATE
+        self.on_process: Callable[[int], None] = lambda number: None
+        """Told the number of each new process."""
         self.refusal = ""
+        """Why nothing runs directly."""
         if not wanted:
             self.refusal = "switched off"
         elif memory.fd < 0:
@@ -131,6 +134,7 @@ class DirectExecution:
             return
         process.space.root = root
         process.space.budget = START_BUDGET
+        self.on_process(process.pid)
         self._processes[process.address] = process
         self._running[process.pid] = process
         view.direct_spaces[slot] = process.address

@@ -131,6 +131,9 @@ BUDGET_MAX = EVENT_COST * 2000
 CLOCK_GETTIME, CPU_CLOCK = 228, 2
 SEGV_MAPERR, SEGV_ACCERR, SI_KERNEL = 1, 2, 0x80
 LONGEST = 15
+TRIES = 8
+"""Page faults of one instruction until it is translated: one that writes to its own page never gets
+all the rights that it needs at a time."""
 INT3, INT1 = 0xCC, 0xF1
 
 
@@ -396,6 +399,13 @@ def repair(vcpu: Vcpu, space: Space) -> int:
         return 0
     address = space.information[2]
     space.faults += 1
+    if space.general[RIP] != space.stuck_at:
+        space.stuck_at = space.general[RIP]
+        space.stuck = 0
+    space.stuck += 1
+    if space.stuck > TRIES:
+        space.stuck = 0
+        return 0
     if is_fetch(space, address) and fill(vcpu, space, address, 1):
         return 1
     return fill(vcpu, space, address, 0)
@@ -460,11 +470,10 @@ def settle_stop(vcpu: Vcpu, space: Space, signal: int) -> int:
             vcpu.debug_pending = vcpu.debug_pending | DR6_BS  # of the instruction behind POPF
         else:
             settle_breakpoint(vcpu, space)
-    elif signal == SIGSYS:
-        # The host's vsyscall page was called, and the call had been undone as if it had returned.
-        if ask(space, GET_SIGNAL, 0, address_of(space.information[0])) == OK:
-            space.general[RIP] = space.information[2]
-            space.general[RSP] = space.general[RSP] - 8
+    elif signal == SIGSYS and ask(space, GET_SIGNAL, 0, address_of(space.information[0])) == OK:
+        # The host's vsyscall page was called, and the host had returned from there.
+        space.general[RIP] = space.information[2]
+        space.general[RSP] = space.general[RSP] - 8
     return OK
 
 

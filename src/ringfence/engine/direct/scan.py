@@ -55,7 +55,7 @@ def is_instruction(page: int, offset: int) -> int:
 def is_critical(at: int, left: int, before: int) -> int:
     """Whether the bytes behind an 0F are a critical instruction's.
 
-    ``left`` bytes are there; ``before``: at least three in front of the 0F.
+    ``left`` bytes are there; ``before``: so many are in front of the 0F.
     """
     if left == 0:
         return 1
@@ -68,12 +68,23 @@ def is_critical(at: int, left: int, before: int) -> int:
         third = load8(at + 1)
         # VMCALL, XGETBV, VMMCALL, RDPKRU, WRPKRU, RDPRU
         return 1 if third in (0xC1, 0xD0, 0xD9, 0xEE, 0xEF, 0xFD) else 0
-    if second == 0xC7 and left > 1 and load8(at + 1) >= 0xF8 and before:
-        # RDPID is RDSEED with F3, perhaps a REX prefix between.
-        if load8(at - 2) == 0xF3:
+    if second == 0xC7 and left > 1 and load8(at + 1) >= 0xF8:
+        # RDPID is RDSEED with F3, perhaps a REX prefix between; what isn't seen may be that.
+        if before == 0 or load8(at - 2) == 0xF3:
             return 1
-        return 1 if load8(at - 2) & 0xF0 == 0x40 and load8(at - 3) == 0xF3 else 0
+        return 1 if load8(at - 2) & 0xF0 == 0x40 and (before == 1 or load8(at - 3) == 0xF3) else 0
     return 0
+
+
+@native
+def are_harmless(page: int, first: int, left: int) -> int:
+    """The same of the eight bytes at ``first``; ``left`` bytes are known from the page's start."""
+    for offset in range(first, first + 8):
+        if load8(page + offset) == 0x0F:
+            critical = is_critical(page + offset + 1, left - 1 - offset, offset)
+            if critical and is_instruction(page, offset):
+                return 0
+    return 1
 
 
 @native
@@ -93,10 +104,6 @@ def is_harmless(host: int, following: int, room: int) -> int:
     for word in range(512):
         value = load64(host + word * 8) ^ (ONES * 0x0F)
         # Whether any byte is 0F; which ones is looked at one by one.
-        if (value - ONES) & ~value & HIGH:
-            for byte in range(word * 8, word * 8 + 8):
-                if load8(host + byte) == 0x0F:
-                    if is_critical(host + byte + 1, left - 1 - byte, 1 if byte > 2 else 0):
-                        if is_instruction(host, byte):
-                            return 0
+        if (value - ONES) & ~value & HIGH and not are_harmless(host, word * 8, left):
+            return 0
     return 1

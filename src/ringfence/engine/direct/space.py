@@ -65,6 +65,9 @@ class Space(Struct):
     """A siginfo_t."""
     status: Annotated[int, u64]
     """The last wait status."""
+    stuck_at: Annotated[int, u64]
+    stuck: Annotated[int, u64]
+    """The instruction of the last page fault, and how many it has had."""
     broken: Annotated[int, u64]
     """An order could not be carried out: what is mapped is not known any more."""
     budget: Annotated[int, u64]

@@ -53,7 +53,9 @@ def _filter() -> list[tuple[int, int, int, int]]:
 
 def _call(number: int, *arguments: object) -> str:
     registers = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
-    loads = [f"mov {register}, {value}" for register, value in zip(registers, arguments)]
+    loads = [
+        f"mov {register}, {value}" for register, value in zip(registers, arguments, strict=False)
+    ]
     return "\n".join([*loads, f"mov eax, {number}", "syscall"])
 
 

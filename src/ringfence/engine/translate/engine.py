@@ -268,6 +268,7 @@ class TranslateEngine(DeviceAccesses):
     def attach_services(self, services: Services) -> None:
         """See ``VirtualCpu``."""
         self._services = services
+        self._direct.on_process = services.helped
 
     def run(self) -> StopReason:
         """Run until the machine ends, or the owner wants the CPU."""
