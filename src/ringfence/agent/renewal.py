@@ -17,13 +17,14 @@ from ringfence.agent import wire
 from ringfence.agent.client import Command
 from ringfence.errors import HostError
 
+# The shell's own commands where they do: what a clone runs is translated by each of them.
 HOOKS = "/etc/ringfence/clone.d"
 """The guest's folder of scripts that a clone runs, with what it has become in the environment."""
 PATIENCE = 3.0
 """Seconds that a guest that goes on gets to have its agent heard."""
 _SAID = 4096
 _RENAME = f"""\
-old=$(cat /proc/sys/kernel/hostname)
+read -r old < /proc/sys/kernel/hostname
 echo "$RINGFENCE_HOSTNAME" > /proc/sys/kernel/hostname
 [ ! -e /etc/hostname ] || echo "$RINGFENCE_HOSTNAME" > /etc/hostname
 [ ! -e /etc/hosts ] || sed -i "s/\\\\b$old\\\\b/$RINGFENCE_HOSTNAME/g" /etc/hosts
@@ -31,7 +32,7 @@ if [ -s /etc/machine-id ]; then
     tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id
 fi
 for card in /sys/class/net/*; do
-    [ "$(cat "$card/address")" = "$RINGFENCE_OLD_MAC" ] || continue
+    read -r mac < "$card/address" && [ "$mac" = "$RINGFENCE_OLD_MAC" ] || continue
     ip link set dev "${{card##*/}}" address "$RINGFENCE_MAC"
 done
 for hook in {HOOKS}/*; do

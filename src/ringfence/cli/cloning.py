@@ -1,9 +1,9 @@
 """``ringfence clone``: many machines from one snapshot, each in a process of its own.
 
-All code is loaded before the processes part, so that they share it, as they share the snapshot's
-memory, until one of them writes. Who each one is, is decided before: its name, the address of its
-card, its socket address, its VM generation ID. When all run, the guests' agents are told, a few at
-a time.
+The snapshot is read and all code is loaded before the processes part, so that they share both, as
+they share the snapshot's memory, until one of them writes. Who each one is, is decided before: its
+name, the address of its card, its socket address, its VM generation ID. When all run, the guests'
+agents are told, a few at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.api.names import Place
-from ringfence.assembly import MachineConfig
+from ringfence.assembly import MachineConfig, Origin
 from ringfence.cli.run import Hosting, host
 from ringfence.errors import HostError, UsageError
 from ringfence.machine import Machine
+from ringfence.memory.zeroed import use_small_pages
 from ringfence.settings import default_cache_dir
 from ringfence.state import snapshots
 
@@ -56,7 +57,8 @@ def clone(
     if not 1 <= count <= MAX_CLONES:
         raise UsageError(f"{count} clones: expected 1 to {MAX_CLONES}")
     config, origin = snapshots.load(path, engine=engine)
-    origin.memory.close()
+    folder = default_cache_dir()
+    config = replace(config, engine_config=replace(config.engine_config, cache_dir=folder))
     Machine.warm_up(config)
     gc.collect()
     gc.freeze()
@@ -72,7 +74,7 @@ def clone(
                 print(place.name, flush=True)
 
         def make(_: object, place: Place | None, own: MachineConfig = own) -> Machine:
-            return _made(path, engine, own, place)
+            return _made(own, origin, place)
 
         hosting = Hosting(stem=stem or path.name, detach=True, detached=started)
         status = host(make, hosting)
@@ -80,19 +82,17 @@ def clone(
             return status
         if status:
             break
+    origin.memory.close()
     _tell(running, config, rename, as_json)
     return status
 
 
-def _made(path: Path, engine: str, own: MachineConfig, place: Place | None) -> Machine:
-    """A machine from a snapshot with an identity of its own."""
-    _, origin = snapshots.load(path, engine=engine)
-    config = replace(
-        own,
-        vsock=place.vsock if place and own.vsock else own.vsock,
-        engine_config=replace(own.engine_config, cache_dir=default_cache_dir()),
-    )
-    return Machine.resumed(config, origin)
+def _made(own: MachineConfig, origin: Origin, place: Place | None) -> Machine:
+    """A machine from a snapshot with an identity of its own, in its own process."""
+    use_small_pages()
+    if place and own.vsock:
+        own = replace(own, vsock=place.vsock)
+    return Machine.resumed(own, origin)
 
 
 def _tell(running: list[Clone], old: MachineConfig, rename: bool, as_json: bool) -> None:

@@ -46,7 +46,7 @@ class DirtyLog:
     def __init__(self, pages: int) -> None:
         self.pages = pages
         self.enabled = False
-        self._bytes = mmap.mmap(-1, max(pages, 1))
+        self._bytes = mmap.mmap(-1, max(pages, 1), flags=mmap.MAP_PRIVATE)
         self._view = memoryview(self._bytes)
 
     @property

@@ -78,6 +78,12 @@ ROW_BYTES = 32
 MODE_BITS = 12
 """Of a mode, in each word of a code page's key."""
 LOW32 = 0xFFFFFFFF
+GROUP_BITS = 5
+"""log2 of the code pages that are kept side by side in the page table."""
+GROUP_SHIFT = 12 + GROUP_BITS
+WINDOW_BITS = 7
+"""log2 of the slots of the trace table in which the traces of one code page begin to be kept: those
+of a page are close together, and so are those of pages that came one after the other."""
 SLOT_BYTES = 8
 """Of a slot of the trace table: key, number of the trace's row, 32 bits each."""
 DEAD_LED = 3
@@ -129,13 +135,23 @@ def key_high(physical: int, mode: int) -> int:
     return physical | mode >> MODE_BITS
 
 
+@native_inline
+def page_home(low: int, high: int) -> int:
+    """Where the search for a code page begins: neighbours are side by side, as programs' pages lie.
+
+    So a machine that runs little has few pages of the table.
+    """
+    group = mix((low >> GROUP_SHIFT) ^ mix(high >> GROUP_SHIFT) ^ low & (1 << MODE_BITS) - 1)
+    return group << GROUP_BITS | low >> 12 & (1 << GROUP_BITS) - 1
+
+
 @native
 def page_find(vcpu: Vcpu, linear: int, physical: int, mode: int) -> int:
     """Number of the code page of a linear and a physical page in a mode, or 0."""
     low = key_low(linear, mode, code_base(vcpu, mode))
     high = key_high(physical, mode)
     mask = vcpu.page_rows - 1
-    slot = mix(low ^ mix(high)) & mask
+    slot = page_home(low, high) & mask
     while 1:
         row = vcpu.page_table + slot * ROW_BYTES
         number = load64(row + 16)
@@ -153,7 +169,7 @@ def page_insert(vcpu: Vcpu, linear: int, physical: int, mode: int, number: int) 
     low = key_low(linear, mode, code_base(vcpu, mode))
     high = key_high(physical, mode)
     mask = vcpu.page_rows - 1
-    slot = mix(low ^ mix(high)) & mask
+    slot = page_home(low, high) & mask
     while load64(vcpu.page_table + slot * ROW_BYTES + 16):
         slot = (slot + 1) & mask
     row = vcpu.page_table + slot * ROW_BYTES
@@ -167,7 +183,7 @@ def page_insert(vcpu: Vcpu, linear: int, physical: int, mode: int, number: int) 
 def trace_slot(vcpu: Vcpu, key: int) -> int:
     """Host address of the slot of a trace, or of the free one where it belongs."""
     mask = vcpu.trace_slots - 1
-    slot = mix(key) & mask
+    slot = ((key >> 12 << WINDOW_BITS) + (mix(key) & (1 << WINDOW_BITS) - 1)) & mask
     while 1:
         at = vcpu.trace_table + slot * SLOT_BYTES
         found = load32(at)
