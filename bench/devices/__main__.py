@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench import report
 from bench.cli import say, work_folder
+from bench.devices import minimal
 from bench.devices import results as tables
 from bench.devices.guests import STANDARD, SWITCHES, Guest, Kind
 from bench.devices.measures import MEASURES, Measure, lacking
@@ -94,6 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 where = Path(scratch)
                 guests.append(Guest(kind, image, initrd, options.memory, where, options.qemu_cpu))
             results = measure_all(guests, measures, options.runs, options.seconds)
+            if any(measure.name == minimal.MEASURE for measure in measures):
+                for run in range(options.runs):
+                    say(f"hypercalls, run {run + 1}")
+                    for kind, sample in minimal.measure().items():
+                        results.add(minimal.MEASURE, kind, sample)
+                kinds += minimal.KINDS
         finally:
             for guest in guests:
                 guest.close()
@@ -121,7 +128,7 @@ def measure_all(
                     results.failures.append(f"{measure.name}, {guest.kind.name}: {error}")
                     say(results.failures[-1])
                     continue
-                results.samples.setdefault(key, []).append(sample)
+                results.add(measure.name, guest.kind, sample)
                 say(f"{key[0]}, {key[1]}: {sample.value:,.1f} {measure.unit}")
     return results
 
@@ -165,7 +172,7 @@ def _text(
     results: Results, measures: Sequence[Measure], kinds: Sequence[Kind], *, markdown: bool
 ) -> str:
     parts = [f"Measured: {report.describe(report.machine())}."]
-    for card in dict.fromkeys(kind.card for kind in kinds):
+    for card in dict.fromkeys(kind.card for kind in kinds if kind.side == "ringfence"):
         shown = [m for m in measures if not m.disk or card == kinds[0].card]
         parts += [
             f"With {card}:",
@@ -178,6 +185,10 @@ def _text(
             "Ringfence's virtio with its switches (in brackets: exits per packet):",
             tables.render(lines, markdown=markdown),
         ]
+    for measure in measures:
+        if measure.name == minimal.MEASURE:
+            lines = tables.packets(results, measure, kinds)
+            parts += [f"{measure.title}, all ways:", tables.render(lines, markdown=markdown)]
     parts += [f"- {failure}" for failure in results.failures]
     return "\n\n".join(parts)
 

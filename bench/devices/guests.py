@@ -32,9 +32,9 @@ class Kind:
     Attributes
     ----------
     side : str
-        "qemu" or "ringfence".
+        "qemu" or "ringfence"; "hypercall" for packets without a device (see `minimal`).
     card : str
-        "virtio" or "e1000".
+        "virtio" or "e1000"; how many packets a hypercall has.
     switches : str
         Options of Ringfence's virtio devices, both card and disk.
     """

@@ -9,7 +9,7 @@ from bench.devices.guests import Kind
 from bench.devices.measures import Measure
 from bench.devices.results import Results
 
-OURS, THEIRS = "#2f6f9f", "#b8b8b8"
+COLOURS = {"qemu": "#b8b8b8", "ringfence": "#2f6f9f", "hypercall": "#8fb7d3"}
 
 
 def draw(results: Results, measures: Sequence[Measure], kinds: Sequence[Kind], path: Path) -> None:
@@ -35,7 +35,7 @@ def draw(results: Results, measures: Sequence[Measure], kinds: Sequence[Kind], p
         ]
         labels = [kind.name for kind, _ in shown]
         values = [value for _, value in shown]
-        colours = [THEIRS if kind.side == "qemu" else OURS for kind, _ in shown]
+        colours = [COLOURS[kind.side] for kind, _ in shown]
         bars = axis.barh(labels, values, color=colours)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
         axis.margins(x=0.18)

@@ -29,6 +29,10 @@ class Results:
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
+    def add(self, measure: str, kind: Kind, sample: Sample) -> None:
+        """Take down a sample."""
+        self.samples.setdefault((measure, kind.name), []).append(sample)
+
     def median(self, measure: Measure, kind: Kind) -> float | None:
         """The median figure; None where there is none."""
         found = self.samples.get((measure.name, kind.name))
@@ -99,6 +103,18 @@ def switched(
             exits = results.exits_per_packet(measure, kind)
             cells.append(cell if exits is None else f"{cell} ({exits:.2f})")
         lines.append((measure.title, measure.unit, *cells))
+    return lines
+
+
+def packets(results: Results, measure: Measure, kinds: Sequence[Kind]) -> list[tuple[str, ...]]:
+    """A table of the ways to send a small packet."""
+    lines = [("", measure.unit, "exits per packet")]
+    for kind in kinds:
+        value = results.median(measure, kind)
+        if value is not None:
+            lines.append(
+                (kind.name, _number(value), _share(results.exits_per_packet(measure, kind)))
+            )
     return lines
 
 
