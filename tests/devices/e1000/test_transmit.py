@@ -9,9 +9,11 @@ import pytest
 
 from devices.e1000.driver import EOP_RS, MAC, MEMORY, PEER, TX_BUFFERS, TX_RING, Driver, frame_of
 from devices.e1000.packets import ipv4
+from ringfence.chipset.spare import SpareTime
 from ringfence.devices.e1000 import transmit
 from ringfence.devices.e1000.registers import CTRL, ICR, TCTL, Ring, TxDescriptor
 from ringfence.devices.e1000.statistics import TSCTFC
+from ringfence.devices.gathering import PROBE
 
 DEXT_DATA = TxDescriptor.DEXT | TxDescriptor.DTYP_DATA << TxDescriptor.DTYP_SHIFT
 TDH, TDT, TDLEN = (Ring.TRANSMIT + at for at in (Ring.HEAD, Ring.TAIL, Ring.LEN))
@@ -327,3 +329,30 @@ def test_what_is_no_plain_segment_is_cut_as_the_chip_does(driver, odd) -> None:
         driver.wire.frames.clear()
     assert sent[0] == sent[1]
     assert len(sent[0]) > 1
+
+
+def test_small_packets_that_come_together_are_gathered(driver) -> None:
+    """Until a vCPU sleeps, or for a moment; those that come alone go out at once."""
+    spare = SpareTime(driver.queue)
+    driver.card.transmitter._gatherer._put_off = spare.put_off
+    wire = driver.wire.frames
+    for number in range(PROBE - 1):
+        driver.send(frame_of(60))
+        assert len(wire) == number + 1
+    driver.send(frame_of(60))
+    driver.send(frame_of(60))
+    assert len(wire) == PROBE - 1
+    spare.begin()
+    assert len(wire) == PROBE + 1
+    for _ in range(5):
+        for _ in range(10):
+            driver.send(frame_of(60))
+        assert len(wire) == PROBE + 1
+        driver.clock.advance(transmit.GATHER_NS)
+        assert len(wire) == PROBE + 11
+        del wire[-10:]
+    driver.card.reset()
+    driver.tx_tail = driver.rx_head = 0
+    driver.start()
+    driver.send(frame_of(60))
+    assert len(wire) == PROBE + 2

@@ -10,8 +10,8 @@ import pytest
 from devices.virtio.backends import Wire
 from devices.virtio.driver import BUFFERS, Driver
 from ringfence.chipset.state import State
+from ringfence.devices.gathering import PROBE
 from ringfence.devices.virtio import net
-from ringfence.devices.virtio.moderation import PROBE
 from ringfence.devices.virtio.net import VirtioNet
 from ringfence.devices.virtio.ring import EVENT_IDX
 from ringfence.pacing import Pacing

@@ -92,6 +92,7 @@ class E1000(PciDevice):
             vlan=self._vlan,
             master=lambda: self.bus_master,
             takes_large=lambda: self.backend.takes_large and not self._loops,
+            put_off=self.put_off,
         )
         self.receiver = Receiver(
             *(memory, self.interrupts, self.statistics, self.filters),

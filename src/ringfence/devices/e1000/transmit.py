@@ -23,11 +23,14 @@ from ringfence.devices.e1000.offload import Context, insert, insert_tag
 from ringfence.devices.e1000.registers import ICR, TCTL, Ring, TxDescriptor
 from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
+from ringfence.devices.gathering import Gatherer, PutOff
 from ringfence.memory.ram import GuestMemory
 from ringfence.network.backend import MINIMUM_FRAME
 
 DESCRIPTORS, FRAMES, BYTES = 256, 128, 1 << 18
 """What one turn does at most."""
+GATHER_NS = 200_000
+"""How long small packets wait for others, at most."""
 PAUSE_NS = 10_000
 """From one turn to the next."""
 LIMIT = 1 << 18
@@ -53,6 +56,8 @@ class Transmitter(Saved):
         Whether the card may access memory.
     takes_large : Callable[[], bool]
         Whether ``send`` takes TCP segments of any size.
+    put_off : PutOff
+        Has something done in a moment; see `devices.gathering`.
     """
 
     FIELDS = ("tctl", "options", "special", "flags", "segment", "overrun")
@@ -67,6 +72,7 @@ class Transmitter(Saved):
         vlan: Callable[[], int],
         master: Callable[[], bool],
         takes_large: Callable[[], bool],
+        put_off: PutOff,
     ) -> None:
         self._memory = memory
         self._clock = queue.clock
@@ -77,11 +83,13 @@ class Transmitter(Saved):
         self._vlan = vlan
         self._master = master
         self._takes_large = takes_large
+        self._gatherer = Gatherer(GATHER_NS, put_off, self.run)
         self.ring = DescriptorRing(memory, Ring.TRANSMIT)
         self.reset()
 
     def reset(self) -> None:
         """Be as after power-on."""
+        self._gatherer.forget()
         self.ring.reset()
         self._next.set(None)
         self.tctl = 0
@@ -97,6 +105,8 @@ class Transmitter(Saved):
         self.overrun = False
         """The packet is longer than any may be."""
         self._frames = self._bytes = 0
+        self._packets = 0
+        """Packets of this turn that are done with."""
 
     def read_tctl(self) -> int:
         """Read TCTL."""
@@ -110,9 +120,10 @@ class Transmitter(Saved):
         self.run()
 
     def write_tail(self, value: int) -> None:
-        """Write TDT: there is something to do."""
+        """Write TDT: there is something to do, at once or together with what comes soon."""
         self.ring.tail = value & Ring.INDEX
-        self.run()
+        if not (self.ring.ready and self._gatherer.notified()):
+            self.run()
 
     # ---- one turn
 
@@ -124,6 +135,7 @@ class Transmitter(Saved):
         self._frames, self._bytes = FRAMES, BYTES
         descriptors, causes = DESCRIPTORS, 0
         ring = self.ring
+        self._packets = 0
         while self._frames > 0 and self._bytes > 0 and descriptors > 0:
             if self.segment >= 0:
                 self._segment()
@@ -136,6 +148,7 @@ class Transmitter(Saved):
             causes |= reported
             if ring.tail == ring.head:
                 causes |= ICR.TXQE
+        self._gatherer.found(self._packets, (BYTES - self._bytes) // max(self._packets, 1))
         if causes:
             self._interrupts.cause(causes)
         if self.segment >= 0 or ring.ready:
@@ -265,6 +278,7 @@ class Transmitter(Saved):
         self._drop()
 
     def _drop(self) -> None:
+        self._packets += 1
         self.packet = bytearray()
         self.segment = -1
         self.overrun = False

@@ -21,8 +21,9 @@ from functools import partial
 from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.state import Saved, State
+from ringfence.devices.gathering import Gatherer
 from ringfence.devices.virtio.device import VERSION_1, VirtioDevice
-from ringfence.devices.virtio.moderation import Gatherer, InterruptModerator, Poller
+from ringfence.devices.virtio.moderation import InterruptModerator, Poller
 from ringfence.devices.virtio.packed import PackedRing
 from ringfence.devices.virtio.ring import (
     EVENT_IDX,
@@ -152,7 +153,11 @@ class VirtioPci(PciDevice):
             for number in range(len(self.queues))
         ]
         self._gatherers = [
-            Gatherer(pacing, self.put_off, partial(self._notify, number))
+            Gatherer(
+                0 if pacing.poll else 1000 * pacing.gather,
+                self.put_off,
+                partial(self._notify, number),
+            )
             for number in range(len(self.queues))
         ]
         self.offered = device.features | VERSION_1 | INDIRECT_DESC
