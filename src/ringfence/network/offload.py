@@ -19,6 +19,8 @@ from ringfence.network.checksum import add, checksum, fold
 ETHERNET = 14
 MTU = 1500
 """Bytes of an IP packet on the wire."""
+WIRE_MSS = MTU - 40
+"""Bytes of payload in a TCP segment there, by default."""
 MINIMUM_MSS = 64
 """Bytes per segment at least: what bounds the number of segments."""
 IP = b"\x08\x00"

@@ -37,6 +37,7 @@ from ringfence.network.forward import Forward
 from ringfence.network.offload import (
     ETHERNET,
     MTU,
+    WIRE_MSS,
     fragments,
     segments,
     tcp_over_ipv4,
@@ -48,8 +49,6 @@ from ringfence.network.threaded import ThreadedBackend
 
 NETWORK, NETMASK = "10.0.2.0", "255.255.255.0"
 GATEWAY, NAME_SERVER, GUEST = "10.0.2.2", "10.0.2.3", "10.0.2.15"
-WIRE_MSS = 1460
-"""Bytes of payload in a segment on a wire whose packets have `MTU` bytes."""
 LARGE_MSS = 11 * WIRE_MSS
 LARGE_MTU = LARGE_MSS + 60
 """What libslirp takes the wire for. It sends so much less payload to who hasn't said otherwise, and

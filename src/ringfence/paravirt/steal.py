@@ -15,6 +15,7 @@ sched-stats.rst.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import time
@@ -36,6 +37,9 @@ INTERVAL_NS = 1_000_000
 _ENABLED, _RESERVED = 1, 0x3E
 _STEAL = struct.Struct("<QI")  # struct kvm_steal_time: steal, version; flags, preempted, padding
 _BYTES = 64
+_libc = ctypes.PyDLL(None)
+_libc.pread.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int64]
+_libc.pread.restype = ctypes.c_ssize_t
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
@@ -54,6 +58,7 @@ class RunDelay:
     """
 
     def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(64)
         self._waited: dict[int, int] = {}
         """By the file's descriptor, as last read."""
         self._ended = 0
@@ -69,9 +74,11 @@ class RunDelay:
     def read(self) -> int:
         """Nanoseconds that they have waited for a CPU since each began."""
         for file in list(self._waited):
-            try:
-                self._waited[file] = int(os.pread(file, 64, 0).split()[1])
-            except ProcessLookupError:  # it has ended
+            # Python's lock is kept: others would take it, and a vCPU that delivers an interrupt wait.
+            length = _libc.pread(file, self._buffer, len(self._buffer), 0)
+            if length > 0:
+                self._waited[file] = int(self._buffer.raw[:length].split()[1])
+            else:  # it has ended
                 self._ended += self._waited.pop(file)
                 os.close(file)
         return self._ended + sum(self._waited.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import zlib
 
@@ -10,6 +11,7 @@ import pytest
 from devices.e1000.driver import MAC, MEMORY, PEER, RX_BUFFERS, RX_RING, Driver, frame_of
 from devices.e1000.packets import ipv4, ipv6
 from devices.e1000.test_transmit import stays_usable
+from ringfence.devices.e1000.offload import verify
 from ringfence.devices.e1000.registers import (
     CTRL,
     ICR,
@@ -256,3 +258,50 @@ def test_nothing_is_stored_without_bus_mastering(driver) -> None:
 @pytest.mark.parametrize("length", [0, 1, 13])
 def test_a_backend_s_runts(driver, length) -> None:
     assert driver.card.receive(frame_of(length))
+
+
+def test_large_segments_are_cut() -> None:
+    driver = Driver().start(rctl=RCTL.SECRC)
+    driver.write(RXCSUM.OFFSET, RXCSUM.IPOFL | RXCSUM.TUOFL)
+    assert driver.wire.large
+    payload = random.Random(7).randbytes(16_060)
+    assert driver.card.receive(MAC + ipv4(6, payload)[6:])
+    frames = driver.take()
+    assert [len(frame) for frame in frames] == [1514] * 11
+    assert b"".join(frame[54:] for frame in frames) == payload
+    good = RxDescriptor.IPCS | RxDescriptor.TCPCS
+    assert driver.status & good == good
+    assert not driver.errors
+    assert verify(frames[-1]) == (True, True)
+    assert driver.read(0x4074) == 11, "GPRC"
+
+
+def test_a_large_segment_waits_as_a_whole() -> None:
+    driver = Driver().start()
+    for seed in range(driver.entries - 5):
+        assert driver.card.receive(frame_of(60, seed=seed))
+    large = MAC + ipv4(6, bytes(16_060))[6:]
+    assert not driver.card.receive(large)
+    assert len(driver.take()) == driver.entries - 5
+    assert driver.wire.resumed == 1
+    assert driver.card.receive(large)
+    assert len(driver.take()) == 11
+
+
+def test_a_small_ring_gets_none() -> None:
+    driver = Driver(entries=8).start()
+    assert not driver.wire.large
+    assert driver.card.receive(MAC + ipv4(6, bytes(16_060))[6:])
+    assert driver.take() == []
+    assert driver.read(0x40AC) == 1, "ROC"
+    driver.card.reset()
+    assert not driver.wire.large
+
+
+def test_other_large_frames_are_too_long(driver) -> None:
+    for frame in (ipv4(17, bytes(5000)), ipv6(6, bytes(5000)), ipv4(6, bytes(5000), 0x2000)):
+        assert driver.card.receive(MAC + frame[6:])
+    broken = bytearray(MAC + ipv4(6, bytes(5000))[6:])
+    broken[46] = 0xF0
+    assert driver.card.receive(bytes(broken[:14] + b"\x4f" + broken[15:]))
+    assert all(len(frame) <= 1518 for frame in driver.take())

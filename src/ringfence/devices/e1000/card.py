@@ -43,6 +43,7 @@ from ringfence.devices.e1000.registers import (
     Delay,
     Ring,
 )
+from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
 from ringfence.devices.e1000.transmit import Transmitter
 from ringfence.memory.ram import GuestMemory
@@ -122,6 +123,7 @@ class E1000(PciDevice):
         self.statistics.reset()
         self.transmitter.reset()
         self.receiver.reset()
+        self._tell_backend()
         self.interrupts.reset()
 
     # ---- the owner's side
@@ -233,7 +235,7 @@ class E1000(PciDevice):
                 self._both(
                     part.ring.registers + register,
                     partial(part.ring.read, register),
-                    partial(part.ring.write, register),
+                    partial(self._write_ring, part.ring, register),
                 )
             tail = part.ring.registers + Ring.TAIL
             self._both(tail, partial(part.ring.read, Ring.TAIL), part.write_tail)
@@ -250,6 +252,14 @@ class E1000(PciDevice):
             for index in range(words):
                 readers[offset + 4 * index] = partial(self.filters.read, table, index)
                 writers[offset + 4 * index] = partial(self.filters.write, table, index)
+
+    def _write_ring(self, ring: DescriptorRing, register: int, value: int) -> None:
+        ring.write(register, value)
+        self._tell_backend()
+
+    def _tell_backend(self) -> None:
+        """Let the backend know whether the card takes large segments, as its rings are now."""
+        self.backend.bring_large(self.receiver.takes_large)
 
     def _both(
         self, offset: int, reader: Callable[[], int], writer: Callable[[int], object]
@@ -289,3 +299,4 @@ class E1000(PciDevice):
         super().restore(state)
         for name, part in self._parts.items():
             part.restore(state[name])
+        self._tell_backend()
