@@ -167,7 +167,11 @@ class VirtioNet(VirtioDevice):
 
     def gathers(self, number: int) -> bool:
         """See `VirtioDevice.gathers`: what is to be sent."""
-        return bool(number % 2) and number != self._control_queue
+        return bool(number % 2)
+
+    def tells_late(self, number: int) -> bool:
+        """See `VirtioDevice.tells_late`: of what was sent."""
+        return self.gathers(number)
 
     def close(self) -> None:
         """See `VirtioDevice.close`."""

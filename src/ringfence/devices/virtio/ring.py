@@ -137,8 +137,11 @@ class Ring(Saved, ABC):
         """Give a chain back, its first ``written`` writable bytes filled; `flush` tells of it."""
 
     @abstractmethod
-    def flush(self) -> bool:
-        """Publish what was pushed; return whether the driver wants an interrupt for it."""
+    def flush(self, *, ask: bool = True) -> bool:
+        """Publish what was pushed; return whether the driver wants an interrupt for it.
+
+        Without ``ask`` it does not say so yet: the next call with it answers for all since.
+        """
 
     @abstractmethod
     def want_kicks(self, wanted: bool) -> bool:
