@@ -74,7 +74,7 @@ class RunDelay:
     def read(self) -> int:
         """Nanoseconds that they have waited for a CPU since each began."""
         for file in list(self._waited):
-            # Python's lock is kept: others would take it, and a vCPU that delivers an interrupt wait.
+            # Python's lock is kept: others would take it, and an interrupt's delivery wait.
             length = _libc.pread(file, self._buffer, len(self._buffer), 0)
             if length > 0:
                 self._waited[file] = int(self._buffer.raw[:length].split()[1])

@@ -161,7 +161,7 @@ class VirtioPci(PciDevice):
             for number in range(len(self.queues))
         ]
         # Whoever has set interrupts himself gets them as he set them.
-        late = pacing.gather and not pacing.packets
+        late = pacing.gather and not pacing.packets and not pacing.poll
         self._late = [
             LateTelling(self.later, partial(self._publish, number))
             if late and device.tells_late(number)
