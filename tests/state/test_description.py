@@ -13,9 +13,11 @@ from ringfence.assembly import MachineConfig, TestDevices
 from ringfence.boot.firmware import Firmware
 from ringfence.engine import EngineConfig
 from ringfence.errors import ImageError
+from ringfence.sharing.options import parse_share
 from ringfence.state import plain
 from ringfence.state.description import configured, describe
-from ringfence.storage.options import parse_disk
+from ringfence.storage.options import DiskOptions, parse_disk
+from ringfence.storage.seed import Seed
 
 FULL = MachineConfig(
     kernel=Path("/boot/vmlinuz"),
@@ -25,7 +27,7 @@ FULL = MachineConfig(
     engine="translate",
     engine_config=EngineConfig(cpus=2, features=frozenset({"AVX", "SSE3"})),
     on_reset="reboot",
-    disks=(parse_disk("/images/root.qcow2,serial=ROOT"), parse_disk("/images/b,readonly")),
+    disks=(parse_disk("/images/root.qcow2,serial=ROOT"), DiskOptions(Path("/b"), "raw", slot=24)),
     rng=True,
     balloon=True,
     ports={"agent": print},
@@ -43,6 +45,8 @@ FULL = MachineConfig(
     boot="multiboot",
     modules=("/boot/module with arguments",),
     test=TestDevices(exit_port=0xF4, ports=True),
+    shares=(parse_share("/srv/data,tag=work,ro,owner=1000"),),
+    seed=Seed(b"\x00\xff", ("ssh-ed25519 AAAA",), "web"),
 )
 
 
