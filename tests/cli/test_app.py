@@ -188,6 +188,19 @@ def test_doctor_says_what_user_networking_needs(monkeypatch: pytest.MonkeyPatch)
         slirp.library.cache_clear()
 
 
+def test_what_is_fetched_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringfence.cli import pull
+
+    fetched: list[str] = []
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(pull, "pull", fetched.append)
+    assert pull.ensure_image(None) == "debian"
+    assert pull.ensure_image(None, flavour=pull.FLAVOUR_WITH_9P) == "debian-generic"
+    assert pull.ensure_image("debian-i386") == "debian-i386"
+    assert pull.ensure_image("mine") == "mine"
+    assert fetched == ["cloud", "generic", "i386"]
+
+
 def test_without_apt_the_builtin_guest_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,5 +209,6 @@ def test_without_apt_the_builtin_guest_starts(
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert ensure_image(None) == "builtin"
     assert "no apt" in capsys.readouterr().err
+    assert ensure_image(None, flavour="generic") == "builtin"
     assert ensure_image("debian") == "debian"
     assert ensure_image("builtin") == "builtin"

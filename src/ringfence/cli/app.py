@@ -43,7 +43,7 @@ ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
 echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
 ringfence run builtin --stats - --trace exits
 ringfence run --net user --forward 8080:80
-ringfence run --share ~/src,ro               (in the guest: mount -t 9p src /mnt)
+ringfence run --share ~/src,ro               (in the guest: /mnt/src)
 ringfence run --bios seabios --disk disk.img
 ringfence run --bios seabios --disk cloud.qcow2,snapshot --ssh-key id.pub --hostname web
 ringfence run --kernel test.elf --test-devices --append "first second"
@@ -137,7 +137,8 @@ Share = Annotated[
         "--share",
         metavar="FOLDER[,OPTION...]",
         help="A folder of the host's for the guest to mount by 9p (repeatable); options: tag=TEXT"
-        " (default: its name), ro, owner=UID[:GID] (whose your files are in the guest; root).",
+        " (default: its name), ro, owner=UID[:GID] (whose your files are in the guest; root)."
+        " Without an image, it is debian-generic, whose kernel has 9p.",
     ),
 ]
 TlsFiles = Annotated[

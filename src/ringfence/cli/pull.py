@@ -21,21 +21,29 @@ if TYPE_CHECKING:
 
 DEFAULT_IMAGE = "debian"
 DEFAULT_FLAVOUR = "cloud"
+FLAVOUR_WITH_9P = "generic"
+"""Of the kernels that may be fetched, the one that can mount shared folders."""
 
 
-def ensure_image(name: str | None) -> str:
+def ensure_image(name: str | None, *, flavour: str = DEFAULT_FLAVOUR) -> str:
     """The name of an image that can be started, fetched first where that is possible.
 
-    Without a name it is `DEFAULT_IMAGE`, or where the host has no apt, the built-in guest.
+    Without a name it is Debian with a kernel of ``flavour``, or where the host has no apt, the
+    built-in guest.
     """
     from ringfence.images.builtin import NAME as BUILTIN
     from ringfence.images.store import Store
 
-    wanted = name or DEFAULT_IMAGE
-    if wanted != DEFAULT_IMAGE or Store().get(wanted) is not None:
+    wanted = name or image_of(flavour)
+    if wanted == BUILTIN or Store().get(wanted) is not None:
+        return wanted
+    from ringfence.images.debian import METAPACKAGES
+
+    fetched = {image_of(each): each for each in METAPACKAGES}
+    if wanted not in fetched:
         return wanted
     if shutil.which("apt-get") is not None:
-        pull(DEFAULT_FLAVOUR)
+        pull(fetched[wanted])
         return wanted
     if name is None:
         print(
@@ -47,12 +55,17 @@ def ensure_image(name: str | None) -> str:
     return wanted
 
 
+def image_of(flavour: str) -> str:
+    """What the image with one of Debian's kernels is called."""
+    return DEFAULT_IMAGE if flavour == DEFAULT_FLAVOUR else f"{DEFAULT_IMAGE}-{flavour}"
+
+
 def pull(flavour: str, *, refresh: bool = False) -> None:
     """Fetch Debian's kernel and busybox, showing how far it is."""
     from ringfence.images.debian import pull_debian
     from ringfence.images.store import Store
 
-    name = DEFAULT_IMAGE if flavour == DEFAULT_FLAVOUR else f"{DEFAULT_IMAGE}-{flavour}"
+    name = image_of(flavour)
     with _progress(name) as progress:
         image = pull_debian(Store(), flavour=flavour, progress=progress, refresh=refresh, name=name)
     print(f"ringfence: {_line(image)}", file=sys.stderr)

@@ -82,9 +82,9 @@ def run_guest(options: RunOptions) -> int:
 
         ensure_firmware(options.bios)
     elif options.kernel is None:
-        from ringfence.cli.pull import ensure_image
+        from ringfence.cli.pull import DEFAULT_FLAVOUR, FLAVOUR_WITH_9P, ensure_image
 
-        image = ensure_image(image)
+        image = ensure_image(image, flavour=FLAVOUR_WITH_9P if options.shares else DEFAULT_FLAVOUR)
     hosting = Hosting(
         stem=image or "machine",
         image=image,
