@@ -110,14 +110,13 @@ def show_help() -> tuple[float, float]:
     )
 
 
-def clones(snapshot: Path, count: int, *, rename: bool) -> float:
+def clones(snapshot: Path, count: int) -> float:
     """Megabytes of each of ``count`` clones, all that they share divided among them."""
-    option = "--rename" if rename else "--no-rename"
     with tempfile.TemporaryDirectory(prefix="bench-clones-") as home:
         (Path(home) / "code").symlink_to(_code())
         environment = {**os.environ, "RINGFENCE_HOME": home}
         said = subprocess.run(
-            [*COMMAND, "clone", str(snapshot), "-n", str(count), option, "--json",
+            [*COMMAND, "clone", str(snapshot), "-n", str(count), "--no-rename", "--json",
              "--engine", "translate", "--name", "clone"],
             env=environment, stdout=subprocess.PIPE, check=True,
         ).stdout  # fmt: skip
@@ -127,7 +126,7 @@ def clones(snapshot: Path, count: int, *, rename: bool) -> float:
         for row in rows:
             stop = [*COMMAND, "stop", "--force", row["name"]]
             subprocess.run(stop, env=environment, check=True)
-    return total / count / 1000
+    return total / count / 1e6
 
 
 def _code() -> Path:
@@ -137,11 +136,11 @@ def _code() -> Path:
 
 
 def _proportional(pid: int) -> int:
-    """Proportional set size of a process, in units of 1024 bytes."""
+    """Proportional set size of a process in bytes."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     found = re.search(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)
     assert found is not None
-    return int(found[1])
+    return int(found[1]) << 10
 
 
 def main() -> None:
@@ -173,7 +172,7 @@ def main() -> None:
             }
         if options.clones:
             idle = make_snapshot(options.image, Path(name) / "idle", "", "512M")
-            size = clones(idle, options.clones, rename=False)
+            size = clones(idle, options.clones)
             results["clones"] = {"count": options.clones, "megabytes each": size}
     if options.json:
         print(json.dumps(results, indent=2))
@@ -181,9 +180,8 @@ def main() -> None:
     print("| what | ms, median | least | CPU ms, median | least |")
     print("|---|---:|---:|---:|---:|")
     for side in sides:
-        print(
-            f"| {side} | " + " | ".join(f"{value:.0f}" for value in results[side].values()) + " |"
-        )
+        figures = " | ".join(f"{value:.0f}" for value in results[side].values())
+        print(f"| {side} | {figures} |")
     if options.clones:
         print(f"{options.clones} idle clones: {results['clones']['megabytes each']:.1f} MB each")
 
