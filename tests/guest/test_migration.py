@@ -32,9 +32,9 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def watched(
-    cloud: Image, steady: Path, cache: Path, tmp_path: Path
-) -> Iterator[Machine]:  # fmt: skip
-    """A guest that watches its clocks, its memory and its arithmetic."""
+    request: pytest.FixtureRequest, cloud: Image, steady: Path, cache: Path, tmp_path: Path
+) -> Iterator[Machine]:
+    """A guest that watches its clocks, its memory and its arithmetic; parameter: its TSC's rate."""
     initrd = tmp_path / "initrd"
     initrd.write_bytes(build_initramfs(cloud.folder / "busybox", {"/test/steady": steady}))
     machine = Machine(
@@ -44,6 +44,7 @@ def watched(
         engine="translate",
         memory="192M",
         cache_dir=cache,
+        tsc_hz=getattr(request, "param", None),
     )
     try:
         machine.start()
@@ -93,6 +94,31 @@ def test_twenty_moves_there_and_back(watched: Machine, cache: Path, tmp_path: Pa
         assert "TROUBLE" not in machine.console.output
     finally:
         machine.close()
+
+
+@pytest.mark.parametrize("watched", [2_000_000_000], indirect=True)
+def test_two_go_on_from_one_snapshot_of_a_host_with_another_rate(
+    watched: Machine, cache: Path, tmp_path: Path
+) -> None:
+    """On a host of 2 GHz the guest's counter would be the host's; here it is scaled."""
+    watched.snapshot(tmp_path / "saved")
+    watched.stop()
+    clones = [
+        Machine.restore(tmp_path / "saved", engine="translate", cache_dir=cache) for _ in range(2)
+    ]
+    try:
+        for clone in clones:
+            clone.start()
+        for _ in range(4):
+            for clone in clones:
+                clone.console.wait_for(re.compile(r"steady \d+\r\n"), 90)
+        for clone in clones:
+            said = Shell(clone).run("pidof steady; dmesg")
+            assert not re.search(r"rcu.*stall|lockup|unstable|backwards|BUG|Oops", said)
+            assert "TROUBLE" not in clone.console.output
+    finally:
+        for clone in clones:
+            clone.close()
 
 
 TARGET = """
