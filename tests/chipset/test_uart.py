@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chipset.conftest import Rig
 from ringfence.chipset.uart import POLLING
 
 BASE = 0x3F8
@@ -74,6 +75,23 @@ def test_output_goes_out_at_newline_or_after_a_while(uart) -> None:
     assert len(uart.console) > 1500
     uart.board.flush()
     assert len(uart.console) == 2013
+
+
+@pytest.mark.parametrize("setup", [(), ((MCR, 0x10),), ((LCR, 0x83),), ((IER, 0x02),)])
+def test_gathered_bytes_are_bytes_written(setup) -> None:
+    """What an engine has gathered does the same as one write after the other."""
+    for data in (b"one\ntwo", b"x" * 5000, b""):
+        one, other = Rig(), Rig()
+        for rig in (one, other):
+            for port, value in setup:
+                rig.out(port, value)
+        one.board.write_gathered(data)
+        for value in data:
+            other.out(RBR, value)
+        for rig in (one, other):
+            rig.board.flush()
+        assert one.console == other.console
+        assert one.board.uart.save() == other.board.uart.save()
 
 
 def test_the_transmit_interrupt(uart) -> None:

@@ -198,6 +198,15 @@ class Board:
         with self.lock:
             self.ports.write(port, size, value)
 
+    def write_gathered(self, data: bytes) -> None:
+        """Bytes that were written to the gathered port, in order."""
+        with self.lock:
+            if self.uart.quiet_status() is not None:
+                self.uart.transmit(data)
+            else:
+                for value in data:
+                    self.ports.write(self.gathered.write, 1, value)
+
     def mmio_read(self, pa: int, size: int, cpu: int = 0) -> int:
         """Read ``size`` bytes at guest-physical ``pa``, as CPU ``cpu``."""
         with self.lock:

@@ -158,6 +158,16 @@ class Uart(Saved):
         elif offset == SCR:
             self.scr = value
 
+    def transmit(self, data: bytes) -> None:
+        """Write bytes to THR, one behind the other, while `quiet_status` has a value."""
+        self.polls = 0
+        output = self._output
+        output += data
+        if _NEWLINE in data or len(output) >= FLUSH_BYTES:
+            self.flush()
+        elif output and not self._timer.armed:
+            self._timer.set(self._clock.now() + FLUSH_NS)
+
     def _read_rbr(self) -> int:
         if not self.fifo:
             return 0

@@ -107,9 +107,7 @@ class DeviceAccesses:
         view.gathered_count = 0
         view.service_request = 0
         began = time.perf_counter_ns()
-        with self.board.lock:
-            for value in view.gathered[:count]:
-                self.board.port_write(view.gather_write, 1, value)
+        self.board.write_gathered(bytes(view.gathered[:count]))
         self.counters.add(Reason.PORT_OUT, time.perf_counter_ns() - began)
 
     def _on_port_in(self) -> StopReason | None:
