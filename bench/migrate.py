@@ -2,7 +2,8 @@
 
 A guest that has filled some memory writes to it at a rate, one word a page; it moves over loopback
 TCP to another process, and by descriptor passing where there is such a thing. Figures are those
-that each side reports: seconds in all, milliseconds without a guest, MiB sent.
+that each side reports: seconds in all, milliseconds without a guest, MiB sent. ``--picture`` draws
+the downtimes (it needs matplotlib), ``--into`` refreshes the table of a document.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SOURCE = Path(__file__).parent / "guest" / "dirty.c"
 APPEND = "console=ttyS0 panic=-1 quiet"
 CASES = ((256, 64, 0), (256, 64, 50), (1024, 256, 0), (1024, 256, 50), (1024, 256, 200))
 """MiB of RAM, MiB filled, MB written per second."""
+SIDES = ("TCP", "descriptor", "QEMU, TCP")
+BEGIN, END = "<!-- migrate: begin -->", "<!-- migrate: end -->"
 PATIENCE = 180.0
 
 TARGET = """
@@ -157,11 +160,57 @@ def _read_until(process: subprocess.Popen[bytes], text: bytes) -> None:
         seen += piece
 
 
+Row = tuple[tuple[int, int, int], str, list[float]]
+"""A case, who moved, and the three figures."""
+
+
+def table(rows: list[Row]) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        "| RAM | written | by | total s | downtime ms | sent MiB |",
+        "|---:|---:|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {case[0]} MiB | {case[2]} MB/s | {side} | {total:.2f} | {down:.0f} | {sent:.0f} |"
+        for case, side, (total, down, sent) in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """An SVG of the downtimes, and of the times in all: a group of bars for each case."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "ringfence", "font.size": 9}
+    from matplotlib import pyplot
+
+    colours = dict(zip(SIDES, ("#2f6f9f", "#86b3d1", "#b8b8b8"), strict=True))
+    cases = list(dict.fromkeys(case for case, _, _ in rows))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    for axis, column, title in zip(axes, (1, 0), ("downtime [ms]", "total [s]"), strict=True):
+        for number, side in enumerate(SIDES):
+            places = [at + (number - 1) * 0.27 for at in range(len(cases))]
+            found = {case: figures[column] for case, who, figures in rows if who == side}
+            heights = [found.get(case, 0.0) for case in cases]
+            bars = axis.bar(places, heights, 0.25, label=side, color=colours[side])
+            axis.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=7)
+        names = [f"{memory} MiB\n{rate} MB/s" for memory, _, rate in cases]
+        axis.set_xticks(range(len(cases)), names)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     """Measure all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m bench.migrate")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--image", default="debian")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="an SVG of it")
+    parser.add_argument("--into", type=Path, metavar="FILE", help="a document with the markers")
     options = parser.parse_args()
     image: Image = Store().find(options.image)
     with tempfile.TemporaryDirectory(prefix="bench-migrate-") as name:
@@ -171,21 +220,32 @@ def main() -> None:
             parser.error(program)
         initrd = folder / "initrd"
         initrd.write_bytes(build_initramfs(image.folder / "busybox", {"/bench/dirty": program}))
-        print("| RAM | written | by | total s | downtime ms | sent MiB |")
-        print("|---:|---:|---|---:|---:|---:|")
+        rows: list[Row] = []
+        moves = (
+            (ringfence, "tcp://127.0.0.1:0"),
+            (ringfence, f"unix://{folder}/socket"),
+            (qemu, str(folder)),
+        )
         for case in CASES:
-            for side, (move, where) in {
-                "TCP": (ringfence, "tcp://127.0.0.1:0"),
-                "descriptor": (ringfence, f"unix://{folder}/socket"),
-                "QEMU, TCP": (qemu, str(folder)),
-            }.items():
+            for side, (move, where) in zip(SIDES, moves, strict=True):
                 tries = [move(image.kernel, initrd, case, where) for _ in range(options.repeat)]
                 middle = [statistics.median(column) for column in zip(*tries, strict=True)]
-                print(
-                    f"| {case[0]} MiB | {case[2]} MB/s | {side} | {middle[0]:.2f} |"
-                    f" {middle[1]:.0f} | {middle[2]:.0f} |",
-                    flush=True,
-                )
+                rows.append((case, side, middle))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    if options.into:
+        _refresh(options.into, table(rows))
+    if options.picture:
+        draw(rows, options.picture)
+
+
+def _refresh(document: Path, text: str) -> None:
+    """Put a table between the markers of a document."""
+    old = document.read_text()
+    before, _, rest = old.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not rest or not after:
+        raise SystemExit(f"{document} has no markers {BEGIN} and {END}")
+    document.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -277,6 +277,7 @@ class Machine(Movable, Pluggable):
         except BaseException:
             self._host.close()
             raise
+        self._disconnect()  # until it runs: RAM may be another machine's until then
         self._keeper: Keeper | None = None
         self._thread = threading.Thread(target=self._vcpu, name="vcpu0", daemon=True)
 
