@@ -602,6 +602,11 @@ class Machine(Movable, Pluggable):
         return self._keeper
 
     @property
+    def incomplete(self) -> bool:
+        """Whether some of its RAM is still where it came from (``postcopy``)."""
+        return self._parts.memory.incomplete
+
+    @property
     def runs(self) -> bool:
         """Whether the guest runs now."""
         return self._state is State.RUNNING

@@ -15,9 +15,16 @@ import pytest
 from guest import support
 from guest.support import PROGRAMS, Shell, environment
 from ringfence import Machine
+from ringfence.engine import StopReason
+from ringfence.errors import HostError
 from ringfence.images.root import build_initramfs
 from ringfence.images.store import Image
+from ringfence.memory.missing import Userfault
+from ringfence.state import send
 from ringfence.state.receive import Allowed
+from ringfence.state.send import Progress
+from ringfence.state.wire import MoveFailed
+from state.moving import Line, Target, cut_at, nothing
 
 pytestmark = pytest.mark.boot
 
@@ -125,15 +132,19 @@ TARGET = """
 import sys
 from pathlib import Path
 from ringfence import Machine
+from ringfence.state import arrival
 from ringfence.state.receive import Allowed
+arrival.PATIENCE = 3.0
 machine = Machine.receive(
     sys.argv[1], Allowed(engine="translate", cache_dir=Path(sys.argv[2])),
     listening=lambda where: print(where, flush=True),
     progress=lambda stage, come: print(stage, flush=True),
 )
 print("here", flush=True)
-machine.console.wait_for("steady", 90)
-machine.console.wait_for("steady", 90)
+for _ in range(3):
+    machine.console.wait_for("steady", 90)
+while machine.incomplete:
+    machine.console.wait_for("steady", 90)
 print("steady" if "TROUBLE" not in machine.console.output else "trouble", flush=True)
 """
 
@@ -144,7 +155,7 @@ def start_target(cache: Path) -> tuple[subprocess.Popen[str], str]:
         [sys.executable, "-c", TARGET, "tcp://127.0.0.1:0", str(cache)],
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
@@ -171,3 +182,76 @@ def test_the_target_is_killed_then_the_source(watched: Machine, cache: Path) -> 
     watched.close()
     said, _ = process.communicate(timeout=180)
     assert said.splitlines()[-1] == "steady"
+
+
+# ---- RAM that follows
+
+
+@pytest.fixture
+def hasty(watched: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A guest of which a migration believes that it writes too fast."""
+    try:
+        Userfault().close()
+    except HostError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(send, "SHRINKING", -1.0)
+    return watched
+
+
+def test_ram_follows_the_guest(hasty: Machine, cache: Path) -> None:
+    process, address = start_target(cache)
+    told: list[Progress] = []
+    report = hasty.migrate(address, downtime=0.0, postcopy=True, progress=told.append)
+    assert hasty.outcome is StopReason.MIGRATED
+    assert report.followed > 0
+    assert told[-1].stage in ("handover", "follow")
+    hasty.close()
+    said, _ = process.communicate(timeout=180)
+    assert said.splitlines()[-1] == "steady"
+
+
+def test_the_line_is_cut_while_ram_follows_and_comes_back(
+    hasty: Machine, cache: Path, tmp_path: Path
+) -> None:
+    process, address = start_target(cache)
+    line = Line(tmp_path, address)
+    line.changes[:] = [(cut_at(300_000), nothing), (cut_at(200_000), nothing), (nothing, nothing)]
+    hasty.migrate(line.address, downtime=0.0, postcopy=True)
+    assert not line.changes
+    hasty.close()
+    said, _ = process.communicate(timeout=180)
+    line.close()
+    assert said.splitlines()[-1] == "steady"
+
+
+def test_the_line_is_cut_for_good(
+    hasty: Machine, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target gives up what it can't complete; here the machine is as it was when it moved."""
+    monkeypatch.setattr("ringfence.state.remainder.PATIENCE", 0.5)
+    process, address = start_target(cache)
+    line = Line(tmp_path, address, once=True)
+    line.changes[:] = [(cut_at(4_000_000), nothing), (nothing, nothing)]
+    # On a slow host the target may not have said yet that it runs.
+    with pytest.raises(MoveFailed, match=r"stays paused here"):
+        hasty.migrate(line.address, downtime=0.0, postcopy=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert "the machine is lost" in errors
+    hasty.resume()
+    hasty.console.wait_for("steady", 90)
+    assert "TROUBLE" not in hasty.console.output
+    line.close()
+
+
+def test_where_ram_can_not_follow(
+    hasty: Machine, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise HostError("not permitted")
+
+    monkeypatch.setattr("ringfence.state.receive.Arrival", refuse)
+    target = Target("tcp://127.0.0.1:0", Allowed(engine="translate", cache_dir=cache))
+    with pytest.raises(MoveFailed, match=r"userfaultfd is not permitted .*; it goes on here"):
+        hasty.migrate(target.address, postcopy=True)
+    target.close()

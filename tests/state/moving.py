@@ -93,6 +93,7 @@ class Line:
 
     ``forth`` and ``back`` see the bytes of the first connection; later ones are good, unless
     ``once`` is set: then there are none.
+    `changes` has a pair for each connection, the first one last.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Line:
         *, once: bool = False,
     ) -> None:  # fmt: skip
         self._target = parse_address(target)
-        self._changes = [(forth, back)]
+        self.changes = [(forth, back)]
         self._once = once
         self.carried = [0, 0]
         self._ended: list[int] = []
@@ -120,11 +121,11 @@ class Line:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            if self._once and not self._changes:
+            if self._once and not self.changes:
                 near.close()
                 continue
             near.settimeout(60)
-            forth, back = self._changes.pop() if self._changes else (nothing, nothing)
+            forth, back = self.changes.pop() if self.changes else (nothing, nothing)
             far = self._target.connect(60)
             for source, sink, change, way in ((near, far, forth, 0), (far, near, back, 1)):
                 threading.Thread(

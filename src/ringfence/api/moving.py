@@ -27,6 +27,7 @@ def snapshot(call: Call) -> dict[str, Any]:
     address=str,
     downtime=float,
     compress=bool,
+    postcopy=bool,
     certificate=str,
     key=str,
     authority=str,
@@ -52,6 +53,7 @@ def migrate(call: Call) -> dict[str, Any]:
         tls=Tls(*files) if files else None,
         downtime=given.get("downtime", 0.05),
         compress=given.get("compress", False),
+        postcopy=given.get("postcopy", False),
         progress=tell,
     )
     return dataclasses.asdict(report)

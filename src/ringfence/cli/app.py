@@ -538,13 +538,25 @@ def migrate(
     compress: Annotated[
         bool, typer.Option("--compress", help="Compress pages, for slow links.")
     ] = False,
+    postcopy: Annotated[
+        bool,
+        typer.Option("--postcopy", help="If it writes too fast, let its RAM follow the guest."),
+    ] = False,
     tls: TlsFiles = None,
     json: Json = False,
 ) -> int:
     """Move a running machine to where 'receive' waits. If that fails, it goes on where it is."""
     from ringfence.cli import moving
 
-    moving.migrate(name, address, downtime=downtime, compress=compress, tls=tls or (), as_json=json)
+    moving.migrate(
+        name,
+        address,
+        downtime=downtime,
+        compress=compress,
+        postcopy=postcopy,
+        tls=tls or (),
+        as_json=json,
+    )
     return 0
 
 

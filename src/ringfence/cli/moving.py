@@ -56,7 +56,14 @@ def _stir(machine: Machine) -> None:
 
 
 def migrate(
-    name: str, address: str, *, downtime: float, compress: bool, tls: Sequence[Path], as_json: bool
+    name: str,
+    address: str,
+    *,
+    downtime: float,
+    compress: bool,
+    postcopy: bool,
+    tls: Sequence[Path],
+    as_json: bool,
 ) -> None:
     """Move a running machine."""
     from ringfence.state.wire import parse_address
@@ -66,6 +73,7 @@ def migrate(
         "address": address,
         "downtime": downtime,
         "compress": compress,
+        "postcopy": postcopy,
         **{name: str(file.absolute()) for name, file in zip(TLS_FILES, tls, strict=False)},
     }
     began = time.monotonic()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 PAGE = 4096
@@ -68,6 +68,11 @@ class DirtyLog:
                 low = byte & -byte
                 self._view[first + 8 * index + low.bit_length() - 1] = 1
                 byte ^= low
+
+    def mark_runs(self, runs: Iterable[Run]) -> None:
+        """Note that these pages were written."""
+        for run in runs:
+            self._view[run.first : run.first + run.count] = b"\x01" * run.count
 
     def take(self) -> list[Run]:
         """The pages marked, which are unmarked thereby."""

@@ -174,6 +174,12 @@ class GuestMemory:
                 f"the host can't give {size >> 20} MiB of guest memory: {error}"
             ) from error
         self.host_base: int = base
+        self.incomplete = False
+        """Whether pages of it are still to come from elsewhere (see `state.arrival`)."""
+        self.arriving = False
+        """Whether such pages have to be touched before the kernel may have them."""
+        self.before_close: Callable[[], None] | None = None
+        """Called once when it is about to be unmapped."""
         self._observers: list[Callable[[int, int], None]] = []
         self.view = memoryview((ctypes.c_char * size).from_address(base)).cast("B")
 
@@ -230,6 +236,9 @@ class GuestMemory:
         What is filled has to be told by `dma_written`.
         """
         at = self.offset(address, length)
+        if self.arriving:
+            for page in range(at - at % PAGE, at + length, PAGE):
+                self.view[page]  # sleeps until it is there
         return self.view[at : at + length]
 
     def dma_written(self, address: int, length: int) -> None:
@@ -253,6 +262,11 @@ class GuestMemory:
             raise OSError(ctypes.get_errno(), "madvise")
         self._changed(at, length)
 
+    def discard_pages(self, run: Run) -> None:
+        """Give pages of shared memory back, as if they had never been touched; nobody is told."""
+        if _libc.madvise(self.host_base + run.offset, run.length, _MADV_REMOVE):
+            raise HostError(f"RAM can't be given back ({os.strerror(ctypes.get_errno())})")
+
     def _changed(self, at: int, length: int) -> None:
         self.dirty.mark(at, length)
         for observer in self._observers:
@@ -264,6 +278,9 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap and free the RAM; the object is dead afterwards."""
+        before, self.before_close = self.before_close, None
+        if before is not None:
+            before()
         if self._fence:
             self.view.release()
             _libc.munmap(self._fence, self.mapped + 2 * GUARD)

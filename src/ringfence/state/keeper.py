@@ -28,6 +28,10 @@ class Kept(Protocol):
     def runs(self) -> bool:
         """Whether the guest runs now."""
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether some of its RAM is still elsewhere."""
+
     def pause(self) -> None:
         """Stop the vCPUs and the guest's time."""
 
@@ -61,6 +65,8 @@ class Keeper:
         self._last: tuple[str, Parts] | None = None
         """The snapshot since which all writes to RAM are noted, and what it was taken of."""
         self._ran = self._lent = False
+        self.away = False
+        """Whether the machine runs elsewhere while some of its RAM is still here."""
 
     @property
     def config(self) -> MachineConfig:
@@ -90,14 +96,26 @@ class Keeper:
             self._last = (identity, parts) if incremental else None
 
     def migrate(
-        self, address: str, tls: Tls | None, downtime: float, compress: bool, watcher: Watcher
+        self,
+        address: str,
+        tls: Tls | None,
+        downtime: float,
+        compress: bool,
+        follow: bool,
+        watcher: Watcher,
     ) -> Report:
         """See `Machine.migrate`."""
         with self.alone():
             self._last = None
             place = parse_address(address)
             sender = Sender(
-                self, place, tls=tls, downtime=downtime, compress=compress, watcher=watcher
+                self,
+                place,
+                tls=tls,
+                downtime=downtime,
+                compress=compress,
+                follow=follow,
+                watcher=watcher,
             )
             return sender.run()
 
@@ -107,6 +125,8 @@ class Keeper:
         if not self._busy.acquire(blocking=False):
             raise UsageError("a snapshot or migration of this machine is under way: wait for it")
         try:
+            if self._machine.incomplete:
+                raise UsageError("the machine's RAM is still on its way here: wait for it")
             yield
         finally:
             self._busy.release()
@@ -140,6 +160,8 @@ class Keeper:
 
     def reclaim(self) -> None:
         """Have it for ourselves again; HostError if another process has some of it."""
+        if self.away:
+            raise UsageError("the machine runs elsewhere already, and its RAM follows: wait for it")
         if self._lent:
             self.host.reclaim()
             self._lent = False

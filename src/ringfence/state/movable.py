@@ -126,6 +126,7 @@ class Movable(ABC):
         tls: Tls | None = None,
         downtime: float = 0.05,
         compress: bool = False,
+        postcopy: bool = False,
         progress: Callable[[Progress], None] = lambda progress: None,
     ) -> Report:
         """Move the machine to who waits with `receive` at ``tcp://HOST:PORT`` or ``unix://PATH``.
@@ -141,6 +142,10 @@ class Movable(ABC):
             Certificates, for both sides to know each other.
         compress : bool
             Compress pages, for links slower than some 300 MB/s.
+        postcopy : bool
+            A guest that writes faster than the link carries isn't held back: it moves, and the
+            pages that it keeps writing follow when they are needed. Until they are there both
+            hosts and the link are needed; this returns then.
         progress : callable
             Told how far it is, from this thread.
 
@@ -149,7 +154,7 @@ class Movable(ABC):
         MoveFailed, UsageError
             It did not move, for the reason that the error tells, and goes on here.
         """
-        return self.keeper.migrate(address, tls, downtime, compress, progress)
+        return self.keeper.migrate(address, tls, downtime, compress, postcopy, progress)
 
     @classmethod
     def receive(

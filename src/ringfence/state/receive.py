@@ -20,31 +20,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import lz4.block
-
 from ringfence import engine as engines
 from ringfence.assembly import MachineConfig, Origin
 from ringfence.cpu import cpuid
 from ringfence.errors import HostError, RingfenceError, UsageError
-from ringfence.memory.dirty import PAGE, Run
+from ringfence.memory.dirty import PAGE
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.sharing.options import parse_shares
 from ringfence.state import description, images
+from ringfence.state.arrival import Arrival
 from ringfence.state.moment import undisturbed
 from ringfence.state.wire import (
-    PLACE,
     PROTOCOL,
     Address,
-    Encoding,
     Kind,
     Link,
     LinkError,
     Message,
     MoveFailed,
     Tls,
-    checked,
     secure,
+    unpack_pages,
     unpack_places,
 )
 
@@ -212,7 +209,8 @@ class Receiver:
                 raise MoveFailed(f"no machine was received: {error}") from error
             finally:
                 link.close()
-            threading.Thread(target=self._linger, name="ringfence-fate", daemon=True).start()
+            if not machine.incomplete:  # else the pager answers until it is not
+                self._begin_lingering()
             return machine
 
     def _accept(self) -> Link | None:
@@ -253,10 +251,14 @@ class Receiver:
         except BaseException:
             memory.close()
             raise
+        arrival = None
         try:
+            if hello.get("follow") is True:
+                arrival = self._arrival(machine, memory, token)
             network = machine.network
-            link.send(Kind.READY, {"wire": network is not None})
-            state = self._fill(link, memory, progress)
+            ready = {"wire": network is not None, "follow": arrival is not None}
+            link.send(Kind.READY, ready)
+            state = self._fill(link, memory, progress, arrival)
             with undisturbed():
                 machine.take_over(state.content())
                 link.send(Kind.RESTORED)
@@ -264,8 +266,12 @@ class Receiver:
                 wired = link.receive(Kind.GO).content().get("wire") is True
         except BaseException:
             machine.close()
+            if arrival is not None:
+                arrival.close()
             raise
         self._fates[token] = "running"
+        if arrival is not None:
+            arrival.follow(self._begin_lingering)
         if network is not None and not wired:
             network.follow(None)
         machine.start()
@@ -276,24 +282,43 @@ class Receiver:
         progress("running", 0)
         return machine
 
+    def _arrival(self, machine: Any, memory: GuestMemory, token: str) -> Arrival | None:
+        """Be prepared for RAM that follows, if this host and the line offer that."""
+        if self._tls is not None or memory.fd < 0:
+            return None
+        try:
+            arrival = Arrival(memory, self._listener.fileno(), token)
+        except HostError:
+            return None
+        if arrival.user_only and machine.config.engine == "kvm":
+            arrival.close()  # KVM reaches RAM as the kernel does
+            return None
+        return arrival
+
     def _fill(
-        self, link: Link, memory: GuestMemory, progress: Callable[[str, int], None]
+        self,
+        link: Link,
+        memory: GuestMemory,
+        progress: Callable[[str, int], None],
+        arrival: Arrival | None,
     ) -> Message:
         """Take RAM, as often as it comes, until the state follows."""
         count = memory.size // PAGE
         come, told = 0, 0.0
         while True:
-            message = link.receive(Kind.PAGES, Kind.ZEROES, Kind.STATE)
+            message = link.receive(Kind.PAGES, Kind.ZEROES, Kind.MISSING, Kind.STATE)
             if message.kind is Kind.STATE:
                 return message
+            if message.kind is Kind.MISSING:
+                if arrival is None:
+                    raise LinkError("the other side keeps RAM, which was not agreed on")
+                arrival.expect(unpack_places(message.data, count))
+                continue
             if message.kind is Kind.ZEROES:
                 for run in unpack_places(message.data, count):
                     memory.view[run.offset : run.offset + run.length] = bytes(run.length)
                 continue
-            if len(message.data) < PLACE.size:
-                raise LinkError("the other side sent noise (a place cut off)")
-            run = checked(Run(*PLACE.unpack_from(message.data)), count)
-            data = _unpacked(message.encoding, memoryview(message.data)[PLACE.size :], run.length)
+            run, data = unpack_pages(message, count)
             memory.view[run.offset : run.offset + run.length] = data
             come += run.length
             if time.monotonic() - told > 0.5:
@@ -311,6 +336,9 @@ class Receiver:
     def _answer(self, link: Link, question: dict[str, Any]) -> None:
         fate = self._fates.get(str(question.get("token")), "gone")
         link.send(Kind.ANSWER, {"fate": fate})
+
+    def _begin_lingering(self) -> None:
+        threading.Thread(target=self._linger, name="ringfence-fate", daemon=True).start()
 
     def _linger(self) -> None:
         """Answer questions for a while."""
@@ -349,16 +377,3 @@ def _images(link: Link, wanted: Sequence[tuple[str, int, str]]) -> list[images.C
             raise LinkError(f"the other side sent {len(data)} bytes of {name}, not {size}")
         found.append(images.Carried(name, bytes(data), text))
     return found
-
-
-def _unpacked(encoding: int, data: memoryview, length: int) -> bytes | memoryview:
-    if encoding == Encoding.LZ4:
-        try:
-            data = memoryview(lz4.block.decompress(data, uncompressed_size=length))
-        except lz4.block.LZ4BlockError as error:
-            raise LinkError("the other side sent pages that can't be unpacked") from error
-    elif encoding != Encoding.PLAIN:
-        raise LinkError(f"the other side sent pages in encoding {encoding}")
-    if len(data) != length:
-        raise LinkError(f"the other side sent {len(data)} bytes for {length}")
-    return data

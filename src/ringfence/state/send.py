@@ -34,6 +34,7 @@ from ringfence.memory.dirty import PAGE, Run
 from ringfence.network.backend import Heritable
 from ringfence.state import description, images, pages
 from ringfence.state.moment import undisturbed
+from ringfence.state.remainder import Remainder
 from ringfence.state.snapshots import description_of
 from ringfence.state.wire import (
     MAX_PAGES,
@@ -47,6 +48,7 @@ from ringfence.state.wire import (
     LinkError,
     MoveFailed,
     Tls,
+    pack_places,
     secure,
 )
 
@@ -76,7 +78,7 @@ class Progress:
     Attributes
     ----------
     stage : str
-        ``connect``, ``memory``, ``stop``, ``handover``.
+        ``connect``, ``memory``, ``stop``, ``handover``, ``follow``.
     round : int
         Counts from 1.
     sent, left : int
@@ -119,6 +121,8 @@ class Report:
     sent: int
     rounds: int
     steps: dict[str, float]
+    followed: int = 0
+    """Bytes of RAM that came after the guest."""
 
 
 Watcher = Callable[[Progress], None]
@@ -134,6 +138,9 @@ class Owner(Protocol):
     @property
     def network(self) -> Heritable | None:
         """Where connections stay that the guest has, if there is such a network."""
+
+    away: bool
+    """Whether it runs elsewhere while some of its RAM is still here."""
 
     def standing(self) -> AbstractContextManager[Parts]:
         """Have the guest stand still for a moment."""
@@ -166,6 +173,8 @@ class Sender:
         Seconds that the guest may stand still.
     compress : bool
         Compress pages, for slow links.
+    follow : bool
+        Rather than hold a guest back, let the pages that it keeps writing follow it.
     watcher : callable
         Is told how far it is.
     """
@@ -178,6 +187,7 @@ class Sender:
         tls: Tls | None,
         downtime: float,
         compress: bool,
+        follow: bool,
         watcher: Watcher,
     ) -> None:
         self._owner = owner
@@ -185,10 +195,14 @@ class Sender:
         self._tls = tls
         self._limit = downtime
         self._compress = compress
+        self._follow = follow
         self._watcher = watcher
         self._token = os.urandom(16).hex()
         self._progress = Progress("connect")
         self._link: Link
+        self._follows = False
+        """Whether the guest moves before all of its RAM."""
+        self._remainder: Remainder | None = None
 
     def run(self) -> Report:
         """Move the machine.
@@ -213,13 +227,23 @@ class Sender:
                 self._send_images(carried)
                 ready = self._link.receive(Kind.READY).content()
                 network = self._owner.network if ready.get("wire") is True else None
+                if hello["follow"] and ready.get("follow") is not True:
+                    raise UsageError(
+                        "RAM can't follow a machine there: userfaultfd is not permitted on that"
+                        " host (see 'ringfence doctor' there); leave out --postcopy"
+                    )
                 rounds = 0 if hello["handover"] else self._copy(parts)
             except (RingfenceError, ValueError) as error:  # RAM is gone after a reset
                 self._give_up(error, parts)
             with undisturbed():
                 steps = self._finish(parts, network, copied=not hello["handover"])
+            sent = self._link.sent
+            if self._remainder is not None:
+                self._bring(self._remainder)
+            self._owner.depart()
             total = time.monotonic() - began
-            return Report(total, sum(steps.values()), self._link.sent, rounds, steps)
+            followed = self._remainder.sent if self._remainder is not None else 0
+            return Report(total, sum(steps.values()), sent + followed, rounds, steps, followed)
         finally:
             self._link.close()
 
@@ -244,12 +268,16 @@ class Sender:
                     f"{options.path} has changes that no other process can see (snapshot): such a"
                     " machine can't move; take a snapshot instead"
                 )
+        handover = self._address.local and self._tls is None and parts.memory.fd >= 0
+        if self._follow and self._tls is not None:
+            raise UsageError("RAM can't follow a machine over TLS yet: leave out --postcopy")
         return {
             "protocol": PROTOCOL,
             "token": self._token,
             "machine": description.describe(images.without(config)),
             "images": images.announce(carried),
-            "handover": self._address.local and self._tls is None and parts.memory.fd >= 0,
+            "handover": handover,
+            "follow": self._follow and not handover,
         }
 
     def _send_images(self, carried: Iterable[images.Carried]) -> None:
@@ -280,6 +308,10 @@ class Sender:
                         return number
                     runs = parts.memory.dirty.take()
                 if number > 1 and left > SHRINKING * before:
+                    if self._follow:
+                        parts.memory.dirty.mark_runs(runs)
+                        self._follows = True
+                        return number
                     stuck += held.share == HOLDS[-1]
                     held.tighten()
                     self._tell(held=held.share)
@@ -331,7 +363,12 @@ class Sender:
             watch.lap("save")
             if copied:
                 parts.engine.fetch_dirty()
-                self._send_pages(parts, parts.memory.dirty.take(), known_zero=False)
+                left = parts.memory.dirty.take()
+                if self._follows:
+                    self._remainder = Remainder(self._address, self._token, parts.memory)
+                    self._link.send_raw(Kind.MISSING, pack_places(left))
+                else:
+                    self._send_pages(parts, left, known_zero=False)
             watch.lap("pages")
             self._owner.lend()
             self._link.send(Kind.STATE, state)
@@ -349,11 +386,25 @@ class Sender:
         except RingfenceError as error:
             self._settle(error, parts)
         watch.lap("start")
-        self._owner.depart()
         return watch.laps
+
+    def _bring(self, remainder: Remainder) -> None:
+        """See to it that all of RAM gets there."""
+        self._owner.away = True
+        remainder.wait(lambda: self._tell(stage="follow", left=remainder.left))
+        self._owner.away = False
+        if remainder.failure is not None:
+            raise MoveFailed(
+                f"the machine runs at {self._address}, but {remainder.left >> 10} KiB of its RAM"
+                f" are still here and can't get there ({remainder.failure}); there it will be given"
+                " up. It stays paused here as it was when it moved: let it go on with 'ringfence"
+                " resume' only when the other has ended"
+            )
 
     def _give_up(self, error: RingfenceError | ValueError, parts: Parts) -> NoReturn:
         """Go on here, and say why."""
+        if self._remainder is not None:
+            self._remainder.stop()
         if not isinstance(error, LinkError):
             self._say_failed(error)
         self._link.close()

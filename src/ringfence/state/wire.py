@@ -22,6 +22,18 @@ The conversation, in order (the source speaks first):
 If both sides have a user-mode network (READY and GO say so), the link carries frames of connections
 that the guest had before, from then on; see `network.succession`.
 
+**RAM that follows.** With ``--postcopy`` (HELLO and READY agree on it) a guest that writes faster
+than the line carries moves without the pages that it keeps writing. MISSING, before STATE, says
+which. The source brings them over a connection of its own:
+
+| source | target | means |
+|---|---|---|
+| FOLLOW | | which machine it is |
+| | MISSING | what is still missing; again where more is |
+| | WANT | somebody waits for these pages |
+| PAGES, ZEROES | | pages, as above |
+| | DONE | all are there |
+
 Either side may send FAILED with a reason instead. Before GO, whatever goes wrong leaves the machine
 at the source; who has received GO owns it. If the answer to GO is lost, the source can't know, so
 it connects once more and sends QUERY with the token of HELLO; the target answers what became of it.
@@ -33,10 +45,13 @@ import socket
 import ssl
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
+
+import lz4.block
 
 from ringfence.errors import HostError, ImageError, UsageError
 from ringfence.memory.dirty import PAGE, Run
@@ -72,6 +87,10 @@ class Kind(IntEnum):
     ANSWER = 11
     IMAGE = 12
     READY = 13
+    MISSING = 14
+    FOLLOW = 15
+    WANT = 16
+    DONE = 17
 
 
 class Encoding(IntEnum):
@@ -86,6 +105,7 @@ MAX_PIECE = 1 << 20
 _MOST = {
     Kind.HELLO: 1 << 20,
     Kind.IMAGE: MAX_PIECE,
+    Kind.MISSING: 64 << 20,
     Kind.STATE: 64 << 20,
     Kind.PAGES: MAX_PAGES * PAGE + PLACE.size,
 }
@@ -248,6 +268,10 @@ class Link:
         again = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
         return Peer(self._socket, again)
 
+    def fileno(self) -> int:
+        """The descriptor, to wait for what comes."""
+        return self._socket.fileno()
+
     def send(self, kind: Kind, content: dict[str, Any] | None = None) -> None:
         """Send plain data."""
         self.send_raw(kind, plain.dumps({} if content is None else content))
@@ -347,8 +371,31 @@ def secure(connected: socket.socket, tls: Tls | None, *, server: bool) -> socket
         raise LinkError(f"TLS with the other side failed: {error}") from error
 
 
+def pack_places(runs: Iterable[Run]) -> bytes:
+    """Runs as ZEROES, MISSING and WANT have them."""
+    return b"".join(PLACE.pack(run.first, run.count) for run in runs)
+
+
+def unpack_pages(message: Message, pages: int) -> tuple[Run, bytes | memoryview]:
+    """Where the contents of PAGES belong, inside of ``pages`` pages, and themselves; LinkError."""
+    if len(message.data) < PLACE.size:
+        raise LinkError("the other side sent noise (a place cut off)")
+    run = checked(Run(*PLACE.unpack_from(message.data)), pages)
+    data = memoryview(message.data)[PLACE.size :]
+    if message.encoding == Encoding.LZ4:
+        try:
+            data = memoryview(lz4.block.decompress(data, uncompressed_size=run.length))
+        except lz4.block.LZ4BlockError as error:
+            raise LinkError("the other side sent pages that can't be unpacked") from error
+    elif message.encoding != Encoding.PLAIN:
+        raise LinkError(f"the other side sent pages in encoding {message.encoding}")
+    if len(data) != run.length:
+        raise LinkError(f"the other side sent {len(data)} bytes for {run.length}")
+    return run, data
+
+
 def unpack_places(data: bytes, pages: int) -> list[Run]:
-    """The runs that ZEROES names, all of them inside RAM; LinkError otherwise."""
+    """The runs that a message names, all of them inside RAM; LinkError otherwise."""
     if len(data) % PLACE.size:
         raise LinkError("the other side sent noise (a place cut off)")
     return [checked(Run(*place), pages) for place in PLACE.iter_unpack(data)]
