@@ -82,6 +82,7 @@ def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Check]:
         _mke2fs(),
         _user_network(),
         _tap(),
+        _userfault(),
         _tried("cache folder", False, _cache),
     ]
 
@@ -198,6 +199,19 @@ def _tap() -> Check:
     ok = os.access(DEVICE, os.R_OK | os.W_OK)
     advice = f"no access to {DEVICE}: --net tap is not possible, --net user doesn't need it"
     return Check("network (tap)", ok, False, f"{DEVICE} accessible" if ok else advice)
+
+
+def _userfault() -> Check:
+    """Whether RAM can follow a machine that comes here."""
+    from ringfence.memory.missing import Userfault
+
+    try:
+        found = Userfault()
+    except HostError as error:
+        return Check("userfaultfd", False, False, str(error))
+    found.close()
+    how = "for user mode only: not with --engine kvm" if found.user_only else "works"
+    return Check("userfaultfd", True, False, f"{how} (receive, for migrate --postcopy)")
 
 
 def _tried(name: str, needed: bool, attempt: Callable[[], str]) -> Check:

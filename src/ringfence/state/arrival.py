@@ -39,6 +39,7 @@ class Arrival:
 
     def __init__(self, memory: GuestMemory, listener: int, token: str) -> None:
         self._memory = memory
+        self._waiting: threading.Thread | None = None
         self._uffd = Userfault()
         self.user_only = self._uffd.user_only
         """Whether the kernel can't wait for pages."""
@@ -80,12 +81,15 @@ class Arrival:
         memory = self._memory
         for run in runs:
             memory.discard_pages(run)
+        self._tell(missing=[[run.first, run.count] for run in runs])
+        # The pager has to know before the first access: it fills what is not missing with zeroes.
+        if self._answer() != b"known\n":
+            raise HostError("the process for RAM that follows has died")
         try:
             self._uffd.register(memory.host_base, memory.size)
         except OSError as error:
             raise HostError(f"RAM can't follow a machine here ({error.strerror})") from error
         memory.arriving = self.user_only
-        self._tell(missing=[[run.first, run.count] for run in runs])
 
     def follow(self, done: Callable[[], None]) -> None:
         """The machine runs; call ``done``, from another thread, when all of its RAM is here."""
@@ -102,15 +106,21 @@ class Arrival:
                 os.kill(os.getpid(), signal.SIGKILL)
             memory.before_close = None
             memory.arriving = memory.incomplete = False
-            self.close()
+            self._end()
             done()
 
-        threading.Thread(target=wait, name="ringfence-arrival", daemon=True).start()
+        self._waiting = threading.Thread(target=wait, name="ringfence-arrival", daemon=True)
+        self._waiting.start()
 
     def close(self) -> None:
         """End the process. Safe to repeat."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
-        self._process.wait()
+        if self._waiting is None:
+            self._end()
+        else:
+            # The thread sees the process end, and does the rest.
+            self._process.terminate()
+            self._waiting.join()
+
+    def _end(self) -> None:
+        self._process.communicate()
         self._uffd.close()

@@ -7,7 +7,7 @@ pages in an order of its own choice, and first those that somebody waits for.
 
 stdin tells what to do, a line of JSON each: where RAM is, then which runs of it are missing, then
 that the machine runs (which matters to a sender that asks). Its end is the machine's: we go, too.
-stdout says ``ready`` and at last ``done``.
+stdout says ``ready``, ``known`` when it knows what is missing, and at last ``done``.
 
 If the link is cut, whoever touches a missing page goes on sleeping, and the sender has `PATIENCE`
 seconds to come back; we tell it what is still missing. Then the machine is lost, as half of its RAM
@@ -104,8 +104,10 @@ class Pager:
                 self._missing[first : first + count] = b"\x01" * count
             self._left = self._missing.count(1)
             self._fate = order.get("fate", self._fate)
-            if "missing" in order and self._link is not None:
-                self._tell_missing(self._link)
+            if "missing" in order:
+                print("known", flush=True)
+                if self._link is not None:
+                    self._tell_missing(self._link)
         return bool(data)
 
     # ---- who needs a page

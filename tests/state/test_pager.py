@@ -1,0 +1,178 @@
+"""RAM that follows: who fills in what is missing, for whom, and with what."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ringfence.errors import HostError
+from ringfence.memory.dirty import PAGE, Run
+from ringfence.memory.missing import Userfault
+from ringfence.memory.ram import GuestMemory
+from ringfence.state.arrival import Arrival
+from ringfence.state.remainder import Remainder
+from ringfence.state.wire import (
+    PLACE,
+    Address,
+    Kind,
+    Link,
+    LinkError,
+    pack_places,
+    parse_address,
+    unpack_places,
+)
+
+PAGES = 1024
+_load = ctypes.CDLL(None).memcpy
+_load.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+try:
+    Userfault().close()
+except HostError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def contents(page: int) -> bytes:
+    return bytes([page % 251 + 1]) * PAGE
+
+
+def read(memory: GuestMemory, page: int) -> bytes:
+    """A page as the guest reads it: without Python's lock."""
+    data = ctypes.create_string_buffer(PAGE)
+    _load(data, memory.host_base + page * PAGE, PAGE)
+    return data.raw
+
+
+class Target:
+    """RAM some of whose pages are missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address: Address = parse_address(f"unix://{folder}/socket")
+        self.listener = self.address.listen()
+        self.memory = GuestMemory(PAGES * PAGE)
+        self.arrival = Arrival(self.memory, self.listener.fileno(), "token")
+        self.complete = threading.Event()
+
+    def begin(self, *runs: Run) -> None:
+        self.arrival.expect(runs)
+        self.arrival.follow(self.complete.set)
+
+    def connect(self, token: str = "token") -> Link:
+        link = Link(self.address.connect(20), 20)
+        link.send(Kind.FOLLOW, {"token": token})
+        return link
+
+    def close(self) -> None:
+        self.memory.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Target]:
+    made = Target(tmp_path)
+    yield made
+    made.close()
+
+
+def test_all_of_it_comes(target: Target) -> None:
+    source = GuestMemory(PAGES * PAGE)
+    for page in range(0, PAGES, 2):  # the others are zeroes
+        source.write(page * PAGE, contents(page))
+        target.memory.write(page * PAGE, b"stale" * 100)
+    target.begin(Run(2, 300), Run(600, 1), Run(1023, 1))
+    assert target.memory.incomplete
+    remainder = Remainder(target.address, "token", source)
+    for page in (600, 299, 3, 1023):  # some wait for theirs
+        assert read(target.memory, page) == bytes(source.view[page * PAGE :][:PAGE])
+    assert read(target.memory, 601) == bytes(PAGE)  # not missing, never touched
+    remainder.wait(lambda: None)
+    assert remainder.failure is None
+    assert target.complete.wait(20)
+    assert not target.memory.incomplete
+    for page in (*range(2, 302), 600, 1023):
+        assert bytes(target.memory.view[page * PAGE :][:PAGE]) == bytes(
+            source.view[page * PAGE :][:PAGE]
+        )
+    assert bytes(target.memory.view[:5]) == b"stale"
+    source.close()
+
+
+def test_what_somebody_waits_for_is_asked_for_again_on_a_new_line(target: Target) -> None:
+    target.begin(Run(5, 2))
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(read(target.memory, 6)))
+    reader.start()
+    for _ in range(2):
+        link = target.connect()
+        assert unpack_places(link.receive(Kind.MISSING).data, PAGES) == [Run(5, 2)]
+        assert unpack_places(link.receive(Kind.WANT).data, PAGES) == [Run(6, 1)]
+        link.close()
+    link = target.connect()
+    link.receive(Kind.MISSING)
+    link.send_raw(Kind.PAGES, PLACE.pack(6, 1) + contents(6))
+    reader.join(20)
+    assert got == [contents(6)]
+    link.send_raw(Kind.ZEROES, pack_places([Run(5, 1)]))
+    link.receive(Kind.WANT, Kind.DONE)
+    assert target.complete.wait(20)
+    link.close()
+
+
+def test_pages_that_are_there_stay_as_they_are(target: Target) -> None:
+    target.memory.write(0, b"here")
+    target.begin(Run(1, 1))
+    link = target.connect()
+    link.receive(Kind.MISSING)
+    link.send_raw(Kind.PAGES, PLACE.pack(0, 2) + contents(8) * 2)
+    link.receive(Kind.DONE)
+    assert target.complete.wait(20)
+    assert bytes(target.memory.view[:4]) == b"here"
+    assert bytes(target.memory.view[PAGE : 2 * PAGE]) == contents(8)
+    link.close()
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"noise" * 10,
+        PLACE.pack(PAGES, 1) + bytes(PAGE),
+        PLACE.pack(0, 1) + bytes(7),
+        b"",
+    ],
+)
+def test_strangers_and_noise(target: Target, noise: bytes) -> None:
+    target.begin(Run(1, 1))
+    stranger = target.connect("another")
+    with pytest.raises(LinkError):
+        stranger.receive(Kind.MISSING)
+    stranger.close()
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.connect(target.address.place)
+    link = target.connect()
+    link.receive(Kind.MISSING)
+    link.send_raw(Kind.PAGES, noise)
+    with pytest.raises(LinkError):
+        link.receive(Kind.DONE)
+    link.close()
+    asking = Link(target.address.connect(20), 20)
+    asking.send(Kind.QUERY, {"token": "token"})
+    assert asking.receive(Kind.ANSWER).content() == {"fate": "running"}
+    asking.close()
+    link = target.connect()
+    link.receive(Kind.MISSING)
+    link.send_raw(Kind.ZEROES, pack_places([Run(1, 1)]))
+    link.receive(Kind.DONE)
+    link.close()
+
+
+def test_a_machine_that_ends_before(target: Target) -> None:
+    target.begin(Run(1, 1))
+    process = target.arrival._process
+    target.memory.close()
+    assert process.wait(20) == -signal.SIGTERM
