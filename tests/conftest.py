@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,12 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         default = signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
         signal.signal(_number, default)
+
+# Each test has a home of its own, so the commands that tests start would each compile all sources,
+# where Python is told to leave no compiled code beside them.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", "") and sys.pycache_prefix is None:
+    _compiled = tempfile.TemporaryDirectory(prefix="ringfence-tests-")
+    os.environ["PYTHONPYCACHEPREFIX"] = _compiled.name
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -380,13 +380,11 @@ def test_two_at_once(tmp_path: Path, target: Target) -> None:
 # ---- forged messages
 
 
-def hello(**changes: object) -> dict[str, object]:
-    """What a sender says of the built-in guest."""
-    config = MachineConfig(b"", None, "", 4 << 20, "translate", EngineConfig())
-    message = {
-        "protocol": PROTOCOL, "token": "t", "handover": False, "machine": describe(config),
-        "images": [],
-    }  # fmt: skip
+def hello(described: Mapping[str, object] = {}, **changes: object) -> dict[str, object]:
+    """What a sender says of the built-in guest, and changes of its description."""
+    machine = describe(MachineConfig(b"", None, "", 4 << 20, "translate", EngineConfig()))
+    changes = {"machine": {**machine, **described}, **changes}
+    message = {"protocol": PROTOCOL, "token": "t", "handover": False, "images": []}
     return {**message, **changes}
 
 
@@ -414,6 +412,16 @@ def test_who_is_refused_at_once(target: Target, message: dict[str, object]) -> N
     link.send(Kind.HELLO, message)
     with pytest.raises(MoveFailed):
         link.receive(Kind.ACCEPT)
+    link.close()
+    assert target.failed.wait(60)
+
+
+def test_a_machine_that_can_t_be_made(target: Target) -> None:
+    link = Link(parse_address(target.address).connect(60))
+    link.send(Kind.HELLO, hello({"generation": b"short"}))
+    link.receive(Kind.ACCEPT)
+    with pytest.raises(MoveFailed, match="expected 16"):
+        link.receive(Kind.READY)
     link.close()
     assert target.failed.wait(60)
 
