@@ -28,9 +28,7 @@ read -r old < /proc/sys/kernel/hostname
 echo "$RINGFENCE_HOSTNAME" > /proc/sys/kernel/hostname
 [ ! -e /etc/hostname ] || echo "$RINGFENCE_HOSTNAME" > /etc/hostname
 [ ! -e /etc/hosts ] || sed -i "s/\\\\b$old\\\\b/$RINGFENCE_HOSTNAME/g" /etc/hosts
-if [ -s /etc/machine-id ]; then
-    tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id
-fi
+[ ! -s /etc/machine-id ] || echo "$RINGFENCE_MACHINE_ID" > /etc/machine-id
 for card in /sys/class/net/*; do
     read -r mac < "$card/address" && [ "$mac" = "$RINGFENCE_OLD_MAC" ] || continue
     ip link set dev "${{card##*/}}" address "$RINGFENCE_MAC"
@@ -42,20 +40,31 @@ done
 _NOT_OF_HOST_NAMES = re.compile("[^A-Za-z0-9-]")
 
 
+class NotStirred(HostError):
+    """There is an agent, but it could not reseed the guest's random number generator."""
+
+
 def stir(vsock: Path, patience: float = PATIENCE) -> None:
     """Give a guest's random number generator a new seed.
 
     Raises
     ------
     HostError
-        No agent answers, it is of an earlier release, or its kernel refuses.
+        No agent answers.
+    NotStirred
+        The agent is of an earlier release, or the guest's kernel refuses.
     """
     command = Command(vsock, wire.entropy(os.urandom(wire.ENTROPY)), patience=patience)
     try:
-        if command.run(None, _drop, _drop):
-            raise HostError("the guest's kernel takes no random numbers")
+        status = command.run(None, _drop, _drop)
+    except HostError as error:
+        raise NotStirred(
+            "the guest's agent is too old to reseed random numbers: pull the image again"
+        ) from error
     finally:
         command.close()
+    if status:
+        raise NotStirred("the guest's kernel takes no random numbers")
 
 
 def rename(
@@ -85,6 +94,7 @@ def rename(
         "RINGFENCE_HOSTNAME": _NOT_OF_HOST_NAMES.sub("-", name),
         "RINGFENCE_OLD_MAC": old,
         "RINGFENCE_MAC": new,
+        "RINGFENCE_MACHINE_ID": os.urandom(16).hex(),
     }
     said = bytearray()
 

@@ -119,7 +119,13 @@ def _introduce(one: Clone, old: MachineConfig, rename: bool) -> None:
     from ringfence.agent import renewal
     from ringfence.cli.remote import ENVIRONMENT
 
-    renewal.stir(one.place.vsock)
+    failed: renewal.NotStirred | None = None
+    try:
+        renewal.stir(one.place.vsock)
+    except renewal.NotStirred as error:
+        failed = error
     if rename:
         macs = (old.mac, one.config.mac)
         renewal.rename(one.place.vsock, one.place.name, macs, ENVIRONMENT)
+    if failed is not None:
+        raise failed

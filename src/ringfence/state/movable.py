@@ -52,6 +52,7 @@ class Movable(ABC):
         cache_dir: str | Path | None = None,
         verify: bool = False,
         vsock: str | Path | None = None,
+        as_clone: bool = False,
     ) -> Self:
         """Make a machine that goes on where a snapshot was taken; `start` it like any other.
 
@@ -73,6 +74,10 @@ class Movable(ABC):
             Read all of the memory first and compare checksums.
         vsock : str or Path, optional
             Where the socket of a machine that has a vsock device goes, instead of where it was.
+        as_clone : bool
+            Give it a card's address and a CID of its own, as it is one of several; the guest takes
+            the address over when ``agent.renewal.rename`` tells it. The VM generation ID is new in
+            any case.
 
         Raises
         ------
@@ -86,6 +91,8 @@ class Movable(ABC):
         folder = Path(cache_dir) if cache_dir else default_cache_dir()
         config, origin = snapshots.load(Path(path), engine=engine, ports=ports, verify=verify)
         config = replace(config, engine_config=replace(config.engine_config, cache_dir=folder))
+        if as_clone:
+            config = snapshots.as_clone(config)
         if vsock is not None and config.vsock is not None:
             config = replace(config, vsock=Path(vsock))
         try:
