@@ -137,6 +137,18 @@ def test_a_process_that_is_killed(cloud: Image, initrd: Path, cache: Path) -> No
         assert not any(Path(f"/proc/{pid}").exists() for pid in victims)
 
 
+def test_a_process_that_is_killed_meanwhile(cloud: Image, initrd: Path, cache: Path) -> None:
+    """It did not run: nothing is lost."""
+    with machine(cloud, initrd, cache, direct=True) as made:
+        made.start()
+        shell = Shell(made)
+        shell.take_over()
+        shell.run("i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done")
+        for pid in processes(made):
+            os.kill(pid, signal.SIGKILL)
+        shell.run("i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done; echo $i")
+
+
 def test_a_pause_ends_its_processes(cloud: Image, initrd: Path, cache: Path) -> None:
     """And the guest goes on; nothing is left behind when the machine is closed."""
     with machine(cloud, initrd, cache, direct=True) as made:

@@ -242,12 +242,19 @@ def fill(mmu: Mmu, space: Space, address: int, fetched: int) -> int:
         return 0
     first = page & ~(AROUND * 4096 - 1)
     for n in range(AROUND):
-        other = first + n * 4096
-        if other >= LOWEST and not row_of(space, other):
-            leaf = look(mmu, other)
-            if leaf:
-                put_page(space, other, granted(mmu, space, other, leaf, 0))
+        put_if_there(mmu, space, first + n * 4096)
     return 1 if carry_out(space) == OK else 0
+
+
+@native
+def put_if_there(mmu: Mmu, space: Space, page: int) -> int:
+    """Map a page if it isn't, and if the guest's tables allow that without a flag to be set."""
+    inside = page >= LOWEST and page < END and page - space.stub >= BYTES
+    if inside and space.page_count < ROWS and not row_of(space, page):
+        leaf = look(mmu, page)
+        if leaf:
+            return put_page(space, page, granted(mmu, space, page, leaf, 0))
+    return OK
 
 
 # --- and go --------------------------------------------------------------------------------------
@@ -304,4 +311,7 @@ def catch_up(mmu: Mmu, space: Space) -> int:
             if number and not still_holds(mmu, mmu.dropped[n], space.rows[(number - 1) * 2 + 1]):
                 drop_row(space, number)
     mmu.dropped_count = 0
+    if space.awaited:
+        put_if_there(mmu, space, space.awaited)
+        space.awaited = 0
     return carry_out(space)

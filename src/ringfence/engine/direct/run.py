@@ -408,7 +408,10 @@ def repair(vcpu: Vcpu, space: Space) -> int:
         return 0
     if is_fetch(space, address) and fill(vcpu, space, address, 1):
         return 1
-    return fill(vcpu, space, address, 0)
+    if fill(vcpu, space, address, 0):
+        return 1
+    space.awaited = address & PAGE_MASK
+    return 0
 
 
 @native
@@ -487,6 +490,7 @@ def follow_process(vcpu: Vcpu, space: Space) -> int:
     while not must_stop(vcpu):
         if put_registers(space) != OK:
             return 0
+        vcpu.exit_data[1] = 1  # from now on the process has what there is of registers
         signal = resume(space, SYSTEM_CALLS)
         if signal == 0 or take_registers(space) != OK:
             return 0
@@ -524,11 +528,8 @@ def run_space(vcpu: Vcpu, space: Space) -> int:
     signal = follow_process(vcpu, space)
     atomic_and64(address_of(vcpu.direct_running), 0)
     if signal == 0:
-        vcpu.exit_data[1] = 1
         return EXIT
-    status = registers(space, GET_REGISTERS, NT_X86_XSTATE, space.vector, space.vector_bytes)
-    if status != OK:
-        vcpu.exit_data[1] = 1
+    if registers(space, GET_REGISTERS, NT_X86_XSTATE, space.vector, space.vector_bytes) != OK:
         return EXIT
     take_general(vcpu, space)
     take_vector(vcpu, space)

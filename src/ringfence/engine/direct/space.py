@@ -68,6 +68,8 @@ class Space(Struct):
     stuck_at: Annotated[int, u64]
     stuck: Annotated[int, u64]
     """The instruction of the last page fault, and how many it has had."""
+    awaited: Annotated[int, u64]
+    """A page that the guest's kernel has to provide first; mapped before the next run. 0: none."""
     broken: Annotated[int, u64]
     """An order could not be carried out: what is mapped is not known any more."""
     budget: Annotated[int, u64]
