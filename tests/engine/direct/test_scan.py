@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
 import shutil
@@ -22,7 +23,9 @@ Function = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    return Library(compile_image([lengths.shape, scan.is_harmless], "", optimize=False))
+    return Library(
+        compile_image([lengths.shape, scan.is_harmless, scan.defuse], "", optimize=False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +113,14 @@ BEFORE = bytes.fromhex(
 @pytest.fixture(scope="module")
 def harmless(library: Library) -> Callable[[bytes, bytes | None], bool]:
     """What the scan says of a page, and of the one behind it."""
-    function = library.function("is_harmless", 3)
+    function = library.function("is_harmless", 4)
     room = ctypes.create_string_buffer(scan.SCAN_BYTES)
     pages = ctypes.create_string_buffer(2 * PAGE)
 
     def call(page: bytes, behind: bytes | None) -> bool:
         pages.raw = page + (behind or bytes(PAGE))
         at = ctypes.addressof(pages)
-        return bool(function(at, at + PAGE if behind else 0, ctypes.addressof(room)))
+        return bool(function(at, 0, at + PAGE if behind else 0, ctypes.addressof(room)))
 
     return call
 
@@ -153,6 +156,57 @@ def test_the_page_behind_decides(harmless: Callable[[bytes, bytes | None], bool]
     assert not harmless(cut, b"\xa2".ljust(PAGE, b"\x90"))
     assert harmless(cut, b"\xaf\xc1".ljust(PAGE, b"\x90"))
     assert not harmless(cut, None)
+
+
+@pytest.fixture(scope="module")
+def defused(library: Library) -> Callable[[bytes], bytes | None]:
+    """A page with traps in place of critical instructions; None where that is too uncertain."""
+    scanned, change = library.function("is_harmless", 4), library.function("defuse", 2)
+    room = ctypes.create_string_buffer(scan.SCAN_BYTES)
+    pages = ctypes.create_string_buffer(3 * PAGE)
+
+    def call(page: bytes) -> bytes | None:
+        around = page_with(b"", 0)[:PAGE]
+        pages.raw = around + page + around
+        at, copy = ctypes.addressof(pages), ctypes.addressof(room)
+        assert not scanned(at + PAGE, at, at + 2 * PAGE, copy)
+        done = change(copy, at)
+        return room.raw[scan.FRONT : scan.PAGE_END] if done else None
+
+    return call
+
+
+@pytest.mark.parametrize("code", CRITICAL.values(), ids=CRITICAL)
+def test_traps_for_critical_instructions(
+    code: str, defused: Callable[[bytes], bytes | None]
+) -> None:
+    """One byte for each, and no other byte."""
+    instruction = bytes.fromhex(code)
+    page = bytearray(page_with(b"", 0)[:PAGE])
+    spot = 30 * len(BEFORE)
+    again = 60 * len(BEFORE)
+    page[spot:spot] = instruction
+    page[again + len(instruction) : again + len(instruction)] = instruction
+    del page[PAGE:]
+    changed = defused(bytes(page))
+    assert changed is not None
+    different = [n for n in range(PAGE) if changed[n] != page[n]]
+    opcode = instruction.index(0x0F)
+    assert different == [spot + opcode, again + len(instruction) + opcode]
+    assert all(changed[n] == scan.INVALID for n in different)
+
+
+def test_data_are_left_alone(defused: Callable[[bytes], bytes | None]) -> None:
+    """Tables with the bytes of a critical instruction: whoever reads them has to find them."""
+    source = random.Random(3)
+    tried = 0
+    for _ in range(300):
+        page = bytearray(source.randbytes(PAGE))
+        page[2000:2002] = b"\x0f\xa2"
+        with contextlib.suppress(AssertionError):  # most are seen to be no instruction at once
+            assert defused(bytes(page)) is None
+            tried += 1
+    assert tried > 20
 
 
 def test_programs_have_few_critical_pages(

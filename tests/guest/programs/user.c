@@ -112,6 +112,8 @@ static void exceptions(void)
     TRY("int 0x80", "\xb8\xe7\x03\0\0\xcd\x80", 0, 0);
     TRY("getppid", "\xb8\x6e\0\0\0\x0f\x05\x0f\xb6\xc0\x31\xc0", 0, 0);
     TRY("bad call", "\xb8\xff\xff\0\0\x0f\x05", 0, 0);
+    TRY("store into own page", "\xc6\x47\x40\x07\x0f\xb6\x47\x40", code, 0);
+    TRY("store ahead", "\xc6\x47\x08\x05\x90\x90\x90\xb8\0\0\0\0", code, 0);
     TRY("wrgsbase", "\xf3\x48\x0f\xae\xdf\x31\xc0\xf3\x48\x0f\xae\xc8", area, 0);
 }
 

@@ -8,50 +8,52 @@ Source: Intel SDM vol. 2, ch. 2 and appendix A.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ringfence.native.dialect import load8, native, native_inline
 
 
-def _mask(opcodes: Iterable[int]) -> tuple[int, int, int, int]:
-    """256 bits, lowest opcode first, as four words."""
-    whole = sum(1 << opcode for opcode in set(opcodes))
-    first, second, third, fourth = ((whole >> 64 * n) & (1 << 64) - 1 for n in range(4))
-    return first, second, third, fourth
+def opcode_mask(listed: list[int], *spans: int | tuple[int, int]) -> tuple[int, int, int, int]:
+    """256 bits for opcodes, the lowest first, as four words.
 
-
-def _spans(*spans: int | tuple[int, int]) -> list[int]:
-    """Opcodes: single ones, and first and last of a row."""
-    out: list[int] = []
+    ``spans``: further ones, singly or as first and last of a row.
+    """
+    opcodes = set(listed)
     for span in spans:
         first, last = span if isinstance(span, tuple) else (span, span)
-        out += range(first, last + 1)
-    return out
+        opcodes.update(range(first, last + 1))
+    whole = sum(1 << opcode for opcode in opcodes)
+    one, two, three, four = ((whole >> 64 * n) & (1 << 64) - 1 for n in range(4))
+    return one, two, three, four
 
 
 _ARITHMETIC = [8 * n + form for n in range(8) for form in range(4)]
-_NO_MODRM = (
-    (0x04, 0x0C), (0x30, 0x37), 0x77, (0x80, 0x8F), (0xA0, 0xA2), (0xA8, 0xAA), (0xC8, 0xCF), 0x0E,
+MODRM_0, MODRM_1, MODRM_2, MODRM_3 = opcode_mask(
+    _ARITHMETIC, 0x63, 0x69, 0x6B, (0x80, 0x8F), 0xC0, 0xC1, 0xC6, 0xC7, (0xD0, 0xD3), (0xD8, 0xDF),
+    0xF6, 0xF7, 0xFE, 0xFF,
 )  # fmt: skip
-MODRM_0, MODRM_1, MODRM_2, MODRM_3 = _mask(
-    _ARITHMETIC
-    + _spans(0x63, 0x69, 0x6B, (0x80, 0x8F), 0xC0, 0xC1, 0xC6, 0xC7, (0xD0, 0xD3), (0xD8, 0xDF))
-    + _spans(0xF6, 0xF7, 0xFE, 0xFF)
+BYTE_0, BYTE_1, BYTE_2, BYTE_3 = opcode_mask(
+    [8 * n + 4 for n in range(8)],
+    0x6A, 0x6B, (0x70, 0x7F), 0x80, 0x83, 0xA8, (0xB0, 0xB7), 0xC0, 0xC1, 0xC6, 0xCD, (0xE0, 0xE7),
+    0xEB,
+)  # fmt: skip
+WORD_0, WORD_1, WORD_2, WORD_3 = opcode_mask(
+    [8 * n + 5 for n in range(8)], 0x68, 0x69, 0x81, 0xA9, 0xC7, (0xB8, 0xBF)
 )
-BYTE_0, BYTE_1, BYTE_2, BYTE_3 = _mask(
-    [8 * n + 4 for n in range(8)]
-    + _spans(0x6A, 0x6B, (0x70, 0x7F), 0x80, 0x83, 0xA8, (0xB0, 0xB7), 0xC0, 0xC1, 0xC6, 0xCD)
-    + _spans((0xE0, 0xE7), 0xEB)
+PLAIN_0, PLAIN_1, PLAIN_2, PLAIN_3 = opcode_mask(
+    [],
+    (0x04, 0x0C),
+    0x0E,
+    (0x30, 0x37),
+    0x77,
+    (0x80, 0x8F),
+    (0xA0, 0xA2),
+    (0xA8, 0xAA),
+    (0xC8, 0xCF),
 )
-WORD_0, WORD_1, WORD_2, WORD_3 = _mask(
-    [8 * n + 5 for n in range(8)] + _spans(0x68, 0x69, 0x81, 0xA9, 0xC7, (0xB8, 0xBF))
+SHORT_0, SHORT_1, SHORT_2, SHORT_3 = opcode_mask(
+    [], 0x0F, (0x70, 0x73), 0xA4, 0xAC, 0xBA, 0xC2, (0xC4, 0xC6)
 )
-PLAIN_0, PLAIN_1, PLAIN_2, PLAIN_3 = _mask(set(_spans(*_NO_MODRM)) - {0x0D})
-SHORT_0, SHORT_1, SHORT_2, SHORT_3 = _mask(
-    _spans(0x0F, (0x70, 0x73), 0xA4, 0xAC, 0xBA, 0xC2, (0xC4, 0xC6))
-)
-PREFIX_0, PREFIX_1, PREFIX_2, PREFIX_3 = _mask(
-    _spans(0x26, 0x2E, 0x36, 0x3E, (0x64, 0x67), 0xF0, 0xF2, 0xF3)
+PREFIX_0, PREFIX_1, PREFIX_2, PREFIX_3 = opcode_mask(
+    [], 0x26, 0x2E, 0x36, 0x3E, (0x64, 0x67), 0xF0, 0xF2, 0xF3
 )
 LONGEST = 15
 

@@ -4,6 +4,9 @@ A page is mapped when user code touches it: `fill` asks the page walk, which che
 sets accessed and dirty flags as for a TLB, and maps what the entry then allows. `look` reads the
 tables without setting anything; neighbours that need no flag set come along (`AROUND`).
 
+A page of code with critical instructions is mapped as a *copy* in which these are traps
+(`scan.defuse`), as far as it is certain that they are instructions; else it is not executed.
+
 Three things keep a page from being writable though the guest's entry allows it: translated code in
 it (see `memory.coherence`; the right to write is claimed as for a TLB), a dirty log that has not
 seen it written, and that it is executed: a process has no page that is both. A page that the guest
@@ -18,8 +21,9 @@ from __future__ import annotations
 
 from ringfence.cpu.state import OK, PF_FETCH, PF_USER, PF_WRITE
 from ringfence.engine.direct.ptrace import carry_out
-from ringfence.engine.direct.scan import is_harmless
+from ringfence.engine.direct.scan import FRONT, defuse, is_harmless
 from ringfence.engine.direct.space import (
+    DEFUSED,
     EXECUTE,
     NO_PAGE,
     ORDER_WORDS,
@@ -30,13 +34,22 @@ from ringfence.engine.direct.space import (
     WRITE,
     Space,
     note_row,
+    release_copy,
     remove_row,
     remove_rows,
     row_of,
+    take_copy,
 )
-from ringfence.engine.direct.stub import BYTES, DESCRIPTOR_RAM, END, MMAP, MUNMAP
-from ringfence.memory.coherence import CODE_BITS, claim_write
-from ringfence.memory.mmu import PAGE_MASK, Mmu
+from ringfence.engine.direct.stub import (
+    BYTES,
+    DESCRIPTOR_COPIES,
+    DESCRIPTOR_RAM,
+    END,
+    MMAP,
+    MUNMAP,
+)
+from ringfence.memory.coherence import CODE_BITS, claim_write, code_bit
+from ringfence.memory.mmu import OFFSET_MASK, PAGE_MASK, TLB_ENTRIES, Mmu
 from ringfence.memory.walk import (
     PTE_A,
     PTE_ADDRESS,
@@ -49,14 +62,23 @@ from ringfence.memory.walk import (
     walk,
 )
 from ringfence.memory.walk_state import mark_dirty, ram_pointer
-from ringfence.native.dialect import address_of, load8, load64, native, native_inline, store64
+from ringfence.native.dialect import (
+    address_of,
+    load8,
+    load64,
+    native,
+    native_inline,
+    rep_movsb,
+    store64,
+)
 
 LOWEST = 1 << 16
 """Linux lets no process map addresses below, by default (vm.mmap_min_addr)."""
 
 
-AROUND = 16
+AROUND = 32
 """Pages, aligned, that are mapped together if nothing stands against it."""
+ALL_LINES = (1 << 64) - 1
 DROP_SINGLY = 64
 """More pages to unmap than that, and all go."""
 _FIXED_SHARED_POPULATED = 0x8011
@@ -107,12 +129,40 @@ def may_write(mmu: Mmu, offset: int) -> int:
 
 
 @native
+def host_of(mmu: Mmu, page: int) -> int:
+    """Host address of a page that user code can read, 0 for others."""
+    leaf = look(mmu, page)
+    return mmu.ram_host + (leaf & PAGE_MASK) if leaf else 0
+
+
+@native
 def may_execute(mmu: Mmu, space: Space, page: int, offset: int) -> int:
     """Whether code in a page behaves as in the guest."""
-    following = look(mmu, page + 4096)
-    if following:
-        following = mmu.ram_host + (following & PAGE_MASK)
-    return is_harmless(mmu.ram_host + offset, following, address_of(space.copy[0]))
+    before = host_of(mmu, page - 4096)
+    behind = host_of(mmu, page + 4096)
+    return is_harmless(mmu.ram_host + offset, before, behind, address_of(space.copy[0]))
+
+
+@native
+def may_defuse(mmu: Mmu, space: Space, page: int, offset: int) -> int:
+    """Make a copy of a page, which `may_execute` has read, with traps for critical instructions.
+
+    The page has to be known as code already, so that nobody can write to it unnoticed; from now on
+    all of its lines count as such.
+    """
+    index = offset >> 12
+    use = load64(mmu.page_use + index * 8)
+    if not use & code_bit(mmu) or use & ~CODE_BITS:
+        return 0
+    room = address_of(space.copy[0])
+    if not defuse(room, host_of(mmu, page - 4096)):
+        return 0
+    number = take_copy(space, page)
+    if number == 0:
+        return 0
+    rep_movsb(space.copies + ((number - 1) << 12), room + FRONT, 4096)
+    store64(mmu.code_lines + index * 8, ALL_LINES)
+    return 1
 
 
 @native
@@ -125,6 +175,8 @@ def granted(mmu: Mmu, space: Space, page: int, leaf: int, fetched: int) -> int:
             rights = rights & ~EXECUTE
         elif may_execute(mmu, space, page, offset):
             rights = rights & ~WRITE
+        elif may_defuse(mmu, space, page, offset):
+            return offset | READ | EXECUTE | DEFUSED
         else:
             rights = rights & ~EXECUTE
     if rights & WRITE and not may_write(mmu, offset):
@@ -136,8 +188,11 @@ def granted(mmu: Mmu, space: Space, page: int, leaf: int, fetched: int) -> int:
 
 
 @native
-def order(space: Space, number: int, address: int, length: int, rights: int, offset: int) -> int:
-    """Have the process do a system call; a status, as room may have to be made first."""
+def order(space: Space, number: int, address: int, length: int, rights: int, where: int) -> int:
+    """Have the process do a system call; a status, as room may have to be made first.
+
+    ``where``: offset in what is mapped, with its descriptor in the low bits.
+    """
     if space.ordered == ORDERS and carry_out(space) != OK:
         return 1
     at = space.orders + space.ordered * ORDER_WORDS * 8
@@ -146,8 +201,8 @@ def order(space: Space, number: int, address: int, length: int, rights: int, off
     store64(at + 16, length)
     store64(at + 24, rights)
     store64(at + 32, _FIXED_SHARED_POPULATED)
-    store64(at + 40, DESCRIPTOR_RAM)
-    store64(at + 48, offset)
+    store64(at + 40, where & OFFSET_MASK)
+    store64(at + 48, where & PAGE_MASK)
     space.ordered += 1
     return OK
 
@@ -155,6 +210,9 @@ def order(space: Space, number: int, address: int, length: int, rights: int, off
 @native
 def order_page(space: Space, page: int, leaf: int) -> int:
     """Have a page mapped; what continues the order before becomes a part of it."""
+    if leaf & DEFUSED:
+        copy = (take_copy(space, page) - 1) << 12
+        return order(space, MMAP, page, 4096, leaf & RIGHTS, copy | DESCRIPTOR_COPIES)
     if space.ordered:
         at = space.orders + (space.ordered - 1) * ORDER_WORDS * 8
         length = load64(at + 16)
@@ -162,11 +220,12 @@ def order_page(space: Space, page: int, leaf: int) -> int:
             load64(at) == MMAP
             and load64(at + 8) + length == page
             and load64(at + 24) == leaf & RIGHTS
+            and load64(at + 40) == DESCRIPTOR_RAM
             and load64(at + 48) + length == leaf & PAGE_MASK
         ):
             store64(at + 16, length + 4096)
             return OK
-    return order(space, MMAP, page, 4096, leaf & RIGHTS, leaf & PAGE_MASK)
+    return order(space, MMAP, page, 4096, leaf & RIGHTS, leaf & PAGE_MASK | DESCRIPTOR_RAM)
 
 
 @native
@@ -183,6 +242,8 @@ def put_page(space: Space, page: int, leaf: int) -> int:
     """Map a page, or map it anew with other rights."""
     number = row_of(space, page)
     if number:
+        if space.rows[(number - 1) * 2 + 1] & ~leaf & DEFUSED:
+            release_copy(space, page)
         space.rows[(number - 1) * 2 + 1] = leaf
     else:
         note_row(space, page, leaf)
@@ -268,6 +329,9 @@ def still_holds(mmu: Mmu, page: int, row: int) -> int:
         return 0
     if row & ~leaf & RIGHTS:
         return 0
+    if row & DEFUSED:
+        # Any write there has changed that; the page is read anew when it is executed next.
+        return 1 if load64(mmu.code_lines + (row >> 12) * 8) == ALL_LINES else 0
     if row & WRITE:
         if load64(mmu.page_use + (row >> 12) * 8) & CODE_BITS:
             return 0
@@ -300,6 +364,16 @@ def compare_all(mmu: Mmu, space: Space) -> int:
 
 
 @native
+def begin_with(mmu: Mmu, space: Space) -> int:
+    """Map what user code has used lately, as the TLB has it."""
+    for index in range(TLB_ENTRIES):
+        page = mmu.tlb[index * 8 + 4]
+        if page >> 12 & (TLB_ENTRIES - 1) == index:
+            put_if_there(mmu, space, page)
+    return OK
+
+
+@native
 def catch_up(mmu: Mmu, space: Space) -> int:
     """Before the process runs: do what a TLB would have been told since it ran last; a status."""
     if space.epoch != mmu.mapping_epoch:
@@ -311,6 +385,8 @@ def catch_up(mmu: Mmu, space: Space) -> int:
             if number and not still_holds(mmu, mmu.dropped[n], space.rows[(number - 1) * 2 + 1]):
                 drop_row(space, number)
     mmu.dropped_count = 0
+    if space.page_count == 0:
+        begin_with(mmu, space)
     if space.awaited:
         put_if_there(mmu, space, space.awaited)
         space.awaited = 0

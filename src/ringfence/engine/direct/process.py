@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ringfence.cpu.components import HEADER
 from ringfence.cpu.cpuid import host_cpuid
 from ringfence.engine.direct import ptrace, stub
-from ringfence.engine.direct.space import GENERAL_WORDS, Space
+from ringfence.engine.direct.space import COPIES, GENERAL_WORDS, Space
 from ringfence.errors import HostError
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ class Process:
         start = library.address("rf_stub")
         code = ctypes.string_at(start, library.address("rf_stub_end") - start)
         shared = os.memfd_create("ringfence-stub", os.MFD_CLOEXEC)
+        copies = os.memfd_create("ringfence-copies", os.MFD_CLOEXEC)
         try:
             os.ftruncate(shared, stub.BYTES)
+            os.ftruncate(copies, COPIES * mmap.PAGESIZE)
             os.pwrite(shared, code, 0)
             self._shared = mmap.mmap(shared, stub.BYTES)
-            self._start(code, memory.fd, shared)
+            self._copies = mmap.mmap(copies, COPIES * mmap.PAGESIZE)
+            self._start(code, (memory.fd, shared, copies))
             self._learn(components)
             self._try(library.address("rf_stub_call") - start)
         except OSError as error:
@@ -76,22 +79,22 @@ class Process:
             raise
         finally:
             os.close(shared)
+            os.close(copies)
         self.space.own[ptrace.RIP] = stub.PLACE + library.address("rf_stub_orders") - start
 
-    def _start(self, code: bytes, ram: int, shared: int) -> None:
+    def _start(self, code: bytes, descriptors: tuple[int, int, int]) -> None:
         """Have the process at its first stop, where it is empty."""
         program = os.memfd_create("ringfence-user", os.MFD_CLOEXEC)
         try:
             os.write(program, stub.program(code))
-            # Neither may lie where the other is to go.
-            spare = max(ram, shared, program, stub.DESCRIPTOR_STUB) + 1
+            # None may lie where another is to go.
+            wanted = (stub.DESCRIPTOR_RAM, stub.DESCRIPTOR_STUB, stub.DESCRIPTOR_COPIES)
+            spare = max(*descriptors, program, *wanted) + 1
+            moves = list(zip(descriptors, range(spare, spare + 3), wanted, strict=True))
             actions = [
-                (os.POSIX_SPAWN_DUP2, ram, spare),
-                (os.POSIX_SPAWN_DUP2, shared, spare + 1),
-                (os.POSIX_SPAWN_DUP2, spare, stub.DESCRIPTOR_RAM),
-                (os.POSIX_SPAWN_DUP2, spare + 1, stub.DESCRIPTOR_STUB),
-                (os.POSIX_SPAWN_CLOSE, spare),
-                (os.POSIX_SPAWN_CLOSE, spare + 1),
+                *((os.POSIX_SPAWN_DUP2, given, aside) for given, aside, _ in moves),
+                *((os.POSIX_SPAWN_DUP2, aside, target) for _, aside, target in moves),
+                *((os.POSIX_SPAWN_CLOSE, aside) for _, aside, _ in moves),
                 *((os.POSIX_SPAWN_CLOSE, number) for number in range(3)),
             ]
             self.pid = os.posix_spawn(
@@ -113,6 +116,7 @@ class Process:
         space.process = self.pid
         space.stub = stub.PLACE
         space.orders = _address(self._shared) + stub.ORDERS_AT
+        space.copies = _address(self._copies)
         own = self.address + Space.offset_of("own")
         self._registers(ptrace.GET_REGISTERS, ptrace.NT_PRSTATUS, own, GENERAL_WORDS * 8)
         space.vector = _address(self._vector)

@@ -138,6 +138,12 @@ INT3, INT1 = 0xCC, 0xF1
 
 
 @external
+def drop_stale_code(vcpu: Vcpu) -> int:
+    """See ``translate.pages``."""
+    return 0
+
+
+@external
 def wanted(vcpu: Vcpu) -> int:
     """See ``translate.dispatch``."""
     return 0
@@ -369,12 +375,12 @@ def must_stop(vcpu: Vcpu) -> int:
     """Whether guest code is to be left; takes ``attention`` as ``dispatch.attention`` does."""
     if vcpu.attention == 0:
         return 0
-    if wanted(vcpu):
+    if wanted(vcpu) or vcpu.stale_code:
         return 1
     atomic_and64(address_of(vcpu.mode), ATTENTION_CLEAR)
     if wanted(vcpu) or vcpu.stale_code:
         vcpu.attention = 1
-    return wanted(vcpu)
+    return vcpu.attention
 
 
 @native
@@ -514,6 +520,8 @@ def run_space(vcpu: Vcpu, space: Space) -> int:
     """The same, the space being known."""
     if not eligible(vcpu, space):
         return OK
+    if vcpu.stale_code:
+        drop_stale_code(vcpu)
     before = space.faults
     vcpu.exit_reason = EXIT_DIRECT
     vcpu.exit_data[0] = address_of(space.root)

@@ -25,6 +25,10 @@ NO_PAGE = 1
 READ, WRITE, EXECUTE = 1, 2, 4
 """Rights, in the low bits of a row's second word; the same as PROT_READ and so on."""
 RIGHTS = 7
+DEFUSED = 8
+"""In a row, beside rights: what is mapped is a copy, with traps in place of some instructions."""
+COPIES = 64
+"""Such pages that a process has at most."""
 ORDERS = 256
 ORDER_WORDS = 7
 GENERAL_WORDS = 27
@@ -79,7 +83,11 @@ class Space(Struct):
     runs: Annotated[int, u64]
     faults: Annotated[int, u64]
     comparisons: Annotated[int, u64]
-    copy: Annotated[Array, u8, 4160, 64]
+    copies: Annotated[int, u64]
+    """Where copies of pages are, COPIES pages, in our memory…"""
+    copied: Annotated[Array, u64, 64]
+    """…and of which pages; 0 for none."""
+    copy: Annotated[Array, u8, 4416, 64]
     """Room for a page that is scanned."""
     index: Annotated[Array, u16, 65536]
     rows: Annotated[Array, u64, 65536]
@@ -121,9 +129,34 @@ def note_row(space: Space, page: int, leaf: int) -> int:
 
 
 @native
+def take_copy(space: Space, page: int) -> int:
+    """Number of the copy of a page plus 1, a free one if there is none yet; 0: all are taken."""
+    free = 0
+    for n in range(COPIES):
+        if space.copied[n] == page:
+            return n + 1
+        if space.copied[n] == 0:
+            free = n + 1
+    if free:
+        space.copied[free - 1] = page
+    return free
+
+
+@native
+def release_copy(space: Space, page: int) -> int:
+    """The copy of a page is of no use any more."""
+    for n in range(COPIES):
+        if space.copied[n] == page:
+            space.copied[n] = 0
+    return 0
+
+
+@native
 def remove_row(space: Space, number: int) -> int:
     """Forget a page."""
     page = space.rows[(number - 1) * 2]
+    if space.rows[(number - 1) * 2 + 1] & DEFUSED:
+        release_copy(space, page)
     at = bucket(page)
     while space.index[at] != number:
         at = (at + 1) & (INDEX - 1)
@@ -137,6 +170,7 @@ def remove_row(space: Space, number: int) -> int:
 def remove_rows(space: Space) -> int:
     """Forget all pages."""
     rep_stosb(address_of(space.index[0]), 0, INDEX * 2)
+    rep_stosb(address_of(space.copied[0]), 0, COPIES * 8)
     space.page_count = 0
     space.gone_count = 0
     return 0

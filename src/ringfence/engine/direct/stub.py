@@ -25,9 +25,9 @@ ORDERS_BYTES = 4 * 4096
 BYTES = ORDERS_AT + ORDERS_BYTES
 END = (1 << 47) - 4096
 """Where user addresses end, for Linux."""
-DESCRIPTOR_RAM, DESCRIPTOR_STUB = 3, 4
-"""The process's descriptors: guest RAM, and these pages."""
-MMAP, MUNMAP = 9, 11
+DESCRIPTOR_RAM, DESCRIPTOR_STUB, DESCRIPTOR_COPIES = 3, 4, 5
+"""The process's descriptors: guest RAM, these pages, and copies of pages of code."""
+MMAP, MUNMAP, KILL = 9, 11, 62
 _PRCTL, _PTRACE, _EXIT = 157, 101, 60
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_TSC = 1, 38, 22, 26
 _ARCH_X86_64 = 0xC000003E

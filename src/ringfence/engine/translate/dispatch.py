@@ -22,6 +22,8 @@ from ringfence.cpu.state import (
     OK,
     SS_FAULT,
 )
+from ringfence.engine.direct.ptrace import SIGURG
+from ringfence.engine.direct.stub import KILL, host_call
 from ringfence.engine.translate.block import (
     ATTENTION_CLEAR,
     EXIT_ATTENTION,
@@ -292,6 +294,8 @@ def wanted(vcpu: Vcpu) -> int:
 def code_is_stale(cpu: Vcpu) -> int:
     """See ``cpu.ports.code_is_stale``."""
     cpu.attention = 1
+    if cpu.direct_running:
+        host_call(KILL, cpu.direct_running, SIGURG, 0, 0, 0, 0)
     return 0
 
 

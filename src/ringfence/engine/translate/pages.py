@@ -479,6 +479,7 @@ def next_of_index(page: PageRow) -> int:
 def invalidate(vcpu: Vcpu, index: int, lines: int) -> int:
     """The guest wrote to ``lines`` of a RAM page: drop the traces that depend on them."""
     w: Writer = cast(Writer, vcpu.writer)
+    vcpu.mapping_epoch += 1  # the process of user code may execute a copy of the page
     left = 0
     number = load32(w.page_of_index + index * 4)
     while number:
@@ -521,6 +522,7 @@ def drop_stale_group(vcpu: Vcpu, group: int) -> int:
 def forget_code(vcpu: Vcpu) -> int:
     """No RAM page holds translated code any more (of this vCPU's)."""
     w: Writer = cast(Writer, vcpu.writer)
+    vcpu.mapping_epoch += 1
     for number in range(1, w.page_count):
         forget_code_page(vcpu, w, cast(PageRow, page_at(w, number)))
     return 0
