@@ -13,13 +13,13 @@ vCPUs of a machine share one object; each has tables of its own, which begin wit
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ringfence.cpu.cpuid import host_cpuid
 from ringfence.engine.translate.tables import FORM_ROWS, RECIPE_BYTES, RECIPE_ROWS, Form, RawRecipe
-from ringfence.engine.translate.x86 import library_identity
 from ringfence.native.library import prune, read_image, write_image
 
 FORMS_MAX = FORM_ROWS // 2
@@ -104,11 +104,20 @@ def answers_path(folder: Path | None, *depends: object) -> Path | None:
     """
     if folder is None:
         return None
-    about = (*depends, library_identity(), host_cpuid(7))
+    about = (*depends, _decoder_identity(), host_cpuid(7))
     digest = hashlib.blake2b(repr(about).encode(), digest_size=16)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return folder / f"answers-{digest.hexdigest()}.bin"
+
+
+def _decoder_identity() -> tuple[int, int]:
+    """Size and time of the decoder's binary, found without importing it."""
+    found = importlib.util.find_spec("iced_x86")
+    if found is None or found.origin is None:
+        return 0, 0
+    status = Path(found.origin).with_name("_iced_x86_py.abi3.so").stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _read(path: Path) -> tuple[dict[int, bytes], dict[bytes, bytes]]:

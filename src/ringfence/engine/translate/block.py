@@ -41,6 +41,12 @@ MODE_FLAT = 0x2000
 MODE_BASED = 0x4000
 """Outside 64-bit mode: CS has a base or a limit, so that RIP is not the address of the code."""
 
+
+def bits_of(mode: int) -> int:
+    """Default size of code in a mode."""
+    return 64 if mode & MODE_LONG else 32 if mode & MODE_CODE32 else 16
+
+
 SLOW_READ, SLOW_WRITE, SLOW_STACK, SLOW_MASKED = 0x10000, 0x20000, 0x40000, 0x80000
 """Kinds of a memory access, beside its size in bytes. SLOW_MASKED: an opmask register says which
 elements are accessed; only those may fault."""

@@ -8,6 +8,7 @@ found by it says how to go on. A key seen for the first time goes to Python, whi
 
 from __future__ import annotations
 
+import functools
 from typing import cast
 
 from ringfence.cpu.state import FS, RBP, RBX, RDI, RSI, SS
@@ -60,6 +61,19 @@ KEY_VALID = 1 << 63
 """Parts of a form's key; opcode in the low byte, map in bits 8-9. KEY_P67 and KEY_B are for opcodes
 without ModRM only: absolute addresses, and 90h."""
 _FS_OVERRIDE, _SS_OVERRIDE = FS + 1, SS + 1
+
+
+@functools.cache
+def no_modrm() -> tuple[set[int], set[int]]:
+    """Opcodes of the one-byte and the 0F map that have no ModRM (SDM vol. 2, appendix A)."""
+    one = {o for o in range(0x40) if o & 7 > 3} | set(range(0x40, 0x62)) | set(range(0x64, 0x80))
+    one -= {0x69, 0x6B}
+    one |= set(range(0x90, 0xC0)) | {0xC2, 0xC3} | set(range(0xC8, 0xD0)) | set(range(0xD4, 0xD8))
+    one |= set(range(0xE0, 0xF6)) | set(range(0xF8, 0xFE)) | {0x62}
+    two = {4, 5, 6, 7, 8, 9, 0x0A, 0x0B, 0x0C, 0x0E, 0x77, 0xA0, 0xA1, 0xA2, 0xA8, 0xA9, 0xAA}
+    two |= set(range(0x30, 0x40)) - {0x38, 0x3A}
+    two |= set(range(0x80, 0x90)) | set(range(0xC8, 0xD0)) | set(range(0x24, 0x28))
+    return one, two
 
 
 @native_inline

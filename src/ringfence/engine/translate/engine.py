@@ -29,10 +29,8 @@ from ringfence.engine.direct.policy import DirectExecution
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate import block, debugging, natives, pages, signals
 from ringfence.engine.translate.accesses import MASK64, DeviceAccesses
-from ringfence.engine.translate.block import GS_BIAS, Vcpu
-from ringfence.engine.translate.emulate import emulate
+from ringfence.engine.translate.block import GS_BIAS, Vcpu, bits_of
 from ringfence.engine.translate.owner import OwnerDebug
-from ringfence.engine.translate.recipe import bits_of
 from ringfence.engine.translate.siblings import Siblings
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
@@ -664,6 +662,8 @@ class TranslateEngine(DeviceAccesses):
 
     def _on_emulate(self) -> StopReason | None:
         """An instruction that is carried out here, element by element (see ``emulate``)."""
+        from ringfence.engine.translate.emulate import emulate  # rare, and needs the decoder
+
         view, block = self.view, self.block
         user = int(view.cpl == 3)
         status = emulate(

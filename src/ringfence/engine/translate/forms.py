@@ -7,7 +7,6 @@ prefixes about segments) is either the native side's to see to, or makes the for
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 from ringfence.engine.translate.block import (
@@ -17,8 +16,15 @@ from ringfence.engine.translate.block import (
     MODE_NO_FPU,
     MODE_SSE,
     MODE_STACK32,
+    bits_of,
 )
-from ringfence.engine.translate.decoding import KEY_EVEX, KEY_REG_SHIFT, KEY_REGISTERS, KEY_VEX
+from ringfence.engine.translate.decoding import (
+    KEY_EVEX,
+    KEY_REG_SHIFT,
+    KEY_REGISTERS,
+    KEY_VEX,
+    no_modrm,
+)
 from ringfence.engine.translate.masking import masked_fields
 from ringfence.engine.translate.recipe import (
     ALWAYS,
@@ -34,7 +40,6 @@ from ringfence.engine.translate.recipe import (
     SPECIAL,
     STATUS,
     WRITES,
-    bits_of,
 )
 from ringfence.engine.translate.tables import (
     F_CALL,
@@ -133,19 +138,6 @@ _ODD = {(1, 0x01), (1, 0x1A), (1, 0x1B), (1, 0x1E), (0, 0x8C), (0, 0x8E)} | {
 _PADDING = bytes((2,)) * 16
 """As an immediate, a count that changes all flags that shifts ever do."""
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
-
-
-@functools.cache
-def no_modrm() -> tuple[set[int], set[int]]:
-    """Opcodes of the one-byte and the 0F map that have no ModRM (SDM vol. 2, appendix A)."""
-    one = {o for o in range(0x40) if o & 7 > 3} | set(range(0x40, 0x62)) | set(range(0x64, 0x80))
-    one -= {0x69, 0x6B}
-    one |= set(range(0x90, 0xC0)) | {0xC2, 0xC3} | set(range(0xC8, 0xD0)) | set(range(0xD4, 0xD8))
-    one |= set(range(0xE0, 0xF6)) | set(range(0xF8, 0xFE)) | {0x62}
-    two = {4, 5, 6, 7, 8, 9, 0x0A, 0x0B, 0x0C, 0x0E, 0x77, 0xA0, 0xA1, 0xA2, 0xA8, 0xA9, 0xAA}
-    two |= set(range(0x30, 0x40)) - {0x38, 0x3A}
-    two |= set(range(0x80, 0x90)) | set(range(0xC8, 0xD0)) | set(range(0x24, 0x28))
-    return one, two
 
 
 class Forms:

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ringfence.engine.translate import emit
 from ringfence.engine.translate.block import (
-    MODE_CODE32,
     MODE_CPL,
-    MODE_LONG,
     MODE_STEP,
     SLOW_READ,
     SLOW_STACK,
     SLOW_WRITE,
+    bits_of,
     gs,
 )
 from ringfence.engine.translate.emit import R9, R10
@@ -297,11 +296,6 @@ class Recipes:
     def emulate(self) -> Recipe:
         """Left to the VMM, which carries the instruction out on the saved state."""
         return Recipe(EFFECT, reads=STATUS, clobbers=True, effect="emulate")
-
-
-def bits_of(mode: int) -> int:
-    """Default size of code in a mode."""
-    return 64 if mode & MODE_LONG else 32 if mode & MODE_CODE32 else 16
 
 
 NEAR_BRANCHES = {OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64}

@@ -8,40 +8,36 @@ meets an opcode or an odd instruction for the first time (`Translator.answer`), 
 from __future__ import annotations
 
 import ctypes
+import functools
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu.state import TSC_RATIO_ONE
-from ringfence.engine.translate import pages, special, templates
+from ringfence.engine.translate import pages, templates
 from ringfence.engine.translate.answers import FORMS_MAX, RECIPES_MAX, Answers
-from ringfence.engine.translate.block import MODE_CAREFUL, MODE_LONG, MODE_SLOW
+from ringfence.engine.translate.block import MODE_LONG
 from ringfence.engine.translate.codecache import CodeCache
-from ringfence.engine.translate.forms import Forms, no_modrm
+from ringfence.engine.translate.decoding import no_modrm
 from ringfence.engine.translate.natives import EFFECT_NUMBERS
-from ringfence.engine.translate.recipe import Piece, Recipe, Recipes
 from ringfence.engine.translate.tables import (
     FORM_ROWS,
-    NONE,
     RAW_BYTES,
     RECIPE_BYTES,
     RECIPE_ROWS,
     TEMPLATES,
     WANT_FORM,
-    Fix,
     Form,
     PageRow,
-    RawRecipe,
     Template,
     TraceRow,
     Writer,
 )
 from ringfence.engine.translate.thunks import THUNK
-from ringfence.engine.translate.writer import EFFECT_EMULATE
-from ringfence.engine.translate.x86 import Decoder
 from ringfence.memory.zeroed import ZeroedPages
 
 if TYPE_CHECKING:
+    from ringfence.engine.translate.asking import Expert
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
@@ -51,7 +47,6 @@ TRACES_MAX = 1 << 18
 MARKS_MAX = 1 << 22
 RELOCATIONS_MAX = 1 << 14
 """Of one trace."""
-assert special.KEEP  # importing the module enters its recipes in the table
 
 
 class Translator:
@@ -70,7 +65,7 @@ class Translator:
         self.view = view
         self.block = view.self_address
         self.cache = CodeCache()
-        self.forms = Forms(offers)
+        self._offers = offers
         self._form_insert = library.function("form_insert", 2)
         self._recipe_insert = library.function("recipe_insert", 2)
         self._jump_forget = library.function("jump_forget", 1)
@@ -82,7 +77,6 @@ class Translator:
         self._recipes_at = self._pages.take(RECIPE_BYTES)
         self._recipes_used = 0
         self.recipe_count = self.form_count = 0
-        self._makers: dict[tuple[int, int], Recipes] = {}
         self.full_flushes = 0
         self._prepare()
         self._recall()
@@ -125,19 +119,22 @@ class Translator:
         raw = bytes(w.want_bytes[: w.want_length])
         if w.want == WANT_FORM:
             key = w.want_key
-            row = self.answers.form(
-                key, lambda: Form.packed(key=key, **self.forms.describe(raw, key, mode))
-            )
-            self._enter_form(row)
+            self._enter_form(self.answers.form(key, lambda: self._expert.form(raw, key, mode)))
         else:
-            context, plain = w.context, mode & ~MODE_CAREFUL
-            padded = raw.ljust(RAW_BYTES, b"\0")
-            row = self.answers.recipe(
-                context,
-                padded,
-                lambda: recipe_row(context, padded, self._make_recipe(raw, plain, context >> 32)),
+            context, padded = w.context, raw.ljust(RAW_BYTES, b"\0")
+            self._enter_recipe(
+                self.answers.recipe(
+                    context, padded, lambda: self._expert.recipe(raw, context, mode)
+                )
             )
-            self._enter_recipe(row)
+
+    @functools.cached_property
+    def _expert(self) -> Expert:
+        """Who knows what nobody has asked before."""
+        from ringfence.engine.translate.asking import Expert
+
+        scaled = self.view.tsc_ratio != TSC_RATIO_ONE
+        return Expert(self._offers, scaled_tsc=scaled, alone=bool(self.view.alone))
 
     def _recall(self) -> None:
         """Enter all answers that are known already."""
@@ -159,25 +156,11 @@ class Translator:
         if self.recipe_count >= RECIPES_MAX or self._recipes_used + len(row) > RECIPE_BYTES:
             ctypes.memset(self.writer.recipes, 0, RECIPE_ROWS * 8)
             self._recipes_used = self.recipe_count = 0
-            self._makers.clear()
         at = self._recipes_at + self._recipes_used
         ctypes.memmove(at, row, len(row))
         self._recipes_used += len(row)
         self._recipe_insert(self.address, at)
         self.recipe_count += 1
-
-    def _make_recipe(self, raw: bytes, mode: int, swaps: int) -> Recipe:
-        """Write a recipe for an instruction in a mode and arrangement."""
-        maker = self._makers.get((mode, swaps))
-        if maker is None:
-            scaled = self.view.tsc_ratio != TSC_RATIO_ONE
-            alone = bool(self.view.alone)
-            slow = bool(mode & MODE_SLOW)
-            maker = Recipes(mode, slow, swaps, scaled_tsc=scaled, alone=alone)
-            self._makers[mode, swaps] = maker
-        i = Decoder(maker.bits, raw, ip=0).decode()
-        unavailable = "" if i.is_invalid else self.forms.unavailable(i, mode)
-        return maker.build(i, raw, unavailable)
 
     # --- the whole -----------------------------------------------------------------------------
 
@@ -235,44 +218,3 @@ class Translator:
     def close(self) -> None:
         """Free the cache."""
         self.cache.close()
-
-
-def recipe_row(context: int, raw: bytes, recipe: Recipe) -> bytes:
-    """A recipe as native code wants it: the row, and behind it the pieces with their fixes."""
-    behind = bytearray()
-    places: dict[str, int] = {}
-    pieces = {
-        "lead": recipe.lead,
-        "before": recipe.before,
-        "op": recipe.op,
-        "after": recipe.after,
-        "operands": Piece(recipe.operands),
-    }
-    for name, piece in pieces.items():
-        places[name] = RawRecipe.size + len(behind)
-        places[f"{name}_length"] = len(piece.code)
-        places[f"{name}_fixes"] = len(piece.fixes)
-        behind += piece.code + bytes(-len(piece.code) % 8)
-        for position, what, retry, write, kind in piece.fixes:
-            behind += Fix.packed(position=position, what=what, retry=retry, write=write, kind=kind)
-    row = RawRecipe.packed(
-        context=context,
-        raw=raw,
-        kind=recipe.kind,
-        reads=recipe.reads,
-        writes=recipe.writes,
-        kills=recipe.kills,
-        clobbers=recipe.clobbers,
-        addressing=recipe.addressing,
-        effect=(
-            EFFECT_EMULATE
-            if recipe.effect == "emulate"
-            else EFFECT_NUMBERS.get(recipe.effect, EFFECT_EMULATE)
-        ),
-        written=recipe.written,
-        fixed=recipe.fixed,
-        named=bytes((*recipe.named, NONE, NONE, NONE, NONE)[:4]),
-        extent=RawRecipe.size + len(behind),
-        **places,
-    )
-    return row + bytes(behind)

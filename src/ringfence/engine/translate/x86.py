@@ -6,10 +6,8 @@ looking at who uses these names.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import iced_x86
 from iced_x86 import (
     Code,
     CpuidFeature,
@@ -54,11 +52,4 @@ __all__ = [
     "RegisterExt",
     "RegisterType",
     "RflagsBits",
-    "library_identity",
 ]
-
-
-def library_identity() -> tuple[int, int]:
-    """Size and time of the decoder's binary: what stored translations depend on."""
-    status = Path(iced_x86.__file__).with_name("_iced_x86_py.abi3.so").stat()
-    return status.st_size, status.st_mtime_ns
