@@ -125,10 +125,13 @@ def test_snapshot(generic: Image, cache: Path, tmp_path: Path) -> None:
         shell.take_over()
         shell.run("exec 5< /mnt/host/lines 6>> /mnt/host/log; read -r first <&5; echo $first >&6")
         machine.snapshot(tmp_path / "saved")
-    with Machine.restore(tmp_path / "saved", cache_dir=cache) as again:
+    moved = host.rename(tmp_path / "elsewhere")
+    with Machine.restore(
+        tmp_path / "saved", cache_dir=cache, shares=[f"{moved},tag=host"]
+    ) as again:
         again.start()
         shell.machine = again
         assert shell.run("read -r second <&5; echo $second >&6; echo $second") == "two\n"
         shell.run("echo three > /mnt/host/new")
-    assert (host / "log").read_text() == "one\ntwo\n"
-    assert (host / "new").read_text() == "three\n"
+    assert (moved / "log").read_text() == "one\ntwo\n"
+    assert (moved / "new").read_text() == "three\n"

@@ -14,7 +14,7 @@ import pytest
 from ringfence.errors import HostError, ImageError, UsageError
 from ringfence.sharing import files
 from ringfence.sharing.messages import HEADER, NO_FID, Kind
-from ringfence.sharing.options import ShareOptions, parse_share, parse_shares
+from ringfence.sharing.options import ShareOptions, parse_share, parse_shares, relocated
 from ringfence.sharing.session import FolderServer
 from ringfence.sharing.tree import Place, Tree
 from sharing.client import Client, Refused, pack
@@ -282,6 +282,10 @@ def test_options(tmp_path: Path) -> None:
             parse_share(text)
     with pytest.raises(UsageError, match="two shares"):
         parse_shares(["/a/src", "/b/src"])
+    shares = parse_shares(["/a,tag=a", "/b,tag=b,ro"])
+    assert relocated(shares, ["/c,tag=b"]) == parse_shares(["/a,tag=a", "/c,tag=b"])
+    with pytest.raises(UsageError, match="'c': expected a, b"):
+        relocated(shares, ["/c"])
     with pytest.raises(UsageError, match="No such file"):
         Tree(tmp_path / "nothing")
     (tmp_path / "file").touch()

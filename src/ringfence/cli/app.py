@@ -485,6 +485,7 @@ def restore(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all of it first and compare checksums.")
     ] = False,
+    share: Share = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds until the guest is stopped (status 5).")
     ] = None,
@@ -494,7 +495,7 @@ def restore(
     from ringfence.cli.run import Hosting
 
     hosting = Hosting(stem=path.name, name=name, detach=detach, timeout=timeout)
-    return moving.restore(path, hosting, engine=engine, verify=verify)
+    return moving.restore(path, hosting, engine=engine, verify=verify, shares=share or ())
 
 
 @app.command(

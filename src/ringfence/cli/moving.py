@@ -31,12 +31,14 @@ def snapshot(name: str, path: Path, *, base: Path | None, incremental: bool) -> 
         client.call("snapshot", patience=None, **arguments)
 
 
-def restore(path: Path, hosting: Hosting, *, engine: str, verify: bool) -> int:
+def restore(
+    path: Path, hosting: Hosting, *, engine: str, verify: bool, shares: Sequence[str]
+) -> int:
     """Go on from a snapshot, in this process."""
 
     def make(opened: ExitStack, place: Place | None) -> Machine:
         vsock = place.vsock if place else None
-        return Machine.restore(path, engine=engine, verify=verify, vsock=vsock)
+        return Machine.restore(path, engine=engine, verify=verify, vsock=vsock, shares=shares)
 
     return host(make, replace(hosting, started=_stir))
 

@@ -79,3 +79,22 @@ def parse_shares(texts: Iterable[str | Path | ShareOptions]) -> tuple[ShareOptio
         if tags.count(tag) > 1:
             raise UsageError(f"two shares have the tag {tag!r}: name others with tag=")
     return shares
+
+
+def relocated(
+    shares: Iterable[ShareOptions], elsewhere: Iterable[str | Path | ShareOptions]
+) -> tuple[ShareOptions, ...]:
+    """Shares, with what ``elsewhere`` says of some of their tags.
+
+    Raises
+    ------
+    UsageError
+        It speaks of a tag that is none of theirs.
+    """
+    shares = tuple(shares)
+    given = {share.tag: share for share in parse_shares(elsewhere)}
+    unknown = set(given) - {share.tag for share in shares}
+    if unknown:
+        known = ", ".join(share.tag for share in shares) or "none"
+        raise UsageError(f"no shared folder has the tag {min(unknown)!r}: expected {known}")
+    return tuple(given.get(share.tag, share) for share in shares)

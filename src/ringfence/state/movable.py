@@ -7,7 +7,7 @@ before. Nothing of it is imported before it is used.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -16,6 +16,7 @@ from ringfence.settings import default_cache_dir
 
 if TYPE_CHECKING:
     from ringfence.assembly import MachineConfig, Origin
+    from ringfence.sharing.options import ShareOptions
     from ringfence.state.keeper import Keeper
     from ringfence.state.receive import Allowed
     from ringfence.state.send import Progress, Report
@@ -53,6 +54,7 @@ class Movable(ABC):
         verify: bool = False,
         vsock: str | Path | None = None,
         as_clone: bool = False,
+        shares: Sequence[str | Path | ShareOptions] = (),
     ) -> Self:
         """Make a machine that goes on where a snapshot was taken; `start` it like any other.
 
@@ -78,6 +80,8 @@ class Movable(ABC):
             Give it a card's address and a CID of its own, as it is one of several; the guest takes
             the address over when ``agent.renewal.rename`` tells it. The VM generation ID is new in
             any case.
+        shares : sequence of str, Path or ShareOptions
+            Where shared folders are now, by their tags; the others are where they were.
 
         Raises
         ------
@@ -86,6 +90,7 @@ class Movable(ABC):
         HostError
             This host lacks something, such as CPU features that the guest may use.
         """
+        from ringfence.sharing.options import relocated
         from ringfence.state import snapshots
 
         folder = Path(cache_dir) if cache_dir else default_cache_dir()
@@ -96,6 +101,7 @@ class Movable(ABC):
         if vsock is not None and config.vsock is not None:
             config = replace(config, vsock=Path(vsock))
         try:
+            config = replace(config, shares=relocated(config.shares, shares))
             return cls.resumed(config, origin)
         except BaseException:
             origin.memory.close()
