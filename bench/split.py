@@ -25,6 +25,7 @@ COUNTERS = (
     ("interrupts", ("interrupts",)),
     ("look-ups", ("dispatch", "lookups")),
     ("slow accesses", ("dispatch", "slow_accesses")),
+    ("pieces run directly", ("direct", "runs")),
     ("TLB misses", ("tlb", "misses")),
     ("TLB flushes", ("tlb", "flushes")),
 )

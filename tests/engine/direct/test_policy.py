@@ -1,0 +1,86 @@
+"""When user code is looked at, and when it had better be left alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ringfence.engine.direct import policy
+from ringfence.engine.direct.policy import DirectExecution
+from ringfence.engine.direct.run import DIRECT_SPACES, NOWHERE
+from ringfence.errors import HostError
+
+ROOT = 0x5000
+
+
+class Refused(Exception):
+    """Raised in place of making a process."""
+
+
+def processes_are(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def make(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(policy, "Process", make)
+
+
+def execution(**memory: Any) -> tuple[DirectExecution, Any]:
+    view = SimpleNamespace(
+        xstate_mask=0xE7,
+        direct_roots=[0] * DIRECT_SPACES,
+        direct_spaces=[0] * DIRECT_SPACES,
+        direct_mode=0,
+        direct_running=0,
+        cpl=3,
+        cr3=ROOT,
+        user_entries=0,
+    )
+    ram: Any = SimpleNamespace(**{"fd": 5, "incomplete": False, "arriving": False, **memory})
+    library: Any = None
+    return DirectExecution(view, lambda: library, ram, wanted=True), view
+
+
+def looks(made: DirectExecution, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many interrupts, 4 ms apart."""
+    clock = iter(range(1, 1000))
+    monkeypatch.setattr(policy.time, "monotonic", lambda: next(clock) * 0.004)
+    for _ in range(count):
+        made.look()
+
+
+def test_code_that_computes_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes_are(monkeypatch, Refused())
+    made, view = execution()
+    assert view.direct_roots == [NOWHERE] * DIRECT_SPACES
+    with pytest.raises(Refused):
+        looks(made, policy.PATIENCE + 1, monkeypatch)
+
+
+@pytest.mark.parametrize("memory", [{"fd": -1}, {"incomplete": True}, {"arriving": True}])
+def test_ram_that_cannot_be_shared(memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is private, or pages of it are still on their way."""
+    processes_are(monkeypatch, Refused())
+    looks(execution(**memory)[0], 20, monkeypatch)
+
+
+def test_kernels_and_busy_callers_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes_are(monkeypatch, Refused())
+    made, view = execution()
+    view.cpl = 0
+    looks(made, 20, monkeypatch)
+    view.cpl = 3
+    clock = iter(range(1, 1000))
+    monkeypatch.setattr(policy.time, "monotonic", lambda: next(clock) * 0.004)
+    for _ in range(20):
+        view.user_entries += 100
+        made.look()
+
+
+def test_a_host_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes_are(monkeypatch, HostError("no ptrace"))
+    made, _ = execution()
+    looks(made, 20, monkeypatch)
+    assert made.refusal == "no ptrace"
+    assert made.statistics()["spaces"] == 0
