@@ -53,6 +53,12 @@ def test_others_could_write_there(checkout: Path, tmp_path: Path) -> None:
     assert prefix(checkout, tmp_path, PYTHONDONTWRITEBYTECODE="1") == "None"
 
 
+def test_nobody_s_home(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = tmp_path / "file" / "home"
+    assert prefix(checkout, nowhere, PYTHONDONTWRITEBYTECODE="1") == "None"
+
+
 def test_what_the_user_says_counts(checkout: Path, tmp_path: Path) -> None:
     own = str(tmp_path / "own")
     assert prefix(checkout, tmp_path, PYTHONPYCACHEPREFIX=own) == own

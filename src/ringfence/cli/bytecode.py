@@ -15,7 +15,6 @@ import sys
 from importlib.util import cache_from_source
 from pathlib import Path
 
-from ringfence.errors import HostError
 from ringfence.settings import default_cache_dir
 
 
@@ -32,7 +31,7 @@ def keep_bytecode() -> None:
         if _is_ours(folder):
             sys.pycache_prefix = str(folder)
             sys.dont_write_bytecode = False
-    except (OSError, HostError):
+    except (OSError, RuntimeError):  # a user without a home folder has the latter
         return  # it only takes longer
 
 

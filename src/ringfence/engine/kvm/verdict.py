@@ -98,15 +98,15 @@ def _recall(host: str | None) -> Verdict | None:
             return None
         times = int(kept["guest_ns"]), int(kept["host_ns"])
         return Verdict(Kind(kept["kind"]), str(kept["detail"]), *times)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return None
 
 
 def _remember(host: str, found: Verdict) -> None:
     """Keep a verdict, whole or not at all; without a place for it, the next start asks again."""
-    folder = default_cache_dir()
-    part = folder / f"{FILE}.{os.getpid()}"
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # the latter: a user without a home folder
+        folder = default_cache_dir()
+        part = folder / f"{FILE}.{os.getpid()}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         part.write_text(json.dumps({"host": host, **asdict(found), "kind": found.kind.value}))
         part.chmod(0o600)
