@@ -341,7 +341,7 @@ def test_changes_that_nobody_else_sees_stay(tmp_path: Path, target: Target) -> N
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(1 << 20))
     with guest(disks=[f"{disk},snapshot"]) as machine:
-        with pytest.raises(UsageError, match="take a snapshot instead"):
+        with pytest.raises(UsageError, match="--mirror"):
             machine.migrate(target.address)
         assert lives(machine)
 

@@ -28,6 +28,7 @@ def snapshot(call: Call) -> dict[str, Any]:
     downtime=float,
     compress=bool,
     postcopy=bool,
+    mirror=bool,
     certificate=str,
     key=str,
     authority=str,
@@ -54,6 +55,7 @@ def migrate(call: Call) -> dict[str, Any]:
         downtime=given.get("downtime", 0.05),
         compress=given.get("compress", False),
         postcopy=given.get("postcopy", False),
+        mirror=given.get("mirror", False),
         progress=tell,
     )
     return dataclasses.asdict(report)

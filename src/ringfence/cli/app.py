@@ -505,6 +505,10 @@ def migrate(
         bool,
         typer.Option("--postcopy", help="If it writes too fast, let its RAM follow the guest."),
     ] = False,
+    mirror: Annotated[
+        bool,
+        typer.Option("--mirror", help="Copy its disks to the new files that --disk names there."),
+    ] = False,
     tls: TlsFiles = None,
     json: Json = False,
 ) -> int:
@@ -517,6 +521,7 @@ def migrate(
         downtime=downtime,
         compress=compress,
         postcopy=postcopy,
+        mirror=mirror,
         tls=tls or (),
         as_json=json,
     )
@@ -533,7 +538,7 @@ def receive(
     detach: Detach = False,
     disk: Annotated[
         list[Path] | None,
-        typer.Option(help="A disk that the machine may open here (repeatable)."),
+        typer.Option(help="A disk that it may open here, or with 'migrate --mirror' a new file."),
     ] = None,
     net: Annotated[
         str | None, typer.Option(help="Its network, if not the one that it comes with.")

@@ -64,6 +64,7 @@ def migrate(
     downtime: float,
     compress: bool,
     postcopy: bool,
+    mirror: bool,
     tls: Sequence[Path],
     as_json: bool,
 ) -> None:
@@ -76,6 +77,7 @@ def migrate(
         "downtime": downtime,
         "compress": compress,
         "postcopy": postcopy,
+        "mirror": mirror,
         **{name: str(file.absolute()) for name, file in zip(TLS_FILES, tls, strict=False)},
     }
     began = time.monotonic()

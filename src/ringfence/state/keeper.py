@@ -6,7 +6,7 @@ One at a time: both need the log of dirty pages, and a guest that stands still n
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from ringfence.network.backend import Heritable
 from ringfence.state.send import Report, Sender, Watcher
 from ringfence.state.snapshots import Taking
 from ringfence.state.wire import Tls, parse_address
+from ringfence.storage.disk import Disk
 
 
 class Kept(Protocol):
@@ -78,6 +79,11 @@ class Keeper:
         """Where the guest's connections stay when it moves."""
         return self.host.heritable
 
+    @property
+    def disks(self) -> Sequence[Disk]:
+        """The machine's disks, open."""
+        return self.host.storage.disks
+
     # ---- what the owner asks for
 
     def snapshot(self, path: Path, base: Path | None, incremental: bool) -> None:
@@ -102,6 +108,7 @@ class Keeper:
         downtime: float,
         compress: bool,
         follow: bool,
+        mirror: bool,
         watcher: Watcher,
     ) -> Report:
         """See `Machine.migrate`."""
@@ -115,6 +122,7 @@ class Keeper:
                 downtime=downtime,
                 compress=compress,
                 follow=follow,
+                mirror=mirror,
                 watcher=watcher,
             )
             return sender.run()

@@ -140,6 +140,7 @@ class Movable(ABC):
         downtime: float = 0.05,
         compress: bool = False,
         postcopy: bool = False,
+        mirror: bool = False,
         progress: Callable[[Progress], None] = lambda progress: None,
     ) -> Report:
         """Move the machine to who waits with `receive` at ``tcp://HOST:PORT`` or ``unix://PATH``.
@@ -159,6 +160,9 @@ class Movable(ABC):
             A guest that writes faster than the link carries isn't held back: it moves, and the
             pages that it keeps writing follow when they are needed. Until they are there both
             hosts and the link are needed; this returns then.
+        mirror : bool
+            Copy the disks along, to the new files that are named at the target, instead of sharing
+            them. What the guest writes meanwhile goes along.
         progress : callable
             Told how far it is, from this thread.
 
@@ -167,7 +171,7 @@ class Movable(ABC):
         MoveFailed, UsageError
             It did not move, for the reason that the error tells, and goes on here.
         """
-        return self.keeper.migrate(address, tls, downtime, compress, postcopy, progress)
+        return self.keeper.migrate(address, tls, downtime, compress, postcopy, mirror, progress)
 
     @classmethod
     def receive(

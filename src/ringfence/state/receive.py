@@ -30,6 +30,7 @@ from ringfence.settings import default_cache_dir, parse_memory
 from ringfence.sharing.options import parse_shares
 from ringfence.state import description, images
 from ringfence.state.arrival import Arrival
+from ringfence.state.mirror import Copies
 from ringfence.state.moment import undisturbed
 from ringfence.state.wire import (
     PROTOCOL,
@@ -61,7 +62,8 @@ class Allowed:
     engine : str
         As for a new machine.
     disks : sequence of str or Path
-        Disk images, shared with the sender's host, that it may open.
+        Disk images, shared with the sender's host, that it may open; of a machine whose disks are
+        mirrored the new files for them, in their order.
     network : str or None
         What its cable leads to instead of what the sender says; without it only ``user`` is taken.
     vsock : str or Path, optional
@@ -84,8 +86,8 @@ class Allowed:
     shares: Sequence[str | Path] = ()
     cache_dir: str | Path | None = field(default_factory=default_cache_dir)
 
-    def accepted(self, config: MachineConfig) -> MachineConfig:
-        """The machine as it will be here.
+    def accepted(self, config: MachineConfig, *, mirrored: bool = False) -> MachineConfig:
+        """The machine as it will be here; ``mirrored`` disks are new ones.
 
         Raises
         ------
@@ -94,7 +96,7 @@ class Allowed:
         """
         parse_memory(config.memory)
         known = {Path(each).resolve() for each in self.disks}
-        for options in config.disks:
+        for options in () if mirrored else config.disks:
             if options.path.resolve() not in known:
                 raise UsageError(
                     f"the machine uses the disk {options.path}, which the target was not allowed to"
@@ -234,9 +236,34 @@ class Receiver:
                 f"the sender speaks protocol {hello.get('protocol')!r}, expected {PROTOCOL}: use"
                 " the same release on both sides"
             )
-        token = str(hello.get("token"))
-        config = self._allowed.accepted(description.configured(hello.get("machine")))
+        mirrored = hello.get("disks") is not None
+        described = description.configured(hello.get("machine"))
+        config = self._allowed.accepted(described, mirrored=mirrored)
         wanted = images.announced(hello.get("images"), config.memory)
+        copies = None
+        if mirrored:
+            paths = [Path(each).absolute() for each in self._allowed.disks]
+            copies = Copies(paths, hello["disks"])
+        try:
+            return self._have(link, hello, config, wanted, copies, progress)
+        except BaseException:
+            if copies is not None:
+                copies.discard()
+            raise
+
+    def _have(
+        self,
+        link: Link,
+        hello: dict[str, Any],
+        config: MachineConfig,
+        wanted: Sequence[tuple[str, int, str]],
+        copies: Copies | None,
+        progress: Callable[[str, int], None],
+    ) -> Any:
+        """Make the machine, take what it holds, and start it when it is ours."""
+        token = str(hello.get("token"))
+        if copies is not None:
+            config = copies.placed(config)
         fd = link.receive_descriptor() if hello.get("handover") is True else None
         try:
             link.send(Kind.ACCEPT)
@@ -258,7 +285,7 @@ class Receiver:
             network = machine.network
             ready = {"wire": network is not None, "follow": arrival is not None}
             link.send(Kind.READY, ready)
-            state = self._fill(link, memory, progress, arrival)
+            state = self._fill(link, memory, progress, arrival, copies)
             with undisturbed():
                 machine.take_over(state.content())
                 link.send(Kind.RESTORED)
@@ -301,14 +328,22 @@ class Receiver:
         memory: GuestMemory,
         progress: Callable[[str, int], None],
         arrival: Arrival | None,
+        copies: Copies | None,
     ) -> Message:
         """Take RAM, as often as it comes, until the state follows."""
         count = memory.size // PAGE
         come, told = 0, 0.0
         while True:
-            message = link.receive(Kind.PAGES, Kind.ZEROES, Kind.MISSING, Kind.STATE)
+            message = link.receive(Kind.PAGES, Kind.ZEROES, Kind.MISSING, Kind.DISK, Kind.STATE)
             if message.kind is Kind.STATE:
+                if copies is not None:
+                    copies.finish()
                 return message
+            if message.kind is Kind.DISK:
+                if copies is None:
+                    raise LinkError("the other side sent disks, which was not agreed on")
+                copies.take(message)
+                continue
             if message.kind is Kind.MISSING:
                 if arrival is None:
                     raise LinkError("the other side keeps RAM, which was not agreed on")
@@ -329,7 +364,7 @@ class Receiver:
     def _say_failed(link: Link, error: RingfenceError) -> None:
         if not isinstance(error, MoveFailed):
             with suppress(LinkError):
-                link.send(Kind.FAILED, {"reason": str(error)})
+                link.fail(str(error))
 
     # ---- what became of it
 

@@ -33,6 +33,7 @@ from ringfence.errors import HostError, RingfenceError, UsageError
 from ringfence.memory.dirty import PAGE, Run
 from ringfence.network.backend import Heritable
 from ringfence.state import description, images, pages
+from ringfence.state.mirror import Mirror
 from ringfence.state.moment import undisturbed
 from ringfence.state.remainder import Remainder
 from ringfence.state.snapshots import description_of
@@ -51,6 +52,7 @@ from ringfence.state.wire import (
     pack_places,
     secure,
 )
+from ringfence.storage.disk import Disk
 
 ROUNDS = 30
 """Rounds until the guest is stopped whatever is left."""
@@ -78,7 +80,7 @@ class Progress:
     Attributes
     ----------
     stage : str
-        ``connect``, ``memory``, ``stop``, ``handover``, ``follow``.
+        ``connect``, ``disks``, ``memory``, ``stop``, ``handover``, ``follow``.
     round : int
         Counts from 1.
     sent, left : int
@@ -139,6 +141,10 @@ class Owner(Protocol):
     def network(self) -> Heritable | None:
         """Where connections stay that the guest has, if there is such a network."""
 
+    @property
+    def disks(self) -> Sequence[Disk]:
+        """Its disks, open."""
+
     away: bool
     """Whether it runs elsewhere while some of its RAM is still here."""
 
@@ -175,6 +181,8 @@ class Sender:
         Compress pages, for slow links.
     follow : bool
         Rather than hold a guest back, let the pages that it keeps writing follow it.
+    mirror : bool
+        Copy the disks to new files at the target.
     watcher : callable
         Is told how far it is.
     """
@@ -188,6 +196,7 @@ class Sender:
         downtime: float,
         compress: bool,
         follow: bool,
+        mirror: bool,
         watcher: Watcher,
     ) -> None:
         self._owner = owner
@@ -196,6 +205,8 @@ class Sender:
         self._limit = downtime
         self._compress = compress
         self._follow = follow
+        self._mirrors = mirror
+        self._mirror: Mirror | None = None
         self._watcher = watcher
         self._token = os.urandom(16).hex()
         self._progress = Progress("connect")
@@ -232,6 +243,8 @@ class Sender:
                         "RAM can't follow a machine there: userfaultfd is not permitted on that"
                         " host (see 'ringfence doctor' there); leave out --postcopy"
                     )
+                if self._mirrors:
+                    self._copy_disks(parts)
                 rounds = 0 if hello["handover"] else self._copy(parts)
             except (RingfenceError, ValueError) as error:  # RAM is gone after a reset
                 self._give_up(error, parts)
@@ -263,10 +276,10 @@ class Sender:
     def _hello(self, parts: Parts, carried: Sequence[images.Carried]) -> dict[str, Any]:
         config = description_of(self._owner.config, parts)
         for options in config.disks:
-            if options.snapshot:
+            if options.snapshot and not self._mirrors:
                 raise UsageError(
-                    f"{options.path} has changes that no other process can see (snapshot): such a"
-                    " machine can't move; take a snapshot instead"
+                    f"{options.path} has changes that no other process can see (snapshot): copy it"
+                    " along with --mirror"
                 )
         handover = self._address.local and self._tls is None and parts.memory.fd >= 0
         if self._follow and self._tls is not None:
@@ -278,12 +291,29 @@ class Sender:
             "images": images.announce(carried),
             "handover": handover,
             "follow": self._follow and not handover,
+            "disks": [disk.size for disk in self._owner.disks] if self._mirrors else None,
         }
 
     def _send_images(self, carried: Iterable[images.Carried]) -> None:
         for image in carried:
             for at in range(0, len(image.data), MAX_PIECE):
                 self._link.send_raw(Kind.IMAGE, image.data[at : at + MAX_PIECE])
+
+    def _copy_disks(self, parts: Parts) -> None:
+        with self._owner.standing() as now:
+            if now is not parts:
+                raise UsageError("the guest was reset meanwhile")
+            self._mirror = Mirror(parts, self._owner.disks)
+        told = time.monotonic()
+
+        def tell(left: int) -> None:
+            nonlocal told
+            if time.monotonic() - told > 0.5:
+                told = time.monotonic()
+                self._tell(stage="disks", left=left)
+
+        self._tell(stage="disks")
+        self._mirror.copy(self._link, tell)
 
     def _copy(self, parts: Parts) -> int:
         """Send RAM until what is left is little; the number of rounds."""
@@ -297,6 +327,8 @@ class Sender:
                 began, sent = time.monotonic(), self._link.sent
                 self._tell(stage="memory", round=number, left=_bytes(runs))
                 self._send_pages(parts, runs, known_zero=number == 1)
+                if self._mirror is not None:
+                    self._mirror.sync(self._link)
                 seconds = max(time.monotonic() - began, 1e-6)
                 rate = (self._link.sent - sent) / seconds
                 with self._owner.standing():
@@ -339,6 +371,7 @@ class Sender:
                 packed = lz4.block.compress(data, store_size=False)
                 if len(packed) < POOR * len(data):
                     data, encoding = packed, Encoding.LZ4
+            self._link.look()
             self._link.send_raw(Kind.PAGES, place + data, encoding)
             if time.monotonic() - told > 0.5:
                 told = time.monotonic()
@@ -361,6 +394,9 @@ class Sender:
             watch.lap("pause")
             state = parts.save()  # first: devices finish what they write to RAM
             watch.lap("save")
+            if self._mirror is not None:
+                self._mirror.sync(self._link)
+                watch.lap("disks")
             if copied:
                 parts.engine.fetch_dirty()
                 left = parts.memory.dirty.take()
@@ -412,6 +448,8 @@ class Sender:
         with suppress(UsageError), self._owner.standing() as now:  # it may have ended
             if now is parts:
                 parts.log_dirty(False)
+                if self._mirror is not None:
+                    self._mirror.stop()
         raise MoveFailed(
             f"the machine did not move to {self._address}: {error}; it goes on here"
         ) from error

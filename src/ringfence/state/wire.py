@@ -13,7 +13,8 @@ The conversation, in order (the source speaks first):
 | | ACCEPT or FAILED | it can be had here, or why not |
 | IMAGE | | the kernel and the like, where they may be needed again |
 | | READY or FAILED | all of the machine is made but what it holds |
-| PAGES, ZEROES | | RAM, while the guest goes on; again what it wrote meanwhile |
+| DISK | | with ``--mirror``: the disks, while the guest goes on; again what it wrote meanwhile |
+| PAGES, ZEROES | | RAM, likewise |
 | STATE | | the guest stands still: the rest; disks are let go of |
 | | RESTORED or FAILED | the machine could run here at once |
 | GO | | from here on the source never runs it again |
@@ -41,11 +42,14 @@ it connects once more and sends QUERY with the token of HELLO; the target answer
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
+import time
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -67,6 +71,8 @@ PLACE = struct.Struct("<QI")
 """First page and how many, at the start of PAGES and repeated in ZEROES."""
 MAX_PAGES = MAX_RUN
 """Pages in one message."""
+FAREWELL = 2.0
+"""Seconds that the other side is listened to, and not heard, after a failure."""
 PATIENCE = 30.0
 """Seconds of silence until the other side is given up."""
 
@@ -91,6 +97,7 @@ class Kind(IntEnum):
     FOLLOW = 15
     WANT = 16
     DONE = 17
+    DISK = 18
 
 
 class Encoding(IntEnum):
@@ -106,6 +113,7 @@ _MOST = {
     Kind.HELLO: 1 << 20,
     Kind.IMAGE: MAX_PIECE,
     Kind.MISSING: 64 << 20,
+    Kind.DISK: (256 << 10) + 64,
     Kind.STATE: 64 << 20,
     Kind.PAGES: MAX_PAGES * PAGE + PLACE.size,
 }
@@ -271,6 +279,23 @@ class Link:
     def fileno(self) -> int:
         """The descriptor, to wait for what comes."""
         return self._socket.fileno()
+
+    def fail(self, reason: str) -> None:
+        """Say why this ends; what is on its way here is read, lest a reset overtake the reason."""
+        self.send(Kind.FAILED, {"reason": reason})
+        deadline = time.monotonic() + FAREWELL
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(FAREWELL)
+            while self._socket.recv(1 << 20) and time.monotonic() < deadline:
+                pass
+
+    def look(self) -> None:
+        """Hear of a failure of the other side's, who says nothing else now; see `receive`."""
+        come = select.poll()
+        come.register(self._socket, select.POLLIN)
+        if come.poll(0):
+            self.receive()
 
     def send(self, kind: Kind, content: dict[str, Any] | None = None) -> None:
         """Send plain data."""
