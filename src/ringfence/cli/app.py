@@ -490,7 +490,9 @@ def clone(
 
 @app.command(
     epilog="[bold]Examples[/bold]\nringfence migrate web tcp://other:4444\n"
-    "ringfence migrate web unix:///tmp/new.sock"
+    "ringfence migrate web unix:///tmp/new.sock\n"
+    "ringfence migrate web tcp://other:4444 --mirror   # there: receive --disk new.img\n"
+    "ringfence migrate web tcp://other:4444 --postcopy --json"
 )
 def migrate(
     name: Name,
