@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import stat
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ringfence.engine.translate.answers import KEPT_RECIPES, Answers
 from ringfence.engine.translate.forms import Forms
 from ringfence.engine.translate.recipe import Recipes
 from ringfence.engine.translate.tables import RAW_BYTES, Form, RawRecipe
+from ringfence.native.library import write_image
 
 
 def form(key: int) -> bytes:
@@ -84,6 +86,18 @@ def test_cut_off(tmp_path: Path, cut: int) -> None:
     assert not list(answers.forms()) and not list(answers.recipes())
     fill(path, 1, 20)
     assert len(list(Answers(path).forms())) == 20
+
+
+@pytest.mark.parametrize("extent", [0, 8, RawRecipe.size - 1, RawRecipe.size + 8, 1 << 31])
+def test_senseless_rows(tmp_path: Path, extent: int) -> None:
+    """A file of ours with rows that can't be ends where they begin."""
+    path = tmp_path / "answers.bin"
+    bad = RawRecipe.packed(context=2, raw=raw(2), extent=extent)
+    rows = recipe(1, raw(1)) + bad
+    write_image(path, struct.pack("<II", 1, len(rows)) + form(9) + rows)
+    answers = Answers(path)
+    assert list(answers.forms()) == [form(9)]
+    assert list(answers.recipes()) == [recipe(1, raw(1))]
 
 
 def test_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

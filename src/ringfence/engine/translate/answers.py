@@ -135,8 +135,10 @@ def _read(path: Path) -> tuple[dict[int, bytes], dict[bytes, bytes]]:
     for start in range(at, end, Form.size):
         row = data[start : start + Form.size]
         forms[int.from_bytes(row[:8], "little")] = row
-    while end < len(data):
+    while len(data) - end >= RawRecipe.size:
         (length,) = struct.unpack_from("<I", data, end + _EXTENT_AT)
+        if not RawRecipe.size <= length <= len(data) - end:
+            break
         recipes[data[end : end + _RAW_END]] = data[end : end + length]
         end += length
     return forms, recipes
