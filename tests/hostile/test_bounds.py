@@ -340,10 +340,11 @@ print("fine")
 
 
 def start(folder: Path, limit: int = 0) -> subprocess.Popen[str]:
-    """The guest in a process of its own."""
+    """The guest in a process of its own; bytecode cut short would be in other tests' way."""
     where = ":".join(str(Path(p).resolve()) for p in sys.path if p)
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(folder), str(limit), where],
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
