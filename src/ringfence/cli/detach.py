@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ringfence.errors import HostError
@@ -56,7 +57,8 @@ def daemonize(log: Path) -> Callable[[], None] | int:
     os.close(target)
 
     def ready() -> None:
-        os.write(writing, _READY)
+        with suppress(BrokenPipeError):  # who waited has been killed; the machine lives on
+            os.write(writing, _READY)
         os.close(writing)
 
     return ready
