@@ -19,7 +19,7 @@ from bench.workloads import Kind, Workload
 from ringfence import Machine
 from ringfence.errors import RingfenceError
 
-TIMES = ("guest", "vmm", "translation", "idle")
+TIMES = ("guest", "direct", "vmm", "translation", "idle")
 COUNTERS = (
     ("exits", ("exits",)),
     ("interrupts", ("interrupts",)),

@@ -22,12 +22,11 @@ from ringfence.cpu.dump import dump
 from ringfence.cpu.registers import named_registers, set_named_register
 from ringfence.cpu.saved import State, restore_cpu, save_cpu
 from ringfence.cpu.tsc import MSRS as TSC_MSRS
-from ringfence.cpu.tsc import host_hz
 from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.direct.policy import DirectExecution
 from ringfence.engine.exits import ExitCounters, Reason
-from ringfence.engine.translate import block, debugging, natives, pages, signals
+from ringfence.engine.translate import block, debugging, natives, pages, signals, statistics
 from ringfence.engine.translate.accesses import MASK64, DeviceAccesses
 from ringfence.engine.translate.block import GS_BIAS, Vcpu, bits_of
 from ringfence.engine.translate.owner import OwnerDebug
@@ -466,44 +465,21 @@ class TranslateEngine(DeviceAccesses):
 
     def stats(self) -> dict[str, Any]:
         """See ``VirtualCpu``."""
-        view = self.view
-        translator = self.translator
-        vectors = {f"{n:#04x}": count for n, count in enumerate(list(view.interrupts)) if count}
-        exceptions = {
-            state.EXCEPTION_NAMES.get(n, str(n)): count
-            for n, count in enumerate(list(view.exceptions))
-            if count
+        spent = {
+            "guest": self._guest_ns,
+            "vmm": self._vmm_ns - self._idle_ns - self._asking_ns,
+            "asking": self._asking_ns,
+            "idle": self._idle_ns,
         }
-        # Traces are made inside guest code's time; Python's answers are given outside of it.
-        building = translator.writer.translation_ticks * 1_000_000_000 // host_hz()
+        ticks, direct = self.translator.writer.translation_ticks, self._direct.statistics()
         return {
             "exits": self.counters.by_reason(),
-            "interrupts": vectors,
-            "exceptions": exceptions,
-            "translation": translator.statistics(),
-            "dispatch": {
-                "lookups": view.lookups,
-                "misses": view.lookup_misses,
-                "links": view.links,
-                "attentions": view.attentions,
-                "effects": view.effect_calls,
-                "yields": view.yields,
-                "slow_accesses": view.slow_accesses,
-            },
-            "direct": self._direct.statistics(),
-            "tlb": {
-                "misses": view.tlb_misses,
-                "walks": view.walks,
-                "walk_references": view.walk_references,
-                "flushes": view.tlb_flushes,
-                "page_flushes": view.tlb_page_flushes,
-            },
-            "time": {
-                "guest": max(0, self._guest_ns - building),
-                "vmm": self._vmm_ns - self._idle_ns - self._asking_ns,
-                "translation": self._asking_ns + building,
-                "idle": self._idle_ns,
-            },
+            **statistics.events(self.view),
+            "translation": self.translator.statistics(),
+            "dispatch": statistics.dispatch(self.view),
+            "direct": direct,
+            "tlb": statistics.tlb(self.view),
+            "time": statistics.times(spent, ticks, direct["ns"]),
         }
 
     def close(self) -> None:
