@@ -12,7 +12,6 @@ from devices.virtio.driver import BUFFERS, Driver
 from ringfence.chipset.state import State
 from ringfence.devices.gathering import PROBE
 from ringfence.devices.virtio import net
-from ringfence.devices.virtio.moderation import LATE_CHAINS, LATE_NS
 from ringfence.devices.virtio.net import VirtioNet
 from ringfence.devices.virtio.ring import EVENT_IDX
 from ringfence.pacing import Pacing
@@ -284,49 +283,3 @@ def test_what_was_put_off_is_done_after_a_restore(card: Make) -> None:
     assert sent(second) == 1
     first.clock.advance(1000 * US)
     assert sent(first) == 1
-
-
-@LAYOUTS
-def test_what_was_sent_is_told_late(card: Make, packed: bool, event_idx: bool) -> None:
-    """If the driver wants to know by then; what it got is there at once."""
-    driver = card(Pacing(), packed, event_idx)
-    driver.rings[1].interrupts(True)
-    send(driver)
-    assert driver.vectors() == []
-    assert len(driver.rings[1].used()) == 1
-    driver.clock.advance(LATE_NS)
-    assert driver.vectors() == [0x42]
-    driver.rings[1].interrupts(True)
-    send(driver)
-    assert len(driver.rings[1].used()) == 1
-    driver.rings[1].interrupts(event_idx)  # it has looked there itself: for the next one, or none
-    driver.clock.advance(LATE_NS)
-    assert driver.vectors() == []
-    assert driver.board.timers.next_deadline() is None
-
-
-@LAYOUTS
-def test_after_many_it_is_told_at_once(card: Make, packed: bool, event_idx: bool) -> None:
-    driver = card(Pacing(), packed, event_idx)
-    driver.rings[1].interrupts(True)
-    ring = driver.rings[1]
-    for at in range(LATE_CHAINS):
-        assert driver.vectors() == []
-        ring.add([(BUFFERS, net.HEADER.size + 60, False)])
-        driver.notify(1)
-        if at % 16 == 15:
-            driver.board.idle()
-    assert driver.vectors() == [0x42]
-
-
-def test_nothing_is_told_late_by_saving_or_after_a_reset(card: Make) -> None:
-    driver = card(Pacing())
-    driver.rings[1].interrupts(True)
-    send(driver)
-    driver.board.quiesce()
-    assert driver.vectors() == [0x42]
-    send(driver)
-    driver.put(0x14, 1, 0)
-    driver.clock.advance(1000 * US)
-    assert driver.vectors() == []
-    assert driver.board.timers.next_deadline() is None

@@ -117,11 +117,6 @@ class VirtioDevice(Saved):
         del number
         return False
 
-    def tells_late(self, number: int) -> bool:
-        """Tell whether a driver loses nothing if it hears late of what it got back in a queue."""
-        del number
-        return False
-
     def reset(self) -> None:
         """Forget the driver; chains in flight are waited for by the transport."""
 

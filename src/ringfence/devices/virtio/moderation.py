@@ -4,16 +4,12 @@
 has passed: a guest is interrupted once for many packets. What the device gives back is in the ring
 at once; only telling of it waits.
 
-`LateTelling` is for queues whose driver only wants its buffers back, that of frames to be sent: it
-mostly looks there itself before long, with the next frame that it sends or gets. So it is asked
-late whether it still wants an interrupt, after `LATE_CHAINS` or `LATE_NS`.
-
 `Poller` decides when a queue is looked at again without a notification. While it polls, the driver
 is asked for none, so its packets cost no exits. Pauses adapt: a look that finds work halves them,
 another one doubles them, and one that would be longer than allowed ends the polling: an idle queue
 costs nothing, a busy one a timer per handful of packets.
 
-All belong to one queue and are called with the board's lock held.
+Both belong to one queue and are called with the board's lock held.
 """
 
 from __future__ import annotations
@@ -22,9 +18,6 @@ from collections.abc import Callable
 
 from ringfence.chipset.clock import Timer
 from ringfence.pacing import SHORTEST_POLL, Pacing
-
-LATE_NS, LATE_CHAINS = 500_000, 64
-"""After so much time, or so many chains, a driver is asked that is told late."""
 
 Later = Callable[[Callable[[], None], int], Timer | None]
 """Has something done in so many nanoseconds."""
@@ -79,50 +72,6 @@ class InterruptModerator:
             self._timer.cancel()
         self._timer = None
         self._chains = 0
-
-
-class LateTelling:
-    """When a driver is asked whether it wants an interrupt for what it got back.
-
-    Parameters
-    ----------
-    later : Later
-        For the end of the wait.
-    ask : Callable[[], None]
-        Asks.
-    """
-
-    def __init__(self, later: Later, ask: Callable[[], None]) -> None:
-        self._later = later
-        self._ask = ask
-        self._timer: Timer | None = None
-        self._chains = 0
-
-    def published(self, chains: int) -> None:
-        """Hear that chains were given back."""
-        self._chains += chains
-        if self._chains >= LATE_CHAINS:
-            self._chains = 0
-            self._ask()
-        elif chains and self._timer is None:
-            self._timer = self._later(self._wake, LATE_NS)
-
-    def settle(self) -> None:
-        """Ask now, if there is something to ask about."""
-        if self._chains:
-            self._chains = 0
-            self._ask()
-
-    def forget(self) -> None:
-        """Ask no more: the driver has reset the device."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
-        self._chains = 0
-
-    def _wake(self) -> None:
-        self._timer = None
-        self.settle()
 
 
 class Poller:

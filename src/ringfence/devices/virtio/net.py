@@ -169,10 +169,6 @@ class VirtioNet(VirtioDevice):
         """See `VirtioDevice.gathers`: what is to be sent."""
         return bool(number % 2)
 
-    def tells_late(self, number: int) -> bool:
-        """See `VirtioDevice.tells_late`: of what was sent."""
-        return self.gathers(number)
-
     def close(self) -> None:
         """See `VirtioDevice.close`."""
         self._backend.detach()

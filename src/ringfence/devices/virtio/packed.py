@@ -116,10 +116,8 @@ class PackedRing(Ring):
             self.next_used -= self.size
             self.used_wrap = not self.used_wrap
 
-    def flush(self, *, ask: bool = True) -> bool:
-        """See `Ring.flush`; what is pushed is published already."""
-        if not ask:
-            return False
+    def flush(self) -> bool:
+        """See `Ring.flush`."""
         count, self.unsignalled = self.unsignalled, 0
         if not count:
             return False

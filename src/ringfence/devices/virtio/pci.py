@@ -23,7 +23,7 @@ from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.state import Saved, State
 from ringfence.devices.gathering import Gatherer
 from ringfence.devices.virtio.device import VERSION_1, VirtioDevice
-from ringfence.devices.virtio.moderation import InterruptModerator, LateTelling, Poller
+from ringfence.devices.virtio.moderation import InterruptModerator, Poller
 from ringfence.devices.virtio.packed import PackedRing
 from ringfence.devices.virtio.ring import (
     EVENT_IDX,
@@ -160,14 +160,6 @@ class VirtioPci(PciDevice):
             )
             for number in range(len(self.queues))
         ]
-        # Whoever has set interrupts himself gets them as he set them.
-        late = pacing.gather and not pacing.packets and not pacing.poll
-        self._late = [
-            LateTelling(self.later, partial(self._publish, number))
-            if late and device.tells_late(number)
-            else None
-            for number in range(len(self.queues))
-        ]
         self.offered = device.features | VERSION_1 | INDIRECT_DESC
         if pacing.event_idx:
             self.offered |= EVENT_IDX
@@ -245,17 +237,6 @@ class VirtioPci(PciDevice):
 
     def publish(self, number: int) -> None:
         """See `Transport.publish`."""
-        late, ring = self._late[number], self.queues[number].ring
-        if late is None or ring is None:
-            self._publish(number)
-        else:
-            ring.flush(ask=False)
-            queue = self.queues[number]
-            chains, queue.told = ring.given - queue.told, ring.given
-            late.published(chains)
-
-    def _publish(self, number: int) -> None:
-        """Publish, and ask the driver whether it wants an interrupt."""
         queue = self.queues[number]
         if queue.ring is not None:
             wanted = queue.ring.flush()
@@ -358,9 +339,6 @@ class VirtioPci(PciDevice):
             moderator.forget()
             poller.forget()
             gatherer.forget()
-        for late in self._late:
-            if late is not None:
-                late.forget()
         self.set_intx(False)
         self.device.reset()
         self.finished()
@@ -554,9 +532,6 @@ class VirtioPci(PciDevice):
         """See `PciDevice.quiesce`; interrupts that wait are sent, so they need not be saved."""
         self.device.quiesce()
         with self.lock:
-            for late in self._late:
-                if late is not None:
-                    late.settle()
             for moderator in self._moderators:
                 moderator.settle()
 

@@ -137,11 +137,8 @@ class Ring(Saved, ABC):
         """Give a chain back, its first ``written`` writable bytes filled; `flush` tells of it."""
 
     @abstractmethod
-    def flush(self, *, ask: bool = True) -> bool:
-        """Publish what was pushed; return whether the driver wants an interrupt for it.
-
-        Without ``ask`` it does not say so yet: the next call with it answers for all since.
-        """
+    def flush(self) -> bool:
+        """Publish what was pushed; return whether the driver wants an interrupt for it."""
 
     @abstractmethod
     def want_kicks(self, wanted: bool) -> bool:

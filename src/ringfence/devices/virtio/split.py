@@ -49,7 +49,7 @@ class SplitRing(Ring):
         self.used_index = 0
         """Index of the next used entry to fill."""
         self.signalled = 0
-        """The used index that `flush` has answered for."""
+        """The used index that `flush` has published."""
 
     def pop(self) -> Chain | None:
         """See `Ring.pop`."""
@@ -100,16 +100,14 @@ class SplitRing(Ring):
         self._elements[at + 1] = written
         self.used_index = self.used_index + 1 & 0xFFFF
 
-    def flush(self, *, ask: bool = True) -> bool:
+    def flush(self) -> bool:
         """See `Ring.flush`."""
         old, new = self.signalled, self.used_index
         if old == new:
             return False
         self._used[INDEX] = new
-        self._tell(2, 0, 4 + 8 * self.size)
-        if not ask:
-            return False
         self.signalled = new
+        self._tell(2, 0, 4 + 8 * self.size)
         self._fence()
         if not self.event_idx:
             return not self._avail[FLAGS] & NO_INTERRUPT
