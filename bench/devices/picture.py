@@ -39,7 +39,7 @@ def draw(results: Results, measures: Sequence[Measure], kinds: Sequence[Kind], p
         bars = axis.barh(labels, values, color=colours)
         axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3)
         axis.margins(x=0.18)
-        axis.set_title(f"{measure.title} [{measure.unit}]", fontsize=9, loc="left")
+        axis.set_title(f"{measure.title} [{measure.unit}]", fontsize=8, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.set_visible(False)
     figure.tight_layout()
