@@ -100,10 +100,16 @@ class Struct:
 
     @classmethod
     def packed(cls, **values: int | bytes) -> bytes:
-        """The structure's bytes with these fields, an array's as bytes; all others are 0."""
+        """The structure's bytes with these fields, an array's as bytes; all others are 0.
+
+        Integers are taken modulo the field's size, as by a view.
+        """
         made = bytearray(cls.size)
         for name, value in values.items():
             field = cls.fields[name]
-            data = value if isinstance(value, bytes) else value.to_bytes(field.width, "little")
+            if isinstance(value, bytes):
+                data = value
+            else:
+                data = (value & (1 << 8 * field.width) - 1).to_bytes(field.width, "little")
             made[field.offset : field.offset + len(data)] = data
         return bytes(made)
