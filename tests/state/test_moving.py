@@ -36,6 +36,7 @@ from ringfence.state.wire import (
     Tls,
     pack_header,
     parse_address,
+    secure,
 )
 from state.moving import Change, Line, Target, allow, cut_at, cut_in, flip_at, guest, lives, nothing
 
@@ -574,6 +575,40 @@ def test_tls_lets_only_the_trusted_in(tmp_path: Path) -> None:
     target.close()
     with pytest.raises(UsageError, match="TLS"):
         Tls(tmp_path / "none", tmp_path / "none", tmp_path / "none").context(True)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_frames_go_over_tls_when_the_messages_are_over(tmp_path: Path) -> None:
+    """As a network's do that its guest has left: either end may wait either way."""
+    ours = make_authority(tmp_path, "ours")
+    near, far = socket.socketpair()
+    ends: list[Link] = []
+    server = threading.Thread(
+        target=lambda: ends.append(Link(secure(far, make_tls(tmp_path, "one", ours), server=True)))
+    )
+    server.start()
+    link = Link(secure(near, make_tls(tmp_path, "two", ours), server=False))
+    server.join(60)
+    link.send(Kind.GO)
+    ends[0].receive(Kind.GO)
+    one, two = link.give_away(), ends[0].give_away()
+    sent = [bytes([number % 256]) * (60_000 - number) for number in range(200)]
+    got: list[bytes] = []
+    waiting = list(sent)
+    while len(got) < len(sent):
+        while waiting and one.queue(waiting[0]):
+            waiting.pop(0)
+        one.flush()
+        two.queue(b"back") and two.flush()
+        got += two.receive()
+        assert all(frame == b"back" for frame in one.receive())
+    assert got == sent
+    link.close()  # which is not its own any more
+    one.connection.close()
+    with pytest.raises(OSError):
+        while True:
+            two.receive()
+    two.connection.close()
 
 
 def test_link_errors_are_told_apart() -> None:

@@ -89,6 +89,7 @@ class Arrival:
             self._uffd.register(memory.host_base, memory.size)
         except OSError as error:
             raise HostError(f"RAM can't follow a machine here ({error.strerror})") from error
+        self._tell(armed=True)
         memory.arriving = self.user_only
 
     def follow(self, done: Callable[[], None]) -> None:

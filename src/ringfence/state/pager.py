@@ -63,6 +63,8 @@ class Pager:
         self._left = 0
         self._wanted: set[int] = set()
         """Pages that somebody waits for, and that were asked for."""
+        self._armed = False
+        """Whether RAM tells of accesses by now: before, pages can't be filled in."""
         self._fate = "gone"
         self._link: Link | None = None
         self._alone_since = time.monotonic()
@@ -106,8 +108,11 @@ class Pager:
             self._fate = order.get("fate", self._fate)
             if "missing" in order:
                 print("known", flush=True)
+            if "armed" in order:
+                self._armed = True
                 if self._link is not None:
                     self._tell_missing(self._link)
+                    self._ask([Run(page, 1) for page in sorted(self._wanted)])
         return bool(data)
 
     # ---- who needs a page
@@ -122,7 +127,7 @@ class Pager:
                 self._ask([Run(page, 1)])
 
     def _ask(self, runs: list[Run]) -> None:
-        if self._link is not None and runs:
+        if self._link is not None and runs and self._armed:
             try:
                 self._link.send_raw(Kind.WANT, pack_places(runs))
             except LinkError:
@@ -149,7 +154,7 @@ class Pager:
         self._ask([Run(page, 1) for page in sorted(self._wanted)])
 
     def _tell_missing(self, link: Link) -> None:
-        link.send_raw(Kind.MISSING, pack_places(self._runs()))
+        link.send_raw(Kind.MISSING, pack_places(self._runs() if self._armed else []))
 
     def _runs(self) -> list[Run]:
         """What is missing."""
@@ -231,7 +236,12 @@ def main() -> None:
         line += os.read(0, 1) or sys.exit(0)
     pager = Pager(json.loads(line))
     print("ready", flush=True)
-    pager.run()
+    try:
+        pager.run()
+    except BaseException:
+        # Whoever needs a page would sleep for ever, Python's lock in hand.
+        os.kill(os.getppid(), signal.SIGKILL)
+        raise
 
 
 if __name__ == "__main__":
