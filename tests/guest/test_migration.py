@@ -215,7 +215,7 @@ def test_the_line_is_cut_while_ram_follows_and_comes_back(
 ) -> None:
     process, address = start_target(cache)
     line = Line(tmp_path, address)
-    line.changes[:] = [(cut_at(300_000), nothing), (cut_at(200_000), nothing), (nothing, nothing)]
+    line.changes[:] = [(cut_at(30_000), nothing), (cut_at(20_000), nothing), (nothing, nothing)]
     hasty.migrate(line.address, downtime=0.0, postcopy=True)
     assert not line.changes
     hasty.close()
