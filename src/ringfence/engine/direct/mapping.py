@@ -79,8 +79,6 @@ LOWEST = 1 << 16
 AROUND = 32
 """Pages, aligned, that are mapped together if nothing stands against it."""
 ALL_LINES = (1 << 64) - 1
-DROP_SINGLY = 64
-"""More pages to unmap than that, and all go."""
 _FIXED_SHARED_POPULATED = 0x8011
 
 
@@ -349,16 +347,29 @@ def drop_row(space: Space, number: int) -> int:
 
 
 @native
+def is_wrong(mmu: Mmu, space: Space, n: int) -> int:
+    """Whether row ``n`` is of a page that is mapped otherwise by now."""
+    page = space.rows[n * 2]
+    return 1 if page != NO_PAGE and not still_holds(mmu, page, space.rows[n * 2 + 1]) else 0
+
+
+@native
 def compare_all(mmu: Mmu, space: Space) -> int:
-    """Unmap what the guest's tables no longer say."""
+    """Unmap what the guest's tables no longer say.
+
+    Where that is most of it, another program has come to use these tables; whatever the old one had
+    earned by computing, the new one has to earn first (see `policy`).
+    """
     space.comparisons += 1
     wrong = 0
     for n in range(space.page_count):
-        page = space.rows[n * 2]
-        if page != NO_PAGE and not still_holds(mmu, page, space.rows[n * 2 + 1]):
-            if wrong == DROP_SINGLY:
-                return unmap_all(space)
+        if is_wrong(mmu, space, n):
             wrong += 1
+    if wrong * 2 > space.page_count - space.gone_count:
+        space.budget = 0
+        return unmap_all(space)
+    for n in range(space.page_count):
+        if wrong and is_wrong(mmu, space, n):
             drop_row(space, n + 1)
     return OK
 

@@ -38,7 +38,7 @@ ENTRIES_PER_SECOND = 5000
 """Entries of user code below which it counts as computing."""
 SHORTEST = 0.001
 """Seconds between two looks."""
-START_BUDGET = EVENT_COST * 300
+START_BUDGET = EVENT_COST * 200
 FIRST_PENALTY, LAST_PENALTY = 0.1, 5.0
 LOOSE_EVERY = 64
 """Looks from one release of the bond to the next."""

@@ -127,7 +127,7 @@ NOWHERE = 1
 """Not the address of any page table."""
 EVENT_COST = 100_000
 """Nanoseconds of computing that a stop must be worth: who stops oftener is better translated."""
-BUDGET_MAX = EVENT_COST * 2000
+BUDGET_MAX = EVENT_COST * 400
 CLOCK_GETTIME, CPU_CLOCK = 228, 2
 SEGV_MAPERR, SEGV_ACCERR, SI_KERNEL = 1, 2, 0x80
 LONGEST = 15
@@ -528,6 +528,9 @@ def run_space(vcpu: Vcpu, space: Space) -> int:
     vcpu.exit_data[1] = 0
     if space.broken or catch_up(vcpu, space) != OK:
         return EXIT
+    if space.budget == 0:
+        disarm(vcpu, address_of(space.root))
+        return OK
     put_general(vcpu, space)
     put_vector(vcpu, space)
     if registers(space, SET_REGISTERS, NT_X86_XSTATE, space.vector, space.vector_bytes) != OK:
