@@ -78,6 +78,26 @@ def test_kernels_and_busy_callers_are_translated(monkeypatch: pytest.MonkeyPatch
         made.look()
 
 
+def test_failures_wait_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = execution()
+    space = SimpleNamespace(root=ROOT, failed=1)
+    process: Any = SimpleNamespace(space=space)
+    made._processes[1] = process
+    now = 10.0
+    for turn in range(8):
+        space.failed = 1
+        assert made._waits(ROOT, now)
+        wait = min(policy.FIRST_PENALTY * 2**turn, policy.LAST_PENALTY)
+        assert made._waits(ROOT, now + wait * 0.99)
+        assert not made._waits(ROOT, now + wait)
+        now += wait
+    assert not made._waits(ROOT + 4096, now)
+    for root in range(0, policy.REMEMBERED * 4096, 4096):
+        space.root, space.failed = root, 1
+        made._waits(root, now)
+    assert len(made._penalty) <= policy.REMEMBERED
+
+
 def test_a_host_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     processes_are(monkeypatch, HostError("no ptrace"))
     made, _ = execution()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu.components import AVX512_STATE, AVX_STATE
@@ -40,6 +41,8 @@ SHORTEST = 0.001
 """Seconds between two looks."""
 START_BUDGET = EVENT_COST * 200
 FIRST_PENALTY, LAST_PENALTY = 0.1, 5.0
+REMEMBERED = 4096
+"""Address spaces whose failures are known."""
 LOOSE_EVERY = 64
 """Looks from one release of the bond to the next."""
 
@@ -116,18 +119,34 @@ class DirectExecution:
             self._root, self._score = root, 0
             return
         self._score += 1
-        if self._score >= PATIENCE and self._penalty.get(root, (0.0, 0.0))[0] <= now:
+        if self._score >= PATIENCE and not self._waits(root, now):
             self._score = 0
             self._begin(root)
+
+    def _waits(self, root: int, now: float) -> bool:
+        """Whether an address space that stopped too often is not to be tried again yet."""
+        process = self._process_of(root)
+        if process is not None and process.space.failed:
+            process.space.failed = 0
+            _, penalty = self._penalty.get(root, (0.0, FIRST_PENALTY))
+            if len(self._penalty) >= REMEMBERED:
+                self._penalty.clear()
+            self._penalty[root] = (now + penalty, min(2 * penalty, LAST_PENALTY))
+        return root in self._penalty and self._penalty[root][0] > now
+
+    def _process_of(self, root: int) -> Process | None:
+        found = (each for each in self._processes.values() if each.space.root == root)
+        return next(found, None)
 
     def _begin(self, root: int) -> None:
         """Give an address space a process, at the cost of another if there are many."""
         view = self._view
-        before = [
-            n for n in range(DIRECT_SPACES) if view.direct_spaces[n] and self._root_of(n) == root
-        ]
-        free = [n for n in range(DIRECT_SPACES) if view.direct_roots[n] == NOWHERE]
-        slot = (before or free or [self._made % DIRECT_SPACES])[0]
+        old = self._process_of(root)
+        if old is not None:
+            slot = list(view.direct_spaces).index(old.address)
+        else:
+            free = [n for n in range(DIRECT_SPACES) if view.direct_roots[n] == NOWHERE]
+            slot = (free or [self._made % DIRECT_SPACES])[0]
         self._end(slot)
         try:
             process = Process(self._library(), self._memory, view.xstate_mask)
@@ -142,13 +161,7 @@ class DirectExecution:
         view.direct_spaces[slot] = process.address
         view.direct_roots[slot] = root
         self._made += 1
-        due, penalty = self._penalty.get(root, (0.0, FIRST_PENALTY))
-        self._penalty[root] = (time.monotonic() + penalty, min(2 * penalty, LAST_PENALTY))
-        del due
         self._bind()
-
-    def _root_of(self, slot: int) -> int:
-        return int(self._processes[self._view.direct_spaces[slot]].space.root)
 
     def _end(self, slot: int) -> None:
         view = self._view
@@ -192,19 +205,20 @@ class DirectExecution:
             self._all_cpus = os.sched_getaffinity(0)
         if len(self._all_cpus) == 1:
             return
-        cpu = {_libc.sched_getcpu()}
-        os.sched_setaffinity(0, cpu)
-        for pid in self._running:
-            os.sched_setaffinity(pid, cpu)
+        self._move({_libc.sched_getcpu()})
         self._bound = 1
 
     def release(self) -> None:
         """Let the thread run where it likes: it sleeps, or translates for long."""
         if self._bound:
-            os.sched_setaffinity(0, self._all_cpus)
-            for pid in self._running:
-                os.sched_setaffinity(pid, self._all_cpus)
+            self._move(self._all_cpus)
             self._bound = 0
+
+    def _move(self, cpus: set[int]) -> None:
+        with suppress(OSError):  # CPUs may have been taken from us, and processes killed
+            os.sched_setaffinity(0, cpus)
+            for pid in self._running:
+                os.sched_setaffinity(pid, cpus)
 
     def _loosen(self) -> None:
         self._looks += 1

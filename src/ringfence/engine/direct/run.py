@@ -440,6 +440,7 @@ def charge(vcpu: Vcpu, space: Space, events: int) -> int:
     cost = events * EVENT_COST
     if budget < cost:
         space.budget = 0
+        space.failed = 1
         return disarm(vcpu, address_of(space.root))
     space.budget = budget - cost
     return OK

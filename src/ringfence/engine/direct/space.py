@@ -78,6 +78,8 @@ class Space(Struct):
     """An order could not be carried out: what is mapped is not known any more."""
     budget: Annotated[int, u64]
     """See `policy`; not below 0."""
+    failed: Annotated[int, u64]
+    """Stops have cost more than computing was worth."""
     ran: Annotated[int, u64]
     """CPU time of the process as last looked at, in nanoseconds."""
     runs: Annotated[int, u64]
