@@ -88,6 +88,8 @@ class DirectExecution:
         """Why nothing runs directly."""
         if not wanted:
             self.refusal = "switched off"
+        elif not hasattr(os, "pidfd_open"):
+            self.refusal = "this Python knows no process descriptors"
         elif memory.fd < 0:
             self.refusal = "guest RAM is private to this process"
         elif not mask & AVX_STATE or (host_avx512 and not mask & AVX512_STATE):

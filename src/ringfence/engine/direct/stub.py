@@ -75,6 +75,8 @@ rf_stub:
     test eax, eax
     jnz 8f
     {_call(_PRCTL, _PR_SET_TSC, 2, 0, 0, 0)}
+    test eax, eax
+    jnz 8f
     {_call(_PRCTL, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)}
     {_call(MMAP, PLACE, ORDERS_AT, _READ_EXECUTE, *fixed, 0)}
     {_call(MMAP, PLACE + ORDERS_AT, ORDERS_BYTES, _READ, *fixed, ORDERS_AT)}
