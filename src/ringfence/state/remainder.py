@@ -50,6 +50,8 @@ class Remainder:
         self._token = token
         self._memory = memory
         self._stop = False
+        self._heard = False
+        """Whether the target has answered on the present connection; others may take it, too."""
         self._over = threading.Event()
         self.failure: str | None = None
         """Why it has failed, if it has."""
@@ -78,12 +80,14 @@ class Remainder:
             except OSError as error:
                 why = error.strerror or str(error)
             else:
+                self._heard = False
                 try:
                     if self._serve(link):
                         break
                 except (RingfenceError, ValueError) as error:
                     why = str(error)
-                    deadline = max(deadline, time.monotonic() + PATIENCE)
+                    if self._heard:
+                        deadline = time.monotonic() + PATIENCE
                 finally:
                     link.close()
             if time.monotonic() > deadline:
@@ -97,6 +101,7 @@ class Remainder:
         link.send(Kind.FOLLOW, {"token": self._token})
         count = self._memory.size // PAGE
         todo = deque(unpack_places(link.receive(Kind.MISSING).data, count))
+        self._heard = True
         self.left = sum(run.length for run in todo)
         poll = select.poll()
         poll.register(link, select.POLLIN)
