@@ -139,6 +139,6 @@ def test_symbols(cloud: Image) -> None:
     elf = open_kernel(cloud.kernel).elf
     data, count = symbol_file(elf)
     assert data[:4] == b"\x7fELF" and count > 50_000
-    by_name = {each.name: each for each in read_kallsyms(elf)}
+    by_name = {each.name: each for each in read_kallsyms(bytes(elf))}
     assert by_name["start_kernel"].kind == "T" and by_name["jiffies"].kind in "Dd"
     assert by_name["_text"].address == 0xFFFFFFFF81000000

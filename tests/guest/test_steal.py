@@ -34,6 +34,7 @@ def machine(cloud: Image, initrd: Path, cache: Path) -> Iterator[Machine]:
         engine="translate",
         cache_dir=cache,
         cpus=CPUS,
+        direct=False,  # what processes of user code wait for is not in the threads' account
     ) as made:
         made.start()
         yield made
