@@ -231,7 +231,7 @@ def test_the_line_is_cut_for_good(
     monkeypatch.setattr("ringfence.state.remainder.PATIENCE", 0.5)
     process, address = start_target(cache)
     line = Line(tmp_path, address, once=True)
-    line.changes[:] = [(cut_at(4_000_000), nothing), (nothing, nothing)]
+    line.changes[:] = [(cut_at(30_000), nothing), (nothing, nothing)]
     # On a slow host the target may not have said yet that it runs.
     with pytest.raises(MoveFailed, match=r"stays paused here"):
         hasty.migrate(line.address, downtime=0.0, postcopy=True)

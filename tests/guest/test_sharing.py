@@ -83,22 +83,24 @@ def test_folders(generic: Image, cache: Path, tree: Path, tmp_path: Path) -> Non
         shell.run("cd /mnt/host; mv back/folder0 moved && mv moved/inner0 back/ && rm -r moved")
         assert (host / "back" / "inner0" / "file 4095").stat().st_size == 4095
         assert not (host / "moved").exists()
-        shell.run("cd /mnt/host; mkdir work; chmod 750 work; ln -s work soft; mkfifo work/fifo")
-        shell.run("cd /mnt/host; echo x > soft/first; ln work/first work/second; touch -d @5 soft/")
-        assert (host / "work" / "second").stat().st_nlink == 2
-        assert stat.S_IMODE((host / "work").stat().st_mode) == 0o750
-        assert stat.S_ISFIFO((host / "work" / "fifo").stat().st_mode)
-        shell.run("cd /mnt/host; (read -r l < work/fifo; echo $l > said) & echo hi > work/fifo")
+        shell.run("cd /mnt/host; mkdir inner; chmod 750 inner; ln -s inner soft; mkfifo inner/fifo")
+        shell.run(
+            "cd /mnt/host; echo x > soft/first; ln inner/first inner/second; touch -d @5 soft/"
+        )
+        assert (host / "inner" / "second").stat().st_nlink == 2
+        assert stat.S_IMODE((host / "inner").stat().st_mode) == 0o750
+        assert stat.S_ISFIFO((host / "inner" / "fifo").stat().st_mode)
+        shell.run("cd /mnt/host; (read -r l < inner/fifo; echo $l > said) & echo hi > inner/fifo")
         shell.run("until grep -q hi /mnt/host/said; do sleep 0.1; done")
         shell.run("mknod /mnt/host/null c 1 3", status=1)
-        assert shell.run("files /mnt/host/work 11") == "ok\n"
-        (host / "work" / "random").unlink()
+        assert shell.run("files /mnt/host/inner 11") == "ok\n"
+        (host / "inner" / "random").unlink()
         shell.run("cd / && umount /mnt/host && mkdir /mnt/mapped")
         options = "trans=virtio,version=9p2000.L,cache=mmap"
         shell.run(f"mount -t 9p -o {options} host /mnt/mapped")
-        assert shell.run("files /mnt/mapped/work 12") == "ok\n"
-        (host / "work" / "later").write_text("from the host")
-        assert shell.run("cat /mnt/mapped/work/later") == "from the host"
+        assert shell.run("files /mnt/mapped/inner 12") == "ok\n"
+        (host / "inner" / "later").write_text("from the host")
+        assert shell.run("cat /mnt/mapped/inner/later") == "from the host"
 
         before = digest(tree)
         for line in ("touch new", "rm -r folder1", "mv folder1 other", "chmod 0 link/*", "> out2"):
