@@ -23,7 +23,8 @@ from ringfence.memory.missing import Userfault
 from ringfence.state import send
 from ringfence.state.receive import Allowed
 from ringfence.state.send import Progress
-from ringfence.state.wire import MoveFailed
+from ringfence.state.wire import MoveFailed, Tls
+from state.certificates import make_authority, make_tls, needs_openssl
 from state.moving import Line, Target, cut_at, nothing
 
 pytestmark = pytest.mark.boot
@@ -134,9 +135,12 @@ from pathlib import Path
 from ringfence import Machine
 from ringfence.state import arrival
 from ringfence.state.receive import Allowed
+from ringfence.state.wire import Tls
 arrival.PATIENCE = 3.0
+files = [Path(each) for each in sys.argv[3:]]
 machine = Machine.receive(
     sys.argv[1], Allowed(engine="translate", cache_dir=Path(sys.argv[2])),
+    tls=Tls(*files) if files else None,
     listening=lambda where: print(where, flush=True),
     progress=lambda stage, come: print(stage, flush=True),
 )
@@ -149,10 +153,11 @@ print("steady" if "TROUBLE" not in machine.console.output else "trouble", flush=
 """
 
 
-def start_target(cache: Path) -> tuple[subprocess.Popen[str], str]:
+def start_target(cache: Path, tls: Tls | None = None) -> tuple[subprocess.Popen[str], str]:
     """A process that receives, and where."""
+    files = map(str, (tls.certificate, tls.key, tls.authority)) if tls else ()
     process = subprocess.Popen(
-        [sys.executable, "-c", TARGET, "tcp://127.0.0.1:0", str(cache)],
+        [sys.executable, "-c", TARGET, "tcp://127.0.0.1:0", str(cache), *files],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -207,6 +212,23 @@ def test_ram_follows_the_guest(hasty: Machine, cache: Path) -> None:
     assert told[-1].stage in ("handover", "follow")
     hasty.close()
     said, _ = process.communicate(timeout=180)
+    assert said.splitlines()[-1] == "steady"
+
+
+@needs_openssl
+def test_ram_follows_the_guest_over_tls(hasty: Machine, cache: Path, tmp_path: Path) -> None:
+    """A line that is cut while it does is made anew, by those who trust each other."""
+    authority = make_authority(tmp_path, "authority")
+    target, source = (make_tls(tmp_path, name, authority) for name in ("target", "source"))
+    process, address = start_target(cache, target)
+    line = Line(tmp_path, address)
+    line.changes[:] = [(cut_at(20_000), nothing), (nothing, nothing)]
+    report = hasty.migrate(line.address, tls=source, downtime=0.0, postcopy=True)
+    assert not line.changes
+    assert report.followed > 0
+    hasty.close()
+    said, _ = process.communicate(timeout=180)
+    line.close()
     assert said.splitlines()[-1] == "steady"
 
 

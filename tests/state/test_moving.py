@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +36,7 @@ from ringfence.state.wire import (
     parse_address,
     secure,
 )
+from state.certificates import make_authority, make_tls, needs_openssl
 from state.moving import Change, Line, Target, allow, cut_at, cut_in, flip_at, guest, lives, nothing
 
 NOWHERE = "unix:///nonexistent/socket"
@@ -536,32 +535,7 @@ def test_addresses_that_are_none(text: str) -> None:
 # ---- TLS
 
 
-def make_tls(folder: Path, name: str, authority: tuple[Path, Path]) -> Tls:
-    key, request, certificate = (folder / f"{name}.{kind}" for kind in ("key", "csr", "pem"))
-    command = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    subprocess.run(
-        [*command, "-keyout", key, "-out", request, "-subj", f"/CN={name}"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    subprocess.run(
-        ["openssl", "x509", "-req", "-in", request, "-CA", authority[0], "-CAkey", authority[1],
-         "-out", certificate, "-days", "2"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return Tls(certificate, key, authority[0])
-
-
-def make_authority(folder: Path, name: str) -> tuple[Path, Path]:
-    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-keyout", key, "-out", certificate, "-subj", f"/CN={name}", "-days", "2"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return certificate, key
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@needs_openssl
 def test_tls_lets_only_the_trusted_in(tmp_path: Path) -> None:
     ours, theirs = make_authority(tmp_path, "ours"), make_authority(tmp_path, "theirs")
     target = Target("tcp://127.0.0.1:0", tls=make_tls(tmp_path, "target", ours))
@@ -577,17 +551,17 @@ def test_tls_lets_only_the_trusted_in(tmp_path: Path) -> None:
         Tls(tmp_path / "none", tmp_path / "none", tmp_path / "none").context(True)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+@needs_openssl
 def test_frames_go_over_tls_when_the_messages_are_over(tmp_path: Path) -> None:
     """As a network's do that its guest has left: either end may wait either way."""
     ours = make_authority(tmp_path, "ours")
     near, far = socket.socketpair()
     ends: list[Link] = []
     server = threading.Thread(
-        target=lambda: ends.append(Link(secure(far, make_tls(tmp_path, "one", ours), server=True)))
+        target=lambda: ends.append(Link(secure(far, make_tls(tmp_path, "one", ours).context(True))))
     )
     server.start()
-    link = Link(secure(near, make_tls(tmp_path, "two", ours), server=False))
+    link = Link(secure(near, make_tls(tmp_path, "two", ours).context(False)))
     server.join(60)
     link.send(Kind.GO)
     ends[0].receive(Kind.GO)

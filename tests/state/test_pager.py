@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ringfence.errors import HostError
+from ringfence.errors import HostError, UsageError
 from ringfence.memory.dirty import PAGE, Run
 from ringfence.memory.missing import Userfault
 from ringfence.memory.ram import GuestMemory
@@ -23,10 +26,14 @@ from ringfence.state.wire import (
     Kind,
     Link,
     LinkError,
+    Tls,
+    pack_header,
     pack_places,
     parse_address,
+    secure,
     unpack_places,
 )
+from state.certificates import make_authority, make_tls
 
 PAGES = 1024
 _load = ctypes.CDLL(None).memcpy
@@ -52,11 +59,12 @@ def read(memory: GuestMemory, page: int) -> bytes:
 class Target:
     """RAM some of whose pages are missing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: Tls | None, sender: Tls | None) -> None:
         self.address: Address = parse_address(f"unix://{folder}/socket")
         self.listener = self.address.listen()
         self.memory = GuestMemory(PAGES * PAGE)
-        self.arrival = Arrival(self.memory, self.listener.fileno(), "token")
+        self.arrival = Arrival(self.memory, self.listener.fileno(), "token", tls)
+        self.context = sender.context(server=False) if sender else None
         self.complete = threading.Event()
 
     def begin(self, *runs: Run) -> None:
@@ -64,7 +72,7 @@ class Target:
         self.arrival.follow(self.complete.set)
 
     def connect(self, token: str = "token") -> Link:
-        link = Link(self.address.connect(20), 20)
+        link = Link(secure(self.address.connect(20), self.context), 20)
         link.send(Kind.FOLLOW, {"token": token})
         return link
 
@@ -73,9 +81,21 @@ class Target:
         self.listener.close()
 
 
-@pytest.fixture
-def target(tmp_path: Path) -> Iterator[Target]:
-    made = Target(tmp_path)
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tls]:
+    """Of the two ends, and of somebody whom neither knows."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    folder = tmp_path_factory.mktemp("certificates")
+    ours, theirs = make_authority(folder, "ours"), make_authority(folder, "theirs")
+    made = {name: make_tls(folder, name, ours) for name in ("target", "sender")}
+    return made | {"stranger": make_tls(folder, "stranger", theirs)}
+
+
+@pytest.fixture(params=["plain", "TLS"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
+    known = request.getfixturevalue("certificates") if request.param == "TLS" else {}
+    made = Target(tmp_path, known.get("target"), known.get("sender"))
     yield made
     made.close()
 
@@ -87,7 +107,7 @@ def test_all_of_it_comes(target: Target) -> None:
         target.memory.write(page * PAGE, b"stale" * 100)
     target.begin(Run(2, 300), Run(600, 1), Run(1023, 1))
     assert target.memory.incomplete
-    remainder = Remainder(target.address, "token", source)
+    remainder = Remainder(target.address, target.context, "token", source)
     for page in (600, 299, 3, 1023):  # some wait for theirs
         assert read(target.memory, page) == bytes(source.view[page * PAGE :][:PAGE])
     assert read(target.memory, 601) == bytes(PAGE)  # not missing, never touched
@@ -160,7 +180,7 @@ def test_strangers_and_noise(target: Target, noise: bytes) -> None:
     with pytest.raises(LinkError):
         link.receive(Kind.DONE)
     link.close()
-    asking = Link(target.address.connect(20), 20)
+    asking = Link(secure(target.address.connect(20), target.context), 20)
     asking.send(Kind.QUERY, {"token": "token"})
     assert asking.receive(Kind.ANSWER).content() == {"fate": "running"}
     asking.close()
@@ -176,3 +196,72 @@ def test_a_machine_that_ends_before(target: Target) -> None:
     process = target.arrival._process
     target.memory.close()
     assert process.wait(20) == -signal.SIGTERM
+
+
+def test_only_the_trusted_follow(tmp_path: Path, certificates: dict[str, Tls]) -> None:
+    """Who has no certificate of ours gets no pages in, and the right sender still does."""
+    target = Target(tmp_path, certificates["target"], certificates["sender"])
+    target.begin(Run(1, 1))
+    trusting = replace(certificates["stranger"], authority=certificates["target"].authority)
+    for stranger in (None, trusting.context(server=False)):
+        link = Link(secure(target.address.connect(20), stranger), 20)
+        with pytest.raises(LinkError):
+            link.send(Kind.FOLLOW, {"token": "token"})
+            link.receive(Kind.MISSING)
+        link.close()
+    source = GuestMemory(PAGES * PAGE)
+    source.write(PAGE, contents(1))
+    remainder = Remainder(target.address, target.context, "token", source)
+    remainder.wait(lambda: None)
+    assert remainder.failure is None
+    assert target.complete.wait(20)
+    assert bytes(target.memory.view[PAGE : 2 * PAGE]) == contents(1)
+    source.close()
+    target.close()
+
+
+def test_pages_go_to_the_trusted_only(
+    tmp_path: Path, certificates: dict[str, Tls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever answers where the target was is not believed without its certificate."""
+    monkeypatch.setattr("ringfence.state.remainder.PATIENCE", 0.5)
+    target = Target(tmp_path, certificates["stranger"], None)
+    target.begin(Run(1, 1))
+    source = GuestMemory(PAGES * PAGE)
+    context = certificates["sender"].context(server=False)
+    remainder = Remainder(target.address, context, "token", source)
+    remainder.wait(lambda: None)
+    assert "certificate" in str(remainder.failure)
+    assert not remainder.sent
+    source.close()
+    target.close()
+
+
+def test_messages_that_come_in_one_record(tmp_path: Path, certificates: dict[str, Tls]) -> None:
+    """What TLS has unpacked already is heard of, although the socket is silent."""
+    target = Target(tmp_path, certificates["target"], certificates["sender"])
+    target.begin(Run(1, 2))
+    connected = secure(target.address.connect(20), target.context)
+    link = Link(connected, 20)
+    link.send(Kind.FOLLOW, {"token": "token"})
+    link.receive(Kind.MISSING)
+    connected.sendall(
+        b"".join(
+            pack_header(Kind.ZEROES, place) + place
+            for place in (pack_places([Run(1, 1)]), pack_places([Run(2, 1)]))
+        )
+    )
+    link.receive(Kind.DONE)
+    assert target.complete.wait(20)
+    link.close()
+    target.close()
+
+
+def test_keys_with_a_passphrase_are_refused(tmp_path: Path, certificates: dict[str, Tls]) -> None:
+    known, locked = certificates["target"], tmp_path / "locked.key"
+    subprocess.run(
+        ["openssl", "ec", "-in", known.key, "-aes128", "-passout", "pass:secret", "-out", locked],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="passphrase"):
+        Tls(known.certificate, locked, known.authority).context(server=True)

@@ -17,6 +17,7 @@ from ringfence.memory.dirty import PAGE, Run
 from ringfence.memory.missing import Userfault
 from ringfence.memory.ram import GuestMemory
 from ringfence.state.pager import PATIENCE
+from ringfence.state.wire import Tls
 
 
 class Arrival:
@@ -30,6 +31,8 @@ class Arrival:
         Descriptor of the socket at which the sender connects.
     token : str
         What the sender calls the machine.
+    tls : Tls, optional
+        How the sender and we know each other.
 
     Raises
     ------
@@ -37,7 +40,9 @@ class Arrival:
         The host doesn't permit it.
     """
 
-    def __init__(self, memory: GuestMemory, listener: int, token: str) -> None:
+    def __init__(
+        self, memory: GuestMemory, listener: int, token: str, tls: Tls | None = None
+    ) -> None:
         self._memory = memory
         self._waiting: threading.Thread | None = None
         self._uffd = Userfault()
@@ -61,6 +66,7 @@ class Arrival:
             pages=memory.size // PAGE,
             token=token,
             patience=PATIENCE,
+            tls=[str(each) for each in (tls.certificate, tls.key, tls.authority)] if tls else None,
         )
         if self._answer() != b"ready\n":
             self.close()

@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ringfence.errors import RingfenceError
@@ -33,7 +34,9 @@ from ringfence.state.wire import (
     Kind,
     Link,
     LinkError,
+    Tls,
     pack_places,
+    secure,
     unpack_pages,
     unpack_places,
 )
@@ -51,7 +54,13 @@ class Pager:
     ----------
     about : dict
         ``uffd``, ``listener``: descriptors; ``base``: address of RAM; ``pages``: how many;
-        ``token``: what the sender calls the machine; ``patience``: instead of `PATIENCE`.
+        ``token``: what the sender calls the machine; ``patience``: instead of `PATIENCE`; ``tls``:
+        None, or the files of `Tls`.
+
+    Raises
+    ------
+    UsageError
+        The files for TLS are no such thing.
     """
 
     def __init__(self, about: dict[str, Any]) -> None:
@@ -59,6 +68,8 @@ class Pager:
         self._listener = socket.socket(fileno=about["listener"])
         self._base, self._pages = about["base"], about["pages"]
         self._token, self._patience = about["token"], about["patience"]
+        tls = about["tls"]
+        self._context = Tls(*map(Path, tls)).context(server=True) if tls else None
         self._missing = bytearray(self._pages)
         self._left = 0
         self._wanted: set[int] = set()
@@ -77,7 +88,10 @@ class Pager:
                 self._give_up()
             watched: list[Any] = [self._uffd.fd, sys.stdin.fileno()]
             watched.append(self._listener if self._link is None else self._link)
-            ready, _, _ = select.select(watched, [], [], 0.5)
+            here = self._link is not None and self._link.buffered
+            ready, _, _ = select.select(watched, [], [], 0 if here else 0.5)
+            if here and self._link not in ready:
+                ready.append(self._link)
             for each in ready:
                 if each is self._listener:
                     self._accept()
@@ -137,7 +151,11 @@ class Pager:
 
     def _accept(self) -> None:
         connected, _ = self._listener.accept()
-        link = Link(connected, SILENCE)
+        connected.settimeout(SILENCE)
+        try:
+            link = Link(secure(connected, self._context), SILENCE)
+        except LinkError:
+            return  # whoever that was, we wait for somebody we trust
         try:
             hello = link.receive(Kind.FOLLOW, Kind.QUERY)
             mine = hello.content().get("token") == self._token
@@ -234,7 +252,10 @@ def main() -> None:
     line = b""
     while not line.endswith(b"\n"):
         line += os.read(0, 1) or sys.exit(0)
-    pager = Pager(json.loads(line))
+    try:
+        pager = Pager(json.loads(line))
+    except RingfenceError as error:
+        sys.exit(f"ringfence: RAM can't follow a machine: {error}")
     print("ready", flush=True)
     try:
         pager.run()

@@ -168,6 +168,7 @@ class Receiver:
         self._allowed = allowed
         self._build = build
         self._tls = tls
+        self._context = tls.context(server=True) if tls else None
         self._listener = address.listen()
         self.address = address
         if not address.local:
@@ -222,7 +223,7 @@ class Receiver:
             raise HostError(f"{self.address} does not listen any more ({error})") from error
         connected.settimeout(QUERY_PATIENCE)
         try:
-            return Link(secure(connected, self._tls, server=True))
+            return Link(secure(connected, self._context))
         except LinkError:
             return None  # whoever that was, we wait for somebody we trust
 
@@ -310,11 +311,11 @@ class Receiver:
         return machine
 
     def _arrival(self, machine: Any, memory: GuestMemory, token: str) -> Arrival | None:
-        """Be prepared for RAM that follows, if this host and the line offer that."""
-        if self._tls is not None or memory.fd < 0:
+        """Be prepared for RAM that follows, if this host offers that."""
+        if memory.fd < 0:
             return None
         try:
-            arrival = Arrival(memory, self._listener.fileno(), token)
+            arrival = Arrival(memory, self._listener.fileno(), token, self._tls)
         except HostError:
             return None
         if arrival.user_only and machine.config.engine == "kvm":

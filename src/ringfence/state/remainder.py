@@ -7,7 +7,7 @@ side says each time what it still lacks.
 
 from __future__ import annotations
 
-import select
+import ssl
 import threading
 import time
 from collections import deque
@@ -22,7 +22,9 @@ from ringfence.state.wire import (
     Address,
     Kind,
     Link,
+    LinkError,
     pack_places,
+    secure,
     unpack_places,
 )
 
@@ -39,14 +41,19 @@ class Remainder:
     ----------
     address : Address
         Where the target listens.
+    context : ssl.SSLContext or None
+        For TLS.
     token : str
         What we call the machine.
     memory : GuestMemory
         Its RAM, which nobody changes any more.
     """
 
-    def __init__(self, address: Address, token: str, memory: GuestMemory) -> None:
+    def __init__(
+        self, address: Address, context: ssl.SSLContext | None, token: str, memory: GuestMemory
+    ) -> None:
         self._address = address
+        self._context = context
         self._token = token
         self._memory = memory
         self._stop = False
@@ -76,9 +83,11 @@ class Remainder:
         deadline = time.monotonic() + PATIENCE
         while not self._stop:
             try:
-                link = Link(self._address.connect(5.0))
+                link = Link(secure(self._address.connect(5.0), self._context))
             except OSError as error:
                 why = error.strerror or str(error)
+            except LinkError as error:
+                why = str(error)
             else:
                 self._heard = False
                 try:
@@ -103,10 +112,8 @@ class Remainder:
         todo = deque(unpack_places(link.receive(Kind.MISSING).data, count))
         self._heard = True
         self.left = sum(run.length for run in todo)
-        poll = select.poll()
-        poll.register(link, select.POLLIN)
         while not self._stop:
-            if poll.poll(0 if todo else 500):
+            if link.heard(0 if todo else 0.5):
                 message = link.receive(Kind.WANT, Kind.MISSING, Kind.DONE)
                 if message.kind is Kind.DONE:
                     return True

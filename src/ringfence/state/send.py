@@ -19,6 +19,7 @@ its owner to decide. It can't be resumed while another process has one of its di
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -201,7 +202,7 @@ class Sender:
     ) -> None:
         self._owner = owner
         self._address = address
-        self._tls = tls
+        self._context: ssl.SSLContext | None = tls.context(server=False) if tls else None
         self._limit = downtime
         self._compress = compress
         self._follow = follow
@@ -264,7 +265,7 @@ class Sender:
 
     def _connect(self) -> Link:
         try:
-            return Link(secure(self._address.connect(ASK_AGAIN), self._tls, server=False))
+            return Link(secure(self._address.connect(ASK_AGAIN), self._context))
         except LinkError as error:
             raise MoveFailed(f"{error}; the machine goes on here") from error
         except OSError as error:
@@ -281,9 +282,7 @@ class Sender:
                     f"{options.path} has changes that no other process can see (snapshot): copy it"
                     " along with --mirror"
                 )
-        handover = self._address.local and self._tls is None and parts.memory.fd >= 0
-        if self._follow and self._tls is not None:
-            raise UsageError("RAM can't follow a machine over TLS yet: leave out --postcopy")
+        handover = self._address.local and self._context is None and parts.memory.fd >= 0
         return {
             "protocol": PROTOCOL,
             "token": self._token,
@@ -401,7 +400,9 @@ class Sender:
                 parts.engine.fetch_dirty()
                 left = parts.memory.dirty.take()
                 if self._follows:
-                    self._remainder = Remainder(self._address, self._token, parts.memory)
+                    self._remainder = Remainder(
+                        self._address, self._context, self._token, parts.memory
+                    )
                     self._link.send_raw(Kind.MISSING, pack_places(left))
                 else:
                     self._send_pages(parts, left, known_zero=False)
@@ -491,7 +492,7 @@ class Sender:
         deadline = time.monotonic() + ASK_AGAIN
         while time.monotonic() < deadline:
             try:
-                link = Link(secure(self._address.connect(ASK_AGAIN), self._tls, server=False))
+                link = Link(secure(self._address.connect(ASK_AGAIN), self._context))
             except (OSError, LinkError):
                 time.sleep(0.2)
                 continue

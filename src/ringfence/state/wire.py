@@ -147,11 +147,16 @@ class Tls:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            context.load_cert_chain(self.certificate, self.key)
+            context.load_cert_chain(self.certificate, self.key, _no_passphrase)
             context.load_verify_locations(self.authority)
         except (OSError, ssl.SSLError) as error:
             raise UsageError(f"TLS with {self.certificate} is not possible: {error}") from error
         return context
+
+
+def _no_passphrase() -> str:
+    # OpenSSL would ask for it at the terminal, in the middle of a move.
+    raise UsageError("TLS is not possible: the key has a passphrase, expected one without")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,11 +295,20 @@ class Link:
             while self._socket.recv(1 << 20) and time.monotonic() < deadline:
                 pass
 
-    def look(self) -> None:
-        """Hear of a failure of the other side's, who says nothing else now; see `receive`."""
+    @property
+    def buffered(self) -> bool:
+        """Whether some of what has come is here already, of which its descriptor tells nothing."""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
+    def heard(self, seconds: float) -> bool:
+        """Whether the other side says something, within so many seconds."""
         come = select.poll()
         come.register(self._socket, select.POLLIN)
-        if come.poll(0):
+        return self.buffered or bool(come.poll(seconds * 1000))
+
+    def look(self) -> None:
+        """Hear of a failure of the other side's, who says nothing else now; see `receive`."""
+        if self.heard(0):
             self.receive()
 
     def send(self, kind: Kind, content: dict[str, Any] | None = None) -> None:
@@ -385,12 +399,16 @@ def _checksum(kind: int, encoding: int, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(bytes((kind, encoding))))
 
 
-def secure(connected: socket.socket, tls: Tls | None, *, server: bool) -> socket.socket:
-    """The connection with TLS, if that is wanted; LinkError if the other side isn't trusted."""
-    if tls is None:
+def secure(connected: socket.socket, context: ssl.SSLContext | None) -> socket.socket:
+    """The connection with TLS, if that is wanted; LinkError if the other side isn't trusted.
+
+    ``context`` is that of our side (`Tls.context`).
+    """
+    if context is None:
         return connected
+    server = context.protocol is ssl.PROTOCOL_TLS_SERVER
     try:
-        return tls.context(server).wrap_socket(connected, server_side=server)
+        return context.wrap_socket(connected, server_side=server)
     except OSError as error:
         connected.close()
         raise LinkError(f"TLS with the other side failed: {error}") from error
