@@ -13,7 +13,7 @@ from ringfence.engine.debug import Access, DebugStop, StopKind
 from ringfence.engine.kvm.verdict import Kind, verdict
 from ringfence.errors import GuestTimeout, UsageError
 from ringfence.images.builtin import LOAD_ADDRESS, assemble, elf_kernel
-from ringfence.machine import State
+from ringfence.life import State
 
 KERNEL = elf_kernel(assemble(SOURCE), LOAD_ADDRESS)
 WAIT = 20.0

@@ -15,7 +15,8 @@ from ringfence.boot.layout import BootState
 from ringfence.chipset.board import Board
 from ringfence.engine import EngineConfig, StopReason
 from ringfence.errors import GuestTimeout, HostError, ImageError, RingfenceError, UsageError
-from ringfence.machine import Machine, State
+from ringfence.life import State
+from ringfence.machine import Machine
 from ringfence.memory.ram import GuestMemory
 from ringfence.settings import parse_memory
 

@@ -17,7 +17,8 @@ from ringfence.api.client import Client, list_machines
 from ringfence.api.consoles import BEHIND
 from ringfence.api.server import CONNECTIONS, published
 from ringfence.errors import HostError, ImageError, RingfenceError, UsageError
-from ringfence.machine import Machine, State
+from ringfence.life import State
+from ringfence.machine import Machine
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ringfence import Machine, sockets
 from ringfence.errors import HostError, UsageError
 from ringfence.gdb.packets import PACKET_MAX, frame
 from ringfence.gdb.server import GdbServer, parse_place
-from ringfence.machine import State
+from ringfence.life import State
 
 
 @pytest.fixture

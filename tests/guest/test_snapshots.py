@@ -13,7 +13,7 @@ import pytest
 from guest.support import Shell, environment
 from ringfence import Machine
 from ringfence.images.store import Image
-from ringfence.machine import State
+from ringfence.life import State
 from ringfence.storage.options import DiskOptions
 
 pytestmark = pytest.mark.boot

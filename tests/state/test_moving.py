@@ -15,7 +15,7 @@ from ringfence.assembly import MachineConfig, Origin
 from ringfence.boot.firmware import Firmware
 from ringfence.engine import EngineConfig, StopReason
 from ringfence.errors import HostError, ImageError, UsageError
-from ringfence.machine import State
+from ringfence.life import State
 from ringfence.memory.dirty import DirtyLog
 from ringfence.memory.ram import GuestMemory
 from ringfence.state import images, plain, send

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from ringfence.cli.terminal import HELP, Escape, EscapeFilter, RawTerminal
 from ringfence.errors import GuestTimeout, HostError
-from ringfence.machine import State
+from ringfence.life import State
 
 if TYPE_CHECKING:
     from ringfence.console import Console

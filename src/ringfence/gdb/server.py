@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ringfence.errors import HostError, RingfenceError, UsageError
 from ringfence.gdb.packets import PacketReader, ProtocolError, Signal, frame
 from ringfence.gdb.stub import Stub
-from ringfence.machine import State
+from ringfence.life import State
 from ringfence.sockets import listen
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from ringfence.errors import RingfenceError, UsageError
 from ringfence.gdb.monitor import monitor
 from ringfence.gdb.packets import PACKET_MAX, escape, unescape
 from ringfence.gdb.registers import REGISTERS, RegisterFile, target_description
-from ringfence.machine import State
+from ringfence.life import State
 from ringfence.memory.ram import PAGE
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ringfence import Machine
 from ringfence.engine import StopReason
 from ringfence.engine.exits import TraceRecord
 from ringfence.images.builtin import LOAD_ADDRESS, assemble, elf_kernel
-from ringfence.machine import State
+from ringfence.life import State
 
 pytestmark = pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="this host has no /dev/kvm")
 
