@@ -537,8 +537,10 @@ def _plug_card(
         board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing))
         return device
     from ringfence.devices.e1000.card import E1000
+    from ringfence.devices.natives import natives
 
-    card = E1000(memory, board.timers, host.network, config.mac)
+    code = natives(config.engine_config.cache_dir)
+    card = E1000(memory, board.timers, host.network, config.mac, code)
     board.plug(card)
     return card
 

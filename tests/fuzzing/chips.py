@@ -22,6 +22,7 @@ from ringfence.chipset.pci import host, hotplug
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.devices import testing
 from ringfence.devices.e1000.card import E1000
+from ringfence.devices.natives import natives
 from ringfence.devices.virtio.blk import VirtioBlk
 from ringfence.devices.virtio.pci import VirtioPci
 from ringfence.firmware import (
@@ -58,7 +59,7 @@ class Bench(Rig):
         self.board.plug(self.disk)
         self.board.on_eject = lambda slot, device: device.close()
         mac = bytes.fromhex("020000000001")
-        self.board.plug(E1000(self.memory, self.board.timers, Wire(), mac))
+        self.board.plug(E1000(self.memory, self.board.timers, Wire(), mac, natives()))
         console = TestDevices(testing.EXIT_PORT, self.output.extend, ports=True)
         attach_test_devices(self.board, console, lambda status: self.events.append(status))
         attach_configuration(self.board, self.memory, CPUS, files)

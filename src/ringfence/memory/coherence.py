@@ -183,6 +183,21 @@ def note_outside_write(cpu: Coherent, first: int, count: int) -> int:
 
 
 @native
+def note_outside_runs(cpu: Coherent, table: int, count: int) -> int:
+    """As ``note_outside_write``, for pairs of an offset into RAM and a length, of bytes."""
+    fence(cpu)
+    for number in range(count):
+        offset = load64(table + number * 16)
+        length = load64(table + number * 16 + 8)
+        if length:
+            for page in range(offset >> 12, ((offset + length - 1) >> 12) + 1):
+                use = load64(cpu.page_use + page * 8) & CODE_BITS
+                if use:
+                    tell(cpu, page, 0xFFFFFFFFFFFFFFFF, use, OUTSIDE)
+    return 0
+
+
+@native
 def tell(cpu: Coherent, page: int, lines: int, use: int, writer: int) -> int:
     """Leave a note with each vCPU whose bit is in ``use`` and whose code depends on the lines."""
     number = 0

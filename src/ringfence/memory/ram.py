@@ -15,6 +15,7 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ringfence.errors import HostError, UsageError
 from ringfence.memory.dirty import PAGE as PAGE
@@ -72,6 +73,13 @@ def _check_memfd(fd: int, size: int) -> None:
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     if not seals & fcntl.F_SEAL_SHRINK or os.fstat(fd).st_size != size:
         raise OSError(errno.EINVAL, f"no sealed memory of {size} bytes was handed over")
+
+
+def _each_run(action: Callable[[int, int], None], table: int, count: int) -> None:
+    """Call ``action(offset, length)`` for each pair of a table at a host address."""
+    values = (ctypes.c_uint64 * (2 * count)).from_address(table)
+    for at in range(0, 2 * count, 2):
+        action(values[at], values[at + 1])
 
 
 class GuestMemory:
@@ -181,6 +189,7 @@ class GuestMemory:
         self.before_close: Callable[[], None] | None = None
         """Called once when it is about to be unmapped."""
         self._observers: list[Callable[[int, int], None]] = []
+        self._run_observers: list[Callable[[int, int], object]] = []
         self.view = memoryview((ctypes.c_char * size).from_address(base)).cast("B")
 
     @staticmethod
@@ -222,13 +231,20 @@ class GuestMemory:
 
     # ---- devices
 
-    def watch_dma(self, observer: Callable[[int, int], None]) -> None:
+    def watch_dma(
+        self,
+        observer: Callable[[int, int], None],
+        of_runs: Callable[[int, int], object] | None = None,
+    ) -> None:
         """Have ``observer(offset, length)`` called behind each write of a device to RAM.
 
         ``offset`` counts from `host_base`. The call comes from whatever thread wrote, before the
         guest is told of the write; an engine forgets there what it has derived from these bytes.
+        ``of_runs(table, count)`` is called in its place for many writes at once: the host address
+        of a table of pairs, and how many there are.
         """
         self._observers.append(observer)
+        self._run_observers.append(of_runs or partial(_each_run, observer))
 
     def slice(self, address: int, length: int) -> memoryview:
         """The bytes themselves, for a device to read or fill; IndexError outside RAM.
@@ -250,6 +266,13 @@ class GuestMemory:
         at = self.offset(address, len(data))
         self.view[at : at + len(data)] = data
         self._changed(at, len(data))
+
+    def dma_written_runs(self, table: int, count: int) -> None:
+        """Tell the observers of many changes: pairs of offset and length at a host address."""
+        if self.dirty.enabled:
+            _each_run(self.dirty.mark, table, count)
+        for observer in self._run_observers:
+            observer(table, count)
 
     def discard(self, address: int, length: int) -> None:
         """Give whole pages back to the host: they read as zeroes; IndexError outside RAM."""

@@ -48,9 +48,9 @@ def _llvm_identity() -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def image_path(folder: Path, key: str) -> Path:
+def image_path(folder: Path, key: str, kind: str = "native") -> Path:
     """Where the optimized image of a unit, known by its `source_key`, is kept in a cache folder."""
-    return folder / f"native-{key}.o"
+    return folder / f"{kind}-{key}.o"
 
 
 class Library:

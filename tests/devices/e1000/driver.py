@@ -18,6 +18,7 @@ from ringfence.devices.e1000.registers import (
     RxDescriptor,
     TxDescriptor,
 )
+from ringfence.devices.natives import natives
 from ringfence.memory.ram import GuestMemory
 
 MAC = bytes.fromhex("020000000001")
@@ -68,7 +69,7 @@ class Driver:
         self.queue = TimerQueue(self.clock, threading.RLock())
         self.wire = Wire()
         self.pin: list[bool] = []
-        self.card = E1000(self.memory, self.queue, self.wire, MAC)
+        self.card = E1000(self.memory, self.queue, self.wire, MAC, natives())
         self.card.interrupts._pin = self.pin.append
         self.entries = entries
         self.tx_tail = self.rx_head = 0

@@ -139,6 +139,9 @@ class CardFuzzer(Fuzzer):
         if source.random() < 0.5 and len(frame) > 16:
             frame[12:14] = source.choice((b"\x08\0", b"\x86\xdd", b"\x81\0"))
             frame[14] = source.choice((0x45, 0x4F, 0x60, 0x00))
+        if source.random() < 0.3 and len(frame) > 60:  # TCP, as large segments are
+            frame[20:24] = b"\0\0\x40\x06"
+            frame[46] = source.choice((0x50, 0x80, 0xF0, 0x10))
         if source.random() < 0.3 and frame:
             frame[0] |= 1
         assert len(frame) <= receive.LONGEST * 5

@@ -8,7 +8,16 @@ import zlib
 
 import pytest
 
-from devices.e1000.driver import MAC, MEMORY, PEER, RX_BUFFERS, RX_RING, Driver, frame_of
+from devices.e1000.driver import (
+    BUFFER,
+    MAC,
+    MEMORY,
+    PEER,
+    RX_BUFFERS,
+    RX_RING,
+    Driver,
+    frame_of,
+)
 from devices.e1000.packets import ipv4, ipv6
 from devices.e1000.test_transmit import stays_usable
 from ringfence.devices.e1000.offload import verify
@@ -21,6 +30,7 @@ from ringfence.devices.e1000.registers import (
     Ring,
     RxDescriptor,
 )
+from ringfence.network.offload import WIRE_MSS, segments, tcp_over_ipv4
 
 BROADCAST = b"\xff" * 6
 MULTICAST = bytes.fromhex("01005e000001")
@@ -274,6 +284,65 @@ def test_large_segments_are_cut() -> None:
     assert not driver.errors
     assert verify(frames[-1]) == (True, True)
     assert driver.read(0x4074) == 11, "GPRC"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_large_segments_are_cut_as_backends_do_it(seed) -> None:
+    """Any headers, flags, numbers that wrap round, buffers that are smaller than a segment."""
+    source = random.Random(seed)
+    frame = bytearray(MAC + ipv4(6, source.randbytes(source.randrange(1500, 40_000)))[6:])
+    frame[18:20] = source.choice((b"\xff\xfe", b"\0\0", source.randbytes(2)))
+    frame[38:42] = source.choice((b"\xff\xff\xf0\0", source.randbytes(4)))
+    frame[46:48] = bytes([source.choice((0x50, 0x80, 0xF0)), source.getrandbits(8)])
+    sizes = source.choice((0, 1, 2)) << RCTL.BSIZE_SHIFT
+    driver = Driver(entries=256).start(rctl=RCTL.SECRC * source.randrange(2) | sizes)
+    for index in range(256):
+        address = RX_BUFFERS + index * BUFFER + source.randrange(8)
+        driver.memory.write(RX_RING + index * 16, struct.pack("<QQ", address, 0))
+    tcp = tcp_over_ipv4(bytes(frame))
+    assert tcp is not None
+    assert driver.card.receive(bytes(frame))
+    wanted = list(segments(bytes(frame), tcp, WIRE_MSS, version=4))
+    if not driver.read(RCTL.OFFSET) & RCTL.SECRC:
+        wanted = [each + zlib.crc32(each).to_bytes(4, "little") for each in wanted]
+    assert driver.take() == wanted
+    assert driver.read(0x4074) == len(wanted), "GPRC"
+    octets = sum(map(len, wanted)) + 4 * len(wanted) * bool(driver.read(RCTL.OFFSET) & RCTL.SECRC)
+    assert driver.read(0x4088) == octets, "GORCL"
+
+
+def test_all_that_is_stored_is_told() -> None:
+    driver = Driver().start()
+    before = driver.memory.read(0, MEMORY)
+    told = bytearray(MEMORY)
+    driver.memory.watch_dma(
+        lambda at, length: told.__setitem__(slice(at, at + length), b"\1" * length)
+    )
+    driver.memory.dirty.enabled = True
+    for seed in range(3):
+        assert driver.card.receive(MAC + ipv4(6, random.Random(seed).randbytes(16_060))[6:])
+    after = driver.memory.read(0, MEMORY)
+    changed = {at for at in range(MEMORY) if before[at] != after[at]}
+    assert changed and all(told[at] for at in changed)
+    pages = {
+        page
+        for run in driver.memory.dirty.take()
+        for page in range(run.first, run.first + run.count)
+    }
+    assert pages == {at >> 12 for at in range(MEMORY) if told[at]}
+
+
+def test_a_ring_across_the_end_of_memory_stops() -> None:
+    driver = Driver().start()
+    base = MEMORY - 5 * 16
+    for index in range(5):
+        driver.memory.write(base + index * 16, struct.pack("<QQ", RX_BUFFERS + index * BUFFER, 0))
+    driver.write(Ring.RECEIVE + Ring.BAL, base)
+    assert driver.card.receive(MAC + ipv4(6, bytes(16_060))[6:])
+    assert driver.card.receiver.ring.failed
+    assert driver.read(RDH) == 5
+    assert driver.read(0x4074) == 5, "GPRC"
+    stays_usable(driver)
 
 
 def test_a_large_segment_waits_as_a_whole() -> None:

@@ -46,6 +46,7 @@ from ringfence.devices.e1000.registers import (
 from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
 from ringfence.devices.e1000.transmit import Transmitter
+from ringfence.devices.natives import Natives
 from ringfence.memory.ram import GuestMemory
 from ringfence.network.backend import NetworkBackend
 
@@ -68,12 +69,19 @@ class E1000(PciDevice):
         The other end of its cable, whose owner attaches it to `receive`.
     mac : bytes
         Its Ethernet address, 6 bytes.
+    natives : Natives
+        Where native code is found.
     """
 
     FIELDS: ClassVar[tuple[str, ...]] = (*PciDevice.FIELDS, "ctrl", "plain", "ioaddr")
 
     def __init__(
-        self, memory: GuestMemory, timers: TimerQueue, backend: NetworkBackend, mac: bytes
+        self,
+        memory: GuestMemory,
+        timers: TimerQueue,
+        backend: NetworkBackend,
+        mac: bytes,
+        natives: Natives,
     ) -> None:
         super().__init__(IDENTITY)
         self.add_bar(MEMORY_BAR, MEMORY_SIZE)
@@ -99,6 +107,7 @@ class E1000(PciDevice):
             *(memory, self.interrupts, self.statistics, self.filters),
             resume=backend.resume,
             vlan=self._vlan,
+            natives=natives,
         )
         self._parts = {
             "eeprom": self.eeprom,

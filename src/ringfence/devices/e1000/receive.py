@@ -10,7 +10,7 @@ descriptor, which no driver of this chip reads, stays 0.
 
 from __future__ import annotations
 
-import struct
+import ctypes
 import zlib
 from collections.abc import Callable
 
@@ -18,12 +18,15 @@ from ringfence.chipset.state import Saved, State
 from ringfence.devices.e1000 import statistics as counter
 from ringfence.devices.e1000.filters import Filters
 from ringfence.devices.e1000.interrupts import Interrupts
+from ringfence.devices.e1000.landing import Landing, crc_table
 from ringfence.devices.e1000.offload import verify
 from ringfence.devices.e1000.registers import ICR, RCTL, RXCSUM, Ring, RxDescriptor
 from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
+from ringfence.devices.natives import Natives
 from ringfence.memory.ram import GuestMemory
-from ringfence.network.offload import WIRE_MSS, Malformed, segments, tcp_over_ipv4
+from ringfence.memory.reach import set_reach
+from ringfence.network.offload import TCP_HEADER, WIRE_MSS, tcp_over_ipv4
 
 MINIMUM, FCS, TAG = 60, 4, 4
 LONGEST_STANDARD = 1518
@@ -31,8 +34,7 @@ LONGEST_STANDARD = 1518
 LONGEST = 16384
 LARGE_COUNT = 64
 """Descriptors of a ring that is given large segments: it has room for several."""
-_ADDRESS = struct.Struct("<Q")
-_WRITE_BACK = struct.Struct("<HHBBH")
+_crc_table = crc_table()
 
 
 class Receiver(Saved):
@@ -44,6 +46,8 @@ class Receiver(Saved):
         Called when a frame that was refused may be offered again.
     vlan : Callable[[], int]
         The Ethernet type of VLAN tags to take off, or 0.
+    natives : Natives
+        Where native code is found.
     """
 
     FIELDS = ("rctl", "rxcsum", "refused")
@@ -56,8 +60,14 @@ class Receiver(Saved):
         filters: Filters,
         resume: Callable[[], None],
         vlan: Callable[[], int],
+        natives: Natives,
     ) -> None:
         self._memory = memory
+        self._natives = natives
+        self._place = ctypes.create_string_buffer(Landing.size)
+        self._at = ctypes.addressof(self._place)
+        self._job = Landing.at(self._at)
+        set_reach(self._job, memory)
         self._interrupts = interrupts
         self._statistics = statistics
         self._filters = filters
@@ -125,23 +135,24 @@ class Receiver(Saved):
         vlan = self._vlan()
         tagged = bool(vlan) and frame[12] << 8 | frame[13] == vlan
         longest = LONGEST if self.rctl & RCTL.LPE else LONGEST_STANDARD + TAG * tagged
-        pieces = [frame]
+        header, mss = 0, WIRE_MSS
         if length > longest:
-            pieces = self._cut(frame)
-            if not pieces:
+            header = self._cut(frame)
+            if not header:
                 counters[counter.ROC] += 1
                 return True
         if not self._wanted(frame, tagged):
             self._statistics.arrived(length)
             return True
-        data, tag = pieces, 0
+        data, tag = frame, 0
+        size, fcs = self.buffer, 0 if self.rctl & RCTL.SECRC else FCS
         if tagged:
-            data, tag = [frame[:12] + frame[16:]], frame[14] << 8 | frame[15]
-        if not self.rctl & RCTL.SECRC:
-            sums = [zlib.crc32(piece).to_bytes(FCS, "little") for piece in pieces]
-            data = [each + fcs for each, fcs in zip(data, sums, strict=True)]
-        size = self.buffer
-        needed = sum(-(-len(each) // size) for each in data)
+            data, tag = frame[:12] + frame[16:], frame[14] << 8 | frame[15]
+            if fcs:  # it is of the frame as it came
+                data, fcs = data + zlib.crc32(frame).to_bytes(FCS, "little"), 0
+        full, rest = divmod(len(data) - header, mss) if header else (0, len(data))
+        lengths = [(header + mss, full), (header + rest, int(rest > 0))]
+        needed = sum(-(-(each + fcs) // size) * count for each, count in lengths)
         if needed > self.ring.available:
             if needed >= self.ring.count > 0:
                 counters[counter.MPC] += 1
@@ -150,25 +161,28 @@ class Receiver(Saved):
                 counters[counter.RNBC] += 1
                 self.refused = True
             return False
-        # What is true of the first segment's checksums is true of all.
-        judgement = self._judge(pieces[0], RxDescriptor.VP if tagged else 0)
-        for piece, each in zip(pieces, data, strict=True):
-            self._statistics.arrived(len(piece) + FCS)
-            if not self._store(each, *judgement, tag):
-                return True
-            self._statistics.received(piece, len(piece) + FCS)
-        self._report()
+        # What is true of the large segment's checksums is true of all that it is cut into.
+        status, errors = self._judge(frame, RxDescriptor.VP if tagged else 0)
+        stored = self._land(data, header, fcs, status | errors << 8 | tag << 16)
+        if not header:
+            lengths = [(len(frame), 1)]
+        for each, count in lengths:
+            here = min(count, stored)
+            stored -= here
+            if here:
+                self._statistics.arrived(each + FCS, here)
+                self._statistics.received(frame, each + FCS, here)
+        if not self.ring.failed:
+            self._report()
         return True
 
-    def _cut(self, frame: bytes) -> list[bytes]:
-        """Cut a TCP segment into what the wire takes; other frames into nothing."""
+    def _cut(self, frame: bytes) -> int:
+        """Bytes that the segments of a TCP segment which the wire doesn't take begin with, or 0."""
         tcp = tcp_over_ipv4(frame) if self.takes_large else None
         if tcp is None:
-            return []
-        try:
-            return list(segments(frame, tcp, WIRE_MSS, version=4))
-        except Malformed:
-            return []
+            return 0
+        header = tcp + 4 * (frame[tcp + 12] >> 4)
+        return header if tcp + TCP_HEADER <= header <= len(frame) else 0
 
     def _wanted(self, frame: bytes, tagged: bool) -> bool:
         if not self._filters.accepts(frame, self.rctl):
@@ -195,27 +209,22 @@ class Receiver(Saved):
             errors |= 0 if transport else RxDescriptor.TCPE
         return status, errors
 
-    def _store(self, data: bytes, status: int, errors: int, tag: int) -> bool:
-        """Fill buffers and descriptors; False for a master abort."""
-        ring, memory, size = self.ring, self._memory, self.buffer
-        try:
-            for at in range(0, len(data), size):
-                part = data[at : at + size]
-                descriptor = ring.address
-                (address,) = _ADDRESS.unpack(memory.slice(descriptor, _ADDRESS.size))
-                if address:
-                    memory.dma_write(address, part)
-                last = at + size >= len(data)
-                flags = status | RxDescriptor.DD | (RxDescriptor.EOP if last else 0)
-                memory.dma_write(
-                    descriptor + _ADDRESS.size,
-                    _WRITE_BACK.pack(len(part), 0, flags, errors, tag),
-                )
-                ring.advance(1)
-        except IndexError:
-            ring.failed = True
-            return False
-        return True
+    def _land(self, data: bytes, header: int, fcs: int, judgement: int) -> int:
+        """Store a frame, cut if it has a ``header``; how many frames have come of it.
+
+        A master abort stops the ring.
+        """
+        job, ring = self._job, self.ring
+        job.frame = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+        job.length, job.header = len(data), header
+        job.tcp, job.mss = tcp_over_ipv4(data) or 0 if header else 0, WIRE_MSS
+        job.crc_table = ctypes.addressof(_crc_table) if fcs else 0
+        job.judgement = judgement
+        job.ring, job.count, job.head, job.buffer = ring.base, ring.count, ring.head, self.buffer
+        ring.failed = not self._natives("land")(self._at)
+        ring.head = job.head
+        self._memory.dma_written_runs(self._at + Landing.offset_of("runs"), job.runs_used)
+        return int(job.stored)
 
     def _report(self) -> None:
         """Interrupt, at once or later, and warn of a ring that runs empty."""

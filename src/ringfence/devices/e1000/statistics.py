@@ -65,16 +65,16 @@ class Statistics(Saved):
         if frame[0] & 1:
             counters[BPTC if frame[:6] == b"\xff\xff\xff\xff\xff\xff" else MPTC] += count
 
-    def arrived(self, length: int) -> None:
-        """Count a frame on the wire, whether it is for us or not."""
-        self.counters[TPR] += 1
-        self.counters[TORL] += length
+    def arrived(self, length: int, count: int = 1) -> None:
+        """Count frames of a length on the wire, whether they are for us or not."""
+        self.counters[TPR] += count
+        self.counters[TORL] += count * length
 
-    def received(self, frame: bytes, length: int) -> None:
-        """Count a frame that was stored."""
+    def received(self, frame: bytes, length: int, count: int = 1) -> None:
+        """Count frames like this one, of ``length`` bytes each, that were stored."""
         counters = self.counters
-        counters[GPRC] += 1
-        counters[GORCL] += length
-        counters[PRC64 + bisect_left(_SIZES, length)] += 1
+        counters[GPRC] += count
+        counters[GORCL] += count * length
+        counters[PRC64 + bisect_left(_SIZES, length)] += count
         if frame[0] & 1:
-            counters[BPRC if frame[:6] == b"\xff\xff\xff\xff\xff\xff" else MPRC] += 1
+            counters[BPRC if frame[:6] == b"\xff\xff\xff\xff\xff\xff" else MPRC] += count

@@ -132,6 +132,7 @@ class TranslateEngine(DeviceAccesses):
         self._release_write = library.function("release_write", 2)
         self._release_split_lock = library.function("release_split_lock", 1)
         self._note_outside_write = library.function("note_outside_write", 3)
+        self._note_outside_runs = library.function("note_outside_runs", 3)
         view.trace_table = self._pages.take(TRACE_SLOTS * pages.SLOT_BYTES, dense=True)
         view.trace_slots = TRACE_SLOTS
         view.page_table = self._pages.take(PAGE_ROWS * pages.ROW_BYTES, dense=True)
@@ -341,6 +342,10 @@ class TranslateEngine(DeviceAccesses):
     def note_outside_write(self, first: int, count: int) -> None:
         """RAM pages were written by a device or the owner (any thread)."""
         self._note_outside_write(self.block, first, count)
+
+    def note_outside_runs(self, table: int, count: int) -> None:
+        """The same for many places; see ``GuestMemory.watch_dma``."""
+        self._note_outside_runs(self.block, table, count)
 
     def request_stop(self) -> None:
         """See ``VirtualCpu``."""

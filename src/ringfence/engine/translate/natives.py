@@ -122,6 +122,7 @@ _ROOTS = (
     coherence.release_split_lock,
     coherence.release_write,
     coherence.note_outside_write,
+    coherence.note_outside_runs,
     dispatch.code_is_stale,
     modes.mode_changed,
     modes.interrupts_enabled,

@@ -52,7 +52,7 @@ class Siblings:
         self._page_use = self._pages.take((memory.mapped >> 12) * 8)
         self._split_lock = self._pages.take(8)
         self._gatherer: TranslateEngine | None = None
-        memory.watch_dma(self._written)
+        memory.watch_dma(self._written, self._written_runs)
         board.on_input = self._stop_gathering
 
     def add(self, vcpu: TranslateEngine) -> None:
@@ -86,6 +86,11 @@ class Siblings:
         if length and self.vcpus:
             first, last = offset >> 12, offset + length - 1 >> 12
             self.vcpus[0].note_outside_write(first, last - first + 1)
+
+    def _written_runs(self, table: int, count: int) -> None:
+        """A device wrote to many places (any thread); see ``GuestMemory.watch_dma``."""
+        if self.vcpus:
+            self.vcpus[0].note_outside_runs(table, count)
 
     # --- orders ----------------------------------------------------------------------------------
 

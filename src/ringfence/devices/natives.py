@@ -1,0 +1,60 @@
+"""The devices' native code: one small library, loaded by the first device that needs it.
+
+What a device does for each descriptor of a ring is written in the native dialect, beside the device
+(`_MODULES`); all else is Python. The code is compiled once and kept in the cache folder, if the
+machine has one. Functions take 64-bit integers and addresses, and are over in microseconds, so they
+keep Python's global lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ringfence.devices.e1000 import landing
+from ringfence.memory import reach
+from ringfence.native.library import (
+    Library,
+    image_path,
+    prune,
+    read_image,
+    source_key,
+    write_image,
+)
+
+_MODULES = (reach, landing)
+_ROOTS = (landing.land,)
+KIND = "devices"
+KEPT_FILES = 4
+"""Versions of the library that stay in the cache folder."""
+
+Natives = Callable[[str], Any]
+"""Finds a function by its name; all have one argument, the address of their structure."""
+
+
+def natives(cache: Path | None = None) -> Natives:
+    """The library's functions; nothing is loaded before the first is asked for."""
+    return lambda name: _function(cache, name)
+
+
+@functools.cache
+def _function(cache: Path | None, name: str) -> Any:
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)
+    return prototype(_library(cache).address(name))
+
+
+@functools.cache
+def _library(cache: Path | None) -> Library:
+    path = image_path(cache, source_key(_MODULES), KIND) if cache else None
+    code = read_image(path) if path else None
+    if code is None:
+        from ringfence.native.compiler import compile_image  # only this needs LLVM
+
+        code = compile_image(_ROOTS)
+        if path is not None:
+            write_image(path, code)
+            prune(path.parent, f"{KIND}-*", KEPT_FILES)
+    return Library(code)
