@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from cpu import flat
+from cpu.tables import Rig
+from ringfence.cpu import exceptions, flags, segments, syscalls, transfer
 from ringfence.cpu.state import NO_EXCEPTION, Cpu
 from ringfence.native.compiler import compile_image
 from ringfence.native.dialect import NativeFunction
 from ringfence.native.library import Library
-
-
-def _flat() -> ModuleType:
-    """The sibling ``flat``, imported once."""
-    name = "cpu_tests_flat"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("flat.py"))
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 class FlatMachine:
@@ -35,7 +24,7 @@ class FlatMachine:
     BASE = 0x10000
     SIZE = 0x40000
 
-    def __init__(self, library: Library, flat: ModuleType) -> None:
+    def __init__(self, library: Library) -> None:
         self._library = library
         kind = flat.FlatCpu
         self._state = ctypes.create_string_buffer(kind.size + 64)
@@ -104,7 +93,7 @@ def build_natives() -> Build:
         if key not in made:
             roots = [
                 value
-                for module in (*modules, _flat())
+                for module in (*modules, flat)
                 for value in vars(module).values()
                 if isinstance(value, NativeFunction) and not value.external and not value.inline
             ]
@@ -119,6 +108,12 @@ def flat_machine(build_natives: Build) -> Iterator[Callable[..., FlatMachine]]:
     """Make a machine with the effects of modules: ``flat_machine(segments, transfer)``."""
 
     def make(*modules: ModuleType) -> FlatMachine:
-        return FlatMachine(build_natives(*modules), _flat())
+        return FlatMachine(build_natives(*modules))
 
     yield make
+
+
+@pytest.fixture
+def rig(flat_machine: Callable[..., FlatMachine]) -> Rig:
+    """A kernel's tables, and the effects that go by them."""
+    return Rig(flat_machine(flags, segments, exceptions, transfer, syscalls))
