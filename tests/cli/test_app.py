@@ -166,6 +166,14 @@ def test_doctor_says_what_auto_takes(
     assert not checks["KVM"].needed
 
 
+@pytest.mark.parametrize("reason", ["", "ptrace is not permitted"])
+def test_doctor_says_why_all_is_translated(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringfence.engine.direct.host.obstacle", lambda: reason)
+    check = {each.name: each for each in examine()}["direct execution"]
+    assert (check.ok, check.needed) == (not reason, False)
+    assert (reason or "works") in check.detail
+
+
 def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         app.main(["doctor", "--json"])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from guest import support
 from guest.support import APPEND, Shell
 from ringfence import Machine
+from ringfence.engine.direct import policy
 from ringfence.images.store import Image
 from ringfence.paravirt import steal
 
@@ -21,6 +27,8 @@ pytestmark = [
 CPUS = 4
 TICK = 10_000_000
 """Nanoseconds of /proc/stat's unit."""
+RIVAL = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+"""A program that competes for a CPU."""
 LOOP = "i=0; while [ $i -lt 40000 ]; do i=$((i+1)); done"
 
 
@@ -34,7 +42,7 @@ def machine(cloud: Image, initrd: Path, cache: Path) -> Iterator[Machine]:
         engine="translate",
         cache_dir=cache,
         cpus=CPUS,
-        direct=False,  # what processes of user code wait for is not in the threads' account
+        direct=False,  # what processes of user code wait for is in their accounts
     ) as made:
         made.start()
         yield made
@@ -78,6 +86,46 @@ def test_steal_is_what_the_host_measured(machine: Machine, shell: Shell) -> None
         assert ticks * TICK == pytest.approx(ns, rel=0.1, abs=150_000_000)
     assert sum(guest) * TICK == pytest.approx(sum(host), rel=0.1, abs=300_000_000)
     assert sum(host) > 100_000_000
+
+
+def test_steal_of_user_code_that_runs_directly(
+    cloud: Image, initrd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a process, which waits for a CPU in its thread's place: that counts as well."""
+    cpu = min(os.sched_getaffinity(0))
+    spent: dict[int, int] = {}
+
+    class Counted(policy.Process):
+        """One whose waiting is looked up before it ends."""
+
+        def close(self) -> None:
+            with suppress(OSError):
+                spent[self.pid] = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1])
+            super().close()
+
+    monkeypatch.setattr(policy, "Process", Counted)
+    with Machine(
+        kernel=cloud.kernel, initrd=initrd, append=APPEND, engine="translate", cache_dir=cache
+    ) as made:
+        made.start()
+        shell = Shell(made)
+        shell.take_over()
+        thread = next(each.native_id for each in threading.enumerate() if each.name == "vcpu0")
+        os.sched_setaffinity(thread or 0, {cpu})
+        rival = subprocess.Popen([sys.executable, "-c", RIVAL, str(cpu)])
+        try:
+            before = stolen(shell)[0]
+            deadline = time.monotonic() + support.BOOT
+            while not sum(spent.values()) > 300_000_000:
+                assert time.monotonic() < deadline
+                shell.run(LOOP)
+                made.pause()  # which ends the processes
+                made.resume()
+            ticks = stolen(shell)[0] - before
+        finally:
+            rival.kill()
+            rival.wait()
+    assert ticks * TICK >= 0.9 * sum(spent.values()) - 2 * TICK
 
 
 def test_ends_of_interrupts_cost_no_exits(machine: Machine, shell: Shell) -> None:

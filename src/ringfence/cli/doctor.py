@@ -74,6 +74,7 @@ def examine(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Check]:
         _host(),
         *_cpu(cpu, flags),
         *_engines(),
+        _direct(),
         _memory(),
         _tried("memfd", True, _memfd),
         _tried("W^X dual mapping", True, _dual_mapping),
@@ -137,6 +138,19 @@ def _engines() -> list[Check]:
         Check("KVM", found.kind is Kind.HARDWARE, False, found.detail),
         Check("engine", True, True, f"auto takes '{auto}', with up to {most} vCPUs"),
     ]
+
+
+def _direct() -> Check:
+    """Whether user code that computes may have the CPU itself, under translation."""
+    from ringfence.engine.direct.host import obstacle
+
+    reason = obstacle()
+    return Check(
+        "direct execution",
+        not reason,
+        False,
+        f"{reason}; all code is translated" if reason else "works: long computing user code",
+    )
 
 
 def _memory() -> Check:

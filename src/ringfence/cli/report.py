@@ -85,7 +85,7 @@ def _plain(section: str, content: dict[str, Any]) -> Table:
         if isinstance(value, dict):
             for inner, number in value.items():
                 table.add_row(f"{name} {inner}", _shown(number))
-        else:
+        elif value != "":
             table.add_row(str(name), _shown(value))
     return table
 

@@ -228,11 +228,13 @@ class Engine:
 
 
 def _sum(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two nested dictionaries of numbers, added."""
+    """Two nested dictionaries, numbers added; of words, what the first one has to say."""
     total = dict(one)
     for name, value in other.items():
         if isinstance(value, dict):
             total[name] = _sum(one.get(name, {}), value)
+        elif isinstance(value, str):
+            total[name] = one.get(name) or value
         else:
             total[name] = one.get(name, 0) + value
     return total

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from ringfence.cpu.state import CR4_FSGSBASE, CR4_UMIP, CS, SS
 from ringfence.engine.direct import policy
 from ringfence.engine.direct.policy import DirectExecution
-from ringfence.engine.direct.run import DIRECT_SPACES, NOWHERE
+from ringfence.engine.direct.run import DIRECT_SPACES, NOWHERE, USER_CS, USER_SS
+from ringfence.engine.translate.block import MODE_AVX, MODE_AVX512, MODE_CPL, MODE_LONG, MODE_SSE
 from ringfence.errors import HostError
 
 ROOT = 0x5000
@@ -17,6 +19,11 @@ ROOT = 0x5000
 
 class Refused(Exception):
     """Raised in place of making a process."""
+
+
+@pytest.fixture(autouse=True)
+def _any_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.host, "lacking", lambda *about: "")
 
 
 def processes_are(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -29,6 +36,10 @@ def processes_are(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 def execution(**memory: Any) -> tuple[DirectExecution, Any]:
     view = SimpleNamespace(
         xstate_mask=0xE7,
+        xcr0=0xE7,
+        cr4=CR4_UMIP | CR4_FSGSBASE,
+        mode=MODE_CPL | MODE_LONG | MODE_SSE | MODE_AVX | MODE_AVX512,
+        seg_selector={CS: USER_CS, SS: USER_SS},
         direct_roots=[0] * DIRECT_SPACES,
         direct_spaces=[0] * DIRECT_SPACES,
         direct_mode=0,
@@ -62,7 +73,9 @@ def test_code_that_computes_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> N
 def test_ram_that_cannot_be_shared(memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is private, or pages of it are still on their way."""
     processes_are(monkeypatch, Refused())
-    looks(execution(**memory)[0], 20, monkeypatch)
+    made = execution(**memory)[0]
+    looks(made, 20, monkeypatch)
+    assert bool(made.statistics()["refusal"]) == ("fd" in memory)
 
 
 def test_kernels_and_busy_callers_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +117,30 @@ def test_a_host_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> N
     looks(made, 20, monkeypatch)
     assert made.refusal == "no ptrace"
     assert made.statistics()["spaces"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"mode": MODE_CPL}, "64-bit"),
+        ({"cr4": CR4_UMIP}, "UMIP and FSGSBASE"),
+        ({"cr4": CR4_FSGSBASE}, "UMIP and FSGSBASE"),
+        ({"xcr0": 7}, "vector state"),
+        ({"seg_selector": {CS: 0x43, SS: 0x3B}}, "selectors"),
+    ],
+)
+def test_guests_that_do_not_suit(
+    changed: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process is made in vain, and the owner is told, until one is made."""
+    processes_are(monkeypatch, Refused())
+    made, view = execution()
+    before = dict(vars(view))
+    vars(view).update(changed)
+    looks(made, 20, monkeypatch)
+    assert reason in made.statistics()["refusal"]
+    vars(view).update(before)
+    made._looked = 0.0  # the clock begins anew
+    with pytest.raises(Refused):
+        looks(made, 20, monkeypatch)
+    assert made.statistics()["refusal"] == ""

@@ -15,6 +15,7 @@ guest RAM, at the guest's own addresses. It has no system calls: the tracer take
 | `run.py` | from the guest's registers to the process and back, once for each piece of user code |
 | `stub.py` | the few instructions of ours in the process |
 | `process.py` | making and ending processes |
+| `host.py` | whether the host allows it |
 | `policy.py` | which address spaces deserve it |
 
 What an instruction *means* that doesn't run to its end there (a page fault, a system call, an

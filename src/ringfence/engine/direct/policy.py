@@ -20,10 +20,18 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ringfence.cpu.components import AVX512_STATE, AVX_STATE
-from ringfence.cpu.cpuid import host_cpuid
+from ringfence.cpu.components import AVX512_STATE
+from ringfence.cpu.state import CR4_FSGSBASE, CR4_UMIP, CS, SS
+from ringfence.engine.direct import host
 from ringfence.engine.direct.process import Process
-from ringfence.engine.direct.run import BUDGET_MAX, DIRECT_SPACES, EVENT_COST, NOWHERE
+from ringfence.engine.direct.run import (
+    BUDGET_MAX,
+    DIRECT_SPACES,
+    EVENT_COST,
+    NOWHERE,
+    USER_CS,
+    USER_SS,
+)
 from ringfence.engine.translate.block import MODE_AVX, MODE_AVX512, MODE_CPL, MODE_LONG, MODE_SSE
 from ringfence.errors import HostError
 from ringfence.memory.walk import PTE_ADDRESS
@@ -81,19 +89,18 @@ class DirectExecution:
         self._all_cpus: set[int] = set()
         self._ran = self._runs = self._faults = self._made = 0
         mask = view.xstate_mask
-        host_avx512 = host_cpuid(0xD, 0)[0] & AVX512_STATE
         self.on_process: Callable[[int], None] = lambda number: None
         """Told the number of each new process."""
         self.refusal = ""
-        """Why nothing runs directly."""
+        """Why nothing runs directly, ever."""
+        self._unsuited = ""
+        """Why the last address space that deserved it does not."""
         if not wanted:
             self.refusal = "switched off"
-        elif not hasattr(os, "pidfd_open"):
-            self.refusal = "this Python knows no process descriptors"
         elif memory.fd < 0:
             self.refusal = "guest RAM is private to this process"
-        elif not mask & AVX_STATE or (host_avx512 and not mask & AVX512_STATE):
-            self.refusal = "the guest has not the vector state of the host"
+        else:
+            self.refusal = host.lacking(host.enabled_components(), mask, host.features())
         for n in range(DIRECT_SPACES):
             view.direct_roots[n] = NOWHERE
         view.direct_mode = MODE_CPL | MODE_LONG | MODE_SSE | MODE_AVX
@@ -123,7 +130,9 @@ class DirectExecution:
         self._score += 1
         if self._score >= PATIENCE and not self._waits(root, now):
             self._score = 0
-            self._begin(root)
+            self._unsuited = unsuited(view)
+            if not self._unsuited:
+                self._begin(root)
 
     def _waits(self, root: int, now: float) -> bool:
         """Whether an address space that stopped too often is not to be tried again yet."""
@@ -237,15 +246,36 @@ class DirectExecution:
         for slot in range(DIRECT_SPACES):
             self._end(slot)
 
-    def statistics(self) -> dict[str, int]:
-        """Processes made, pieces of user code run in them, page faults of theirs, CPU time."""
+    def statistics(self) -> dict[str, Any]:
+        """Processes made, pieces of user code run in them, page faults of theirs, CPU time.
+
+        And why there are none: ``refusal``, empty as long as user code runs directly or none has
+        computed for long.
+        """
         spaces = [process.space for process in self._processes.values()]
         return {
             "spaces": self._made,
             "runs": self._runs + sum(space.runs for space in spaces),
             "faults": self._faults + sum(space.faults for space in spaces),
             "ns": self._ran + sum(space.ran for space in spaces),
+            "refusal": self.refusal or ("" if self._made else self._unsuited),
         }
+
+
+def unsuited(view: Any) -> str:
+    """Why the user code of a vCPU, interrupted now, can't run directly; empty if it can.
+
+    The rest of what `run.eligible` asks changes from one moment to the next.
+    """
+    if (view.mode ^ view.direct_mode) & MODE_LONG:
+        return "the guest's user code is not 64-bit code"
+    if ~view.cr4 & (CR4_FSGSBASE | CR4_UMIP):
+        return "the guest's kernel has not enabled UMIP and FSGSBASE"
+    if view.xcr0 != view.xstate_mask:
+        return "the guest's kernel has not enabled all of the vector state"
+    if (view.seg_selector[CS], view.seg_selector[SS]) != (USER_CS, USER_SS):
+        return "the guest's user selectors are not Linux's"
+    return ""
 
 
 assert BUDGET_MAX > START_BUDGET

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import signal
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cpu.components import HEADER
@@ -27,6 +28,24 @@ _SET_OPTIONS, _EXIT_KILL, _SYSTEM_CALL_BIT = 0x4200, 0x100000, 1
 _XSTATE_MAX = 16384
 _XSTATE_LEAF = 0xD
 _GETPID = 39
+
+
+_REQUESTS = {
+    _SET_OPTIONS: "PTRACE_SETOPTIONS",
+    ptrace.GET_REGISTERS: "PTRACE_GETREGSET",
+    ptrace.SET_REGISTERS: "PTRACE_SETREGSET",
+    ptrace.SYSTEM_CALLS: "PTRACE_SYSEMU",
+}
+
+
+@contextlib.contextmanager
+def _memory_file(name: str) -> Iterator[int]:
+    """A descriptor of an empty file in memory, open meanwhile."""
+    number = os.memfd_create(f"ringfence-{name}", os.MFD_CLOEXEC)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 def _address(pages: mmap.mmap) -> int:
@@ -60,32 +79,27 @@ class Process:
         self.pid = self.handle = -1
         start = library.address("rf_stub")
         code = ctypes.string_at(start, library.address("rf_stub_end") - start)
-        shared = os.memfd_create("ringfence-stub", os.MFD_CLOEXEC)
-        copies = os.memfd_create("ringfence-copies", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(shared, stub.BYTES)
-            os.ftruncate(copies, COPIES * mmap.PAGESIZE)
-            os.pwrite(shared, code, 0)
-            self._shared = mmap.mmap(shared, stub.BYTES)
-            self._copies = mmap.mmap(copies, COPIES * mmap.PAGESIZE)
-            self._start(code, (memory.fd, shared, copies))
+            with _memory_file("stub") as shared, _memory_file("copies") as copies:
+                os.ftruncate(shared, stub.BYTES)
+                os.ftruncate(copies, COPIES * mmap.PAGESIZE)
+                os.pwrite(shared, code, 0)
+                self._shared = mmap.mmap(shared, stub.BYTES)
+                self._copies = mmap.mmap(copies, COPIES * mmap.PAGESIZE)
+                self._start(code, (memory.fd, shared, copies))
             self._learn(components)
             self._try(library.address("rf_stub_call") - start)
         except OSError as error:
             self.close()
-            raise HostError(f"no process for user code: {error.strerror}") from error
+            raise HostError(f"no process for user code: {error}") from error
         except BaseException:
             self.close()
             raise
-        finally:
-            os.close(shared)
-            os.close(copies)
         self.space.own[ptrace.RIP] = stub.PLACE + library.address("rf_stub_orders") - start
 
     def _start(self, code: bytes, descriptors: tuple[int, int, int]) -> None:
         """Have the process at its first stop, where it is empty."""
-        program = os.memfd_create("ringfence-user", os.MFD_CLOEXEC)
-        try:
+        with _memory_file("user") as program:
             os.write(program, stub.program(code))
             # None may lie where another is to go.
             wanted = (stub.DESCRIPTOR_RAM, stub.DESCRIPTOR_STUB, stub.DESCRIPTOR_COPIES)
@@ -104,8 +118,6 @@ class Process:
                 file_actions=actions,
                 setsid=True,
             )
-        finally:
-            os.close(program)
         self.handle = os.pidfd_open(self.pid)
         self._wait(signal.SIGTRAP)
         self._ask(_SET_OPTIONS, 0, _EXIT_KILL | _SYSTEM_CALL_BIT)
@@ -142,7 +154,7 @@ class Process:
         result = self._host_call(ptrace.PTRACE, what, self.pid, which, where, 0, 0)
         if result:
             error = (1 << 64) - result
-            raise OSError(error, os.strerror(error))
+            raise OSError(error, f"{_REQUESTS[what]}: {os.strerror(error)}")
 
     def _registers(self, what: int, which: int, where: int, size: int) -> int:
         self.space.request[:] = (where, size)
@@ -151,10 +163,14 @@ class Process:
 
     def _wait(self, expected: int) -> None:
         status = os.waitpid(self.pid, ptrace.WAIT_ALL)[1]
-        if not os.WIFSTOPPED(status) or os.WSTOPSIG(status) != expected:
-            if not os.WIFSTOPPED(status):
-                self.pid = -1
-            raise HostError("no process for user code: this host's ptrace is not what it takes")
+        if os.WIFSTOPPED(status) and os.WSTOPSIG(status) == expected:
+            return
+        refused = "ptrace doesn't stop processes as it should"
+        if not os.WIFSTOPPED(status):
+            self.pid = -1
+            if os.WIFEXITED(status):
+                refused = stub.REFUSALS.get(os.WEXITSTATUS(status), refused)
+        raise HostError(f"no process for user code: on this host, {refused}")
 
     def kick(self) -> None:
         """Stop the process if it runs (any thread)."""
@@ -168,6 +184,8 @@ class Process:
                 signal.pidfd_send_signal(self.handle, signal.SIGKILL)
             os.close(self.handle)
             self.handle = -1
+        elif self.pid >= 0:  # no descriptor was to be had, but nobody has waited for it either
+            os.kill(self.pid, signal.SIGKILL)
         if self.pid >= 0:
             with contextlib.suppress(ChildProcessError):
                 while os.WIFSTOPPED(os.waitpid(self.pid, ptrace.WAIT_ALL)[1]):

@@ -34,6 +34,13 @@ _ARCH_X86_64 = 0xC000003E
 _READ, _READ_EXECUTE, _SHARED_FIXED = 1, 5, 0x11
 _LOADED = 0x200000
 _HEADERS = 64 + 56
+_TRACING, _COUNTER, _FILTER = 1, 2, 3
+REFUSALS = {
+    _TRACING: "tracing is not permitted (PTRACE_TRACEME)",
+    _COUNTER: "the time-stamp counter can't be made to trap (PR_SET_TSC)",
+    _FILTER: "system calls can't be filtered (PR_SET_SECCOMP)",
+}
+"""What the host refused, by the process's exit status."""
 
 
 def _filter() -> list[tuple[int, int, int, int]]:
@@ -71,9 +78,11 @@ def assembly() -> str:
 .globl rf_stub
 rf_stub:
     {_call(_PRCTL, _PR_SET_PDEATHSIG, 9, 0, 0, 0)}
+    mov r15d, {_TRACING}
     {_call(_PTRACE, 0, 0, 0, 0)}
     test eax, eax
     jnz 8f
+    mov r15d, {_COUNTER}
     {_call(_PRCTL, _PR_SET_TSC, 2, 0, 0, 0)}
     test eax, eax
     jnz 8f
@@ -83,6 +92,7 @@ rf_stub:
     lea rax, [rip + 7f]
     push rax
     push {len(rows)}
+    mov r15d, {_FILTER}
     {_call(_PRCTL, _PR_SET_SECCOMP, 2, "rsp", 0, 0)}
     test eax, eax
     jnz 8f
@@ -95,7 +105,7 @@ rf_stub:
 1:  {_call(MUNMAP, 0, PLACE)}
     {_call(MUNMAP, PLACE + BYTES, END - PLACE - BYTES)}
     int3
-8:  {_call(_EXIT, 1)}
+8:  {_call(_EXIT, "r15")}
 .globl rf_stub_orders
 rf_stub_orders:
 2:  mov rax, [rbx]
