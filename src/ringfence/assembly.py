@@ -464,12 +464,14 @@ def _load(config: MachineConfig, memory: GuestMemory) -> EntryState | None:
     if config.firmware is not None:
         place_firmware(memory, config.firmware)
         return None
+    from ringfence.boot.bios import store_bios_remains
     from ringfence.boot.loader import load_guest
-    from ringfence.chipset import acpi
+    from ringfence.chipset import acpi, uart
 
     assert config.kernel is not None
     hardware = acpi.Hardware(config.engine_config.cpus)
     memory.write(acpi.ADDRESS, acpi.build_tables(acpi.ADDRESS, hardware))
+    store_bios_remains(memory, uart.BASE)
     entry = load_guest(
         memory,
         kernel=config.kernel,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import random
 import struct
 from collections.abc import Iterator
@@ -90,6 +92,13 @@ def test_64_bit_elf_is_entered_in_32_bit_mode(memory: GuestMemory, elf: object) 
     state = load_guest(memory, kernel=elf(((BASE, text, 0x100),), entry=BASE + 12))
     check_state(state)
     assert state.rip == BASE + 12
+
+
+def test_packed(memory: GuestMemory) -> None:
+    for pack in (gzip.compress, lzma.compress):
+        state = load_guest(memory, kernel=pack(multiboot_elf("hlt")))
+        check_state(state)
+        assert memory.read(state.rip, 1) == b"\xf4"
 
 
 def test_recognized() -> None:

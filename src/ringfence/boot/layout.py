@@ -7,7 +7,7 @@ Nothing that loaders place below 1 MiB overlaps, and all of it is free again onc
 copied its parameters; a loader's own text says which of these it uses:
 
 ======================  ====================================================================
-0x00000 - 0x01000       nothing (the real-mode vectors and the BIOS data area on a PC)
+0x00000 - 0x01000       real-mode vectors and the BIOS data area (`bios`)
 0x01000 - 0x02000       GDT
 0x02000 - 0x07000       boot stack, grows down from 0x07000
 0x07000 - 0x09000       Linux: zero page (``struct boot_params``), setup_data

@@ -8,6 +8,9 @@
 ``auto``       multiboot where there is such a header, PVH for ELF files with its note that are not
                Linux, ``linux`` for anything else
 =============  ==================================================================================
+
+Files of all formats may be packed, as distributions have Xen and Mach (``xen.gz``); boot loaders
+unpack them, too.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from ringfence.boot.layout import BootState
 from ringfence.boot.linux import load_linux
 from ringfence.boot.params import HEADER_MAGIC
 from ringfence.boot.source import ImageSource, read_image
+from ringfence.boot.unpack import compression_of, unpack
 from ringfence.errors import ImageError, UsageError
 from ringfence.memory.ram import GuestMemory
 
@@ -77,8 +81,9 @@ def load_guest(
     if boot not in FORMATS:
         raise UsageError(f"boot format {boot!r} is unknown: expected one of {', '.join(FORMATS)}")
     data = read_image(kernel, "kernel")
+    plain = bytes(unpack(data, "kernel")[0]) if compression_of(data) is not None else data
     if boot == "auto":
-        boot = recognize(data)
+        boot = recognize(plain)
     if boot in ("linux", "linux32"):
         if modules:
             raise UsageError("a Linux kernel takes no modules: give its initrd as initrd")
@@ -90,9 +95,9 @@ def load_guest(
     if initrd is not None:
         given.insert(0, (initrd, _name(initrd, "initrd")))
     if boot == "pvh":
-        return pvh.load_pvh(memory, kernel=data, modules=given, cmdline=cmdline, rsdp=rsdp)
+        return pvh.load_pvh(memory, kernel=plain, modules=given, cmdline=cmdline, rsdp=rsdp)
     line = f"{_name(kernel, 'kernel')} {cmdline}".rstrip()
-    return multiboot.load_multiboot(memory, kernel=data, modules=given, cmdline=line)
+    return multiboot.load_multiboot(memory, kernel=plain, modules=given, cmdline=line)
 
 
 def _name(source: ImageSource, default: str) -> str:
