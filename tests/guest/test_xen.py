@@ -6,6 +6,7 @@ way, and runs the domain's kernel deprivileged, with segments and page tables of
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,6 @@ def test_xen_boots_debian(store: Store, generic: Image, cache: Path, tmp_path: P
         for text in ("Brought up 2 CPUs", "~ # "):
             machine.console.wait_for(text, timeout=BOOT)
         machine.console.send("cat /sys/hypervisor/type; echo cpus $(nproc)\n")
-        machine.console.wait_for("xen\r\ncpus 2", timeout=BOOT)
+        machine.console.wait_for(re.compile(r"\nxen\s+cpus 2"), timeout=BOOT)
         machine.console.send("poweroff -f\n")
         assert machine.wait(BOOT) is StopReason.POWER_OFF
