@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -49,6 +49,9 @@ class Machine(Living):
         Number of vCPUs; `ringfence doctor` says how many an engine offers.
     engine : str
         ``auto``, ``translate``, ``kvm`` or ``trap``.
+    features : collection of str, optional
+        CPU features that the guest is offered, by the names of ``vcpus[0].features``, for one that
+        is to move to hosts or engines with fewer; by default all that there are here.
     on_reset : {"exit", "reboot"}
         Whether a reset by the guest ends the machine or starts it anew.
     cache : bool
@@ -138,6 +141,7 @@ class Machine(Living):
         memory: int | str = "512M",
         cpus: int = 1,
         engine: str = "auto",
+        features: Collection[str] | None = None,
         on_reset: Literal["exit", "reboot"] = "exit",
         cache: bool = True,
         cache_dir: str | Path | None = None,
@@ -179,7 +183,12 @@ class Machine(Living):
             software.cmdline,
             size,
             engine,
-            EngineConfig(cpus, cache_dir=folder, direct=direct),
+            EngineConfig(
+                cpus,
+                cache_dir=folder,
+                features=frozenset(features) if features is not None else None,
+                direct=direct,
+            ),
             on_reset,
             (*software.disks, *(parse_disk(disk) for disk in disks)),
             rng,

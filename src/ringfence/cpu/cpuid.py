@@ -85,7 +85,7 @@ FROM_HOST: dict[str, Bit] = {
     "GFNI": (7, ECX, 8), "FSRM": (7, EDX, 4),
     "LAHF_LM": (0x80000001, ECX, 0), "LZCNT": (0x80000001, ECX, 5),
     "SSE4A": (0x80000001, ECX, 6), "PREFETCHW": (0x80000001, ECX, 8),
-    "CLZERO": (0x80000008, EBX, 0),
+    "CLZERO": (0x80000008, EBX, 0), "XSAVEERPTR": (0x80000008, EBX, 2),
 }  # fmt: skip
 XSAVE_BIT: Bit = (1, ECX, 26)
 # The same, but only when the host's system has enabled the AVX state.

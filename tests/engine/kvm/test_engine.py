@@ -424,6 +424,17 @@ def test_a_halted_guest_that_takes_no_interrupts_can_be_stopped(rig: Any) -> Non
     assert it.engine.run() is StopReason.STOPPED
 
 
+def test_a_guest_that_was_saved_asleep_hears_interrupts(rig: Any) -> None:
+    """Before its first entry KVM has not said yet that the guest takes them."""
+    it = rig(leave(Exit.IRQ_WINDOW_OPEN, ready=True), POWER_OFF)
+    state = it.vcpu.save()
+    state["cpu"]["halted"] = state["cpu"]["flag_if"] = 1
+    it.vcpu.restore(state)
+    interrupt(it)
+    it.engine.run()
+    assert it.kernel.interrupts == [0x41]
+
+
 # --- the rest of the protocol -------------------------------------------------------------------
 
 

@@ -130,6 +130,8 @@ def load_regs(vcpu: VcpuFile, cpu: Any) -> None:
     for n, name in enumerate(state.GPR_NAMES):
         setattr(regs, name, cpu.gpr[n])
     vcpu.ask(Request.SET_REGS, regs)
+    # KVM says this at exits only; whether a HLT ends for an interrupt is asked before the first.
+    vcpu.run.if_flag = bool(regs.rflags & state.FLAG_IF)
 
 
 def store_regs(vcpu: VcpuFile, cpu: Any) -> None:

@@ -317,9 +317,11 @@ PARTIAL_VECTOR = {
 ALWAYS = {
     "NOP", "ENDBR64", "ENDBR32", "RDSSPD", "RDSSPQ", "PREFETCHNTA", "PREFETCHT0", "PREFETCHT1",
     "PREFETCHT2", "PREFETCH", "PREFETCHW", "PREFETCHWT1", "RESERVEDNOP", "XEND", "CLDEMOTE",
-    "PREFETCHIT0", "PREFETCHIT1", "VMCALL", "VMMCALL",
+    "PREFETCHIT0", "PREFETCHIT1", "VMCALL", "VMMCALL", "TZCNT",
 }  # fmt: skip
-"""Instructions that a CPU without the feature has, too: they do nothing, or ask the hypervisor."""
+"""Instructions that a CPU without the feature has, too: they do nothing, ask the hypervisor, or are
+another one without their prefix (BSF, for which Linux uses TZCNT where the operand isn't 0).
+"""
 NO_VECTOR_STATE = {
     "LFENCE", "SFENCE", "MFENCE", "PAUSE", "CLFLUSH", "CRC32", "POPCNT", "MOVNTI", "PREFETCHNTA",
     "PREFETCHT0", "PREFETCHT1", "PREFETCHT2",
