@@ -45,8 +45,8 @@ TLB_ENTRIES = 4096
 READ_TAG, WRITE_TAG, HOST_PAGE, HOST_DELTA = 0, 8, 16, 24
 """Byte offsets of a supervisor entry's words; a user entry's are USER_ENTRY further."""
 USER_ENTRY = 32
-NO_STACK = 1 << 63
-"""Tag of an empty ``stack_tag``. A guest address in that page is not canonical, and with a delta of
+NO_PAGE = 1 << 63
+"""Tag of an empty one-page TLB. A guest address in that page is not canonical, and with a delta of
 0 the access is made at that very address: the host raises the #GP that the guest should get."""
 KIND_GLOBAL = 1 << 8
 """Set in ``tlb_kind`` for global pages; the low byte is log2 of the page size."""
@@ -66,6 +66,8 @@ PENDING_LOOK = 1 << 31
 PENDING_DIRECT = 1 << 30
 """User code is about to go on that is to run directly (see ``engine.direct``)."""
 DROPPED_MAX = 32
+KEPT_PAGES = 8
+"""Of each kind: for reading or writing, by supervisor or user code."""
 
 
 class Mmu(Coherent):
@@ -79,6 +81,13 @@ class Mmu(Coherent):
     of one writable page, found without computing an index."""
     stack_delta: Annotated[Array, u64, 2]
     """Host minus linear address of that page; 0 while there is none."""
+    kept_tag: Annotated[Array, u64, 32]
+    """Linear addresses of pages that loops were last in: TLBs of one page, as the stack's. There
+    are KEPT_PAGES for supervisor code to read, as many to write, and the same for user code."""
+    kept_host: Annotated[Array, u64, 32]
+    """Host addresses of these pages; NO_PAGE while there is none."""
+    kept_delta: Annotated[Array, u64, 32]
+    """Host minus linear addresses; 0 while there is none."""
     itlb_kernel: Annotated[Array, u32, 1024, 64]
     """Code page identity by linear page number, for CPL 0-2; 0 is none."""
     itlb_user: Annotated[Array, u32, 1024, 64]
@@ -130,18 +139,22 @@ assert Mmu.offset_of("debug_pending") == Mmu.offset_of("stale_code") + 4
 
 
 @native_inline
-def forget_stack(mmu: Mmu) -> int:
-    """Empty both one-page TLBs."""
+def forget_lone(mmu: Mmu) -> int:
+    """Empty all one-page TLBs."""
     for i in range(2):
-        mmu.stack_tag[i] = NO_STACK
+        mmu.stack_tag[i] = NO_PAGE
         mmu.stack_delta[i] = 0
+    for i in range(KEPT_PAGES * 4):
+        mmu.kept_tag[i] = NO_PAGE
+        mmu.kept_host[i] = NO_PAGE
+        mmu.kept_delta[i] = 0
     return 0
 
 
 @native
 def tlb_flush_all(mmu: Mmu) -> int:
     """Drop everything from both TLBs and the code page identities."""
-    forget_stack(mmu)
+    forget_lone(mmu)
     mmu.mapping_epoch += 1
     mmu.tlb_flushes += 1
     for i in range(TLB_ENTRIES):
@@ -165,7 +178,7 @@ def tlb_flush_all(mmu: Mmu) -> int:
 @native
 def tlb_flush_nonglobal(mmu: Mmu) -> int:
     """Drop what a write to CR3 drops: translations of pages without the G bit."""
-    forget_stack(mmu)
+    forget_lone(mmu)
     mmu.mapping_epoch += 1
     mmu.tlb_flushes += 1
     if mmu.filled_user_count > 512 or mmu.filled_kernel_count > 512:
@@ -223,7 +236,7 @@ def flush_code_nonglobal(mmu: Mmu) -> int:
 @native
 def tlb_flush_page(mmu: Mmu, address: int) -> int:
     """Drop one linear page from both TLBs, the whole of it where it is a large page."""
-    forget_stack(mmu)
+    forget_lone(mmu)
     note_dropped(mmu, address & PAGE_MASK)
     mmu.tlb_page_flushes += 1
     index = (address >> 12) & (TLB_ENTRIES - 1)
@@ -278,7 +291,7 @@ def flush_large(mmu: Mmu, address: int) -> int:
 @native
 def tlb_protect_page(mmu: Mmu, host_page: int) -> int:
     """A RAM page came to hold translated code: no entry may write to it any more."""
-    forget_stack(mmu)
+    forget_lone(mmu)
     mmu.mapping_epoch += 1
     for index in range(TLB_ENTRIES):
         never = (index ^ 1) << 12

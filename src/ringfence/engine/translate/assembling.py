@@ -119,6 +119,14 @@ def gs_load(w: Writer, register: int, displacement: int) -> int:
 
 
 @native
+def load_entry(w: Writer, register: int, word: int) -> int:
+    """``mov r64, gs:[r10 + disp8]``: a word of the TLB entry that a look-up compared with."""
+    forget_held(w, register)
+    put(w, 0x428B4965 | (register >> 3) << 10 | (register & 7) << 27, 4)
+    return put(w, word, 1)
+
+
+@native
 def gs_store(w: Writer, register: int, displacement: int) -> int:
     """``mov gs:[disp], r64``."""
     store64(w.out, 0x2504894865 | (register >> 3) << 10 | (register & 7) << 27)
@@ -312,7 +320,9 @@ def unpark(w: Writer, live: int) -> int:
 
 
 @native_inline
-def add_miss(w: Writer, position: int, retry: int, write: int, kind: int, offset: int) -> int:
+def add_miss(
+    w: Writer, position: int, retry: int, write: int, kind: int, offset: int, kept: int
+) -> int:
     """Remember a look-up's jump that goes to a stub."""
     miss: Miss = cast(Miss, address_of(w.misses[0]) + w.miss_count * Miss.size)
     miss.position = position
@@ -320,6 +330,7 @@ def add_miss(w: Writer, position: int, retry: int, write: int, kind: int, offset
     miss.write = write
     miss.kind = kind
     miss.offset = offset
+    miss.kept = kept
     w.miss_count += 1
     return 0
 

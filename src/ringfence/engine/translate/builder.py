@@ -42,8 +42,11 @@ from ringfence.native.dialect import address_of, load8, load64, native, native_i
 
 WORTHWHILE = 4
 """Accesses that swapping two registers must save, as it costs two loads and stores each way."""
-NEVER_DISPLACED = 0x0E1F
-"""RAX, RCX, RDX, RBX and RSP, of which instructions make special use, and the homeless ones."""
+NEVER_DISPLACED = 0x0E10
+"""RSP and the homeless ones."""
+SPECIAL = 4
+"""Registers before this one are displaced only where they are not named: instructions make special
+use of them."""
 PEEK = 16
 """Instructions looked at to learn whether a jump's target reads flags."""
 SWAPS_MAX = 3
@@ -251,11 +254,18 @@ def fixed_in(i: Insn) -> int:
     return i.fixed
 
 
+@native_inline
+def addresses_by(i: Insn, number: int) -> int:
+    """Whether an operand's address is computed from a guest register."""
+    return i.base == number or i.index == number
+
+
 @native
 def count_uses(w: Writer, number: int) -> int:
-    """How often the trace's operands name a guest register."""
+    """How often operands of the trace name a guest register; addresses count twice."""
     uses = 0
     for n in range(w.count):
+        uses += addresses_by(cast(Insn, insn_at(w, n)), number)
         named = named_in(cast(Insn, insn_at(w, n)))
         for k in range(4):
             if (named >> (8 * k)) & 0xFF == number:
@@ -311,10 +321,11 @@ def least_used(w: Writer, fixed: int) -> int:
     """The register named least among those not ``fixed``, or NONE."""
     best = NONE
     fewest = 1 << 16
-    for number in range(16):
+    for k in range(16):
+        number = (k + SPECIAL) & 15
         if not fixed >> number & 1:
             uses = count_uses(w, number)
-            if uses < fewest:
+            if uses < fewest and (number >= SPECIAL or uses == 0):
                 fewest = uses
                 best = number
     return best

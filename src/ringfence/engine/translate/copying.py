@@ -38,6 +38,7 @@ from ringfence.engine.translate.assembling import (
 from ringfence.engine.translate.block import SLOW_MASKED, SLOW_STACK, SLOW_WRITE, gs
 from ringfence.engine.translate.describing import segment_of
 from ringfence.engine.translate.emit import R9, R10, R11
+from ringfence.engine.translate.keeping import look_up_kept
 from ringfence.engine.translate.operands import (
     combine,
     guest,
@@ -219,11 +220,15 @@ def look_up(w: Writer, i: Insn, kind: int) -> int:
         move_r10(w, 0)
         return 0
     write = 1 if kind & SLOW_WRITE else 0
+    if i.kept:
+        retry = w.out
+        add_miss(w, look_up_kept(w, i), retry, write, kind, i.offset, i.kept)
+        return 0
     number = (T_WRITE if write else T_READ) + w.user
     start = put_template(w, number)
     t: Template = cast(Template, w.templates + number * Template.size)
     store32(start + t.size_word, 0x1000 - (kind & 0xFFF))
-    add_miss(w, start + t.target_word, start, write, kind, i.offset)
+    add_miss(w, start + t.target_word, start, write, kind, i.offset, 0)
     return 0
 
 
@@ -514,7 +519,7 @@ def place_fix(w: Writer, i: Insn, fix: Fix, base: int) -> int:
     """Fill in, or note for later, what depends on the place."""
     position = base + fix.position
     if fix.what == FIX_MISS:
-        add_miss(w, position, base + fix.retry, fix.write, fix.kind, i.offset)
+        add_miss(w, position, base + fix.retry, fix.write, fix.kind, i.offset, 0)
     elif fix.what == FIX_ESCAPE:
         escape: Escape = cast(Escape, address_of(w.escapes[0]) + w.escape_count * Escape.size)
         escape.position = position

@@ -179,6 +179,7 @@ def apply_form(w: Writer, i: Insn, f: Form, n: int, limit: int, available: int) 
     i.fixed = f.implicit
     i.written = f.implicit_written
     i.named = _NOT_NAMED
+    i.stepped = NONE
     memory = f.memory_access
     if i.base != NONE and i.base != ABSOLUTE:
         name_register(i, i.base)
@@ -258,6 +259,8 @@ def note_move(i: Insn, f: Form) -> int:
     """An instruction that moves a whole register by a constant."""
     if i.mod == 3:
         number = i.rm
+        if f.rm_role >> 2 >= 4:
+            i.stepped = number
         if f.rm_role >> 2 != 8:
             return 0
     else:
@@ -291,6 +294,7 @@ def moves_stack(i: Insn, distance: int) -> int:
     """RSP moves by a constant."""
     i.written = i.written | (1 << RSP)
     i.adjusted = RSP
+    i.stepped = RSP
     i.adjustment = distance
     return 0
 
@@ -303,6 +307,7 @@ def describe_special(w: Writer, i: Insn, f: Form) -> int:
     if kind == F_LEA:
         if i.base == i.reg and i.index == NONE and f.reg_role >> 2 == 8 and i.address == 8:
             i.adjusted = i.base
+            i.stepped = i.base
             i.adjustment = i.displacement
     elif kind == F_DROP:
         i.kind = DROP

@@ -81,6 +81,7 @@ def open_group(w: Writer, i: Insn, n: int, at: int) -> int:
     g.opens = n
     g.shift = 0
     g.indexed = 0
+    g.kept = 0
     w.group_count = number + 1
     return number
 
@@ -166,6 +167,7 @@ def lone_group(w: Writer, i: Insn, n: int) -> int:
     g.opens = n
     g.shift = 0
     g.indexed = 1
+    g.kept = 0
     w.group_count = number + 1
     i.group = number
     return 0

@@ -31,6 +31,7 @@ from ringfence.engine.translate.block import gs
 from ringfence.engine.translate.copying import operand_address
 from ringfence.engine.translate.emit import R9, R10
 from ringfence.engine.translate.groups import group_at, insn_at
+from ringfence.engine.translate.keeping import compare_kept, keep_page
 from ringfence.engine.translate.operands import aim_shared, guest
 from ringfence.engine.translate.tables import ABSOLUTE, NONE, Group, Insn, Template, Writer
 from ringfence.engine.translate.thunks import THUNK
@@ -60,6 +61,8 @@ def group_address(w: Writer, g: Group) -> int:
 @native
 def group_check(w: Writer, g: Group) -> int:
     """Look R9 up for a whole group; the position of the displacement of the jump on a miss."""
+    if g.kept:
+        return compare_kept(w, g.kept, g.high - g.low)
     number = T_WRITE + w.user if g.write else T_READ + w.user
     if g.base == RSP:
         number = T_STACK + w.user
@@ -72,12 +75,15 @@ def group_check(w: Writer, g: Group) -> int:
 
 @native
 def keep_delta(w: Writer, g: Group) -> int:
-    """Behind a group's look-up: keep what it found, and have it in R10 unless it is the stack's."""
+    """Behind a group's look-up: keep what it found, unless that is kept anyway.
+
+    R10 has it then, but for the stack's.
+    """
     if g.base == RSP:
         if g.opens != g.first:
             gs_load(w, R10, gs("stack_delta") + w.user * 8)
             gs_store(w, R10, g.slot)
-    else:
+    elif not g.kept:
         number = T_DELTA + w.user
         start = put_template(w, number)
         t: Template = cast(Template, w.templates + number * Template.size)
@@ -162,9 +168,8 @@ def group_stub(w: Writer, i: Insn, g: Group, position: int, back: int) -> int:
     put(w, 0x1000 - (g.high - g.low), 4)
     put(w, 0x870F, 6)  # ja
     crossing = w.out - 4
-    missing = 0
-    if g.base == RSP:
-        missing = change_stack_page(w, g)
+    if g.base == RSP or g.kept:
+        missing = change_page(w, g)
         jump_back(w, back)
         aim(w, missing, w.out)
     operand_address(w, i)
@@ -174,7 +179,7 @@ def group_stub(w: Writer, i: Insn, g: Group, position: int, back: int) -> int:
     gs_call(w, _T_STACK_MISS if g.base == RSP else _T_MISS)
     swap_in(w)
     group_address(w, g)
-    jump = group_check(w, g)
+    jump = change_page(w, g) if g.kept else group_check(w, g)
     jump_back(w, back)
     aim(w, jump, w.out)
     aim(w, crossing, w.out)
@@ -182,8 +187,10 @@ def group_stub(w: Writer, i: Insn, g: Group, position: int, back: int) -> int:
 
 
 @native
-def change_stack_page(w: Writer, g: Group) -> int:
-    """Make the page of R9 the stack's if the TLB has it as writable; the jump taken if not."""
+def change_page(w: Writer, g: Group) -> int:
+    """Keep the page of R9, or make it the stack's; the jump taken if it is not in the TLB."""
+    if g.kept:
+        return keep_page(w, g.kept, g.write, g.high - g.low)
     number = T_WRITE + w.user
     start = put_template(w, number)
     t: Template = cast(Template, w.templates + number * Template.size)

@@ -247,6 +247,10 @@ class Insn(Struct):
     shared_write: Annotated[int, u8]
     adjusted: Annotated[int, u8]
     """The one register that only moves by a constant, ``adjustment``; NONE for none."""
+    stepped: Annotated[int, u8]
+    """The same register, or one of which 32 bits move so."""
+    kept: Annotated[int, u8]
+    """Number of the kept page that its look-up compares with, plus 1; 0 for none."""
     group: Annotated[int, u8]
     """Index of its group, or NONE."""
     opens: Annotated[int, u8]
@@ -281,6 +285,8 @@ class Group(Struct):
     """Index of the instruction before which the look-up is."""
     indexed: Annotated[int, u8]
     """Whether it is a lone access whose address has an index, too."""
+    kept: Annotated[int, u8]
+    """As in `Insn`."""
 
 
 class Miss(Struct):
@@ -290,7 +296,9 @@ class Miss(Struct):
     retry: Annotated[int, u64]
     kind: Annotated[int, u32]
     offset: Annotated[int, u32]
-    write: Annotated[int, u32]
+    write: Annotated[int, u8]
+    kept: Annotated[int, u8]
+    """As in `Insn`."""
 
 
 class Link(Struct):
@@ -450,6 +458,7 @@ class Writer(Struct):
     groups: Annotated[Array, u8, Group.size * LIMIT, 8]
     group_count: Annotated[int, u32]
     opened: Annotated[Array, u8, 17]
+    kept_count: Annotated[int, u8]
     code: Annotated[int, u64]
     """Writable host address of the trace's first byte."""
     out: Annotated[int, u64]

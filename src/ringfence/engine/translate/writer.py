@@ -62,6 +62,7 @@ from ringfence.engine.translate.copying import (
 )
 from ringfence.engine.translate.emit import PARK, R9, R10
 from ringfence.engine.translate.groups import find_groups, group_at, insn_at
+from ringfence.engine.translate.keeping import find_kept, keep_page, restore_r9
 from ringfence.engine.translate.operands import aim_r9, aim_shared
 from ringfence.engine.translate.sharing import (
     early_stub,
@@ -160,6 +161,7 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
         w.live_head = 1 if alive else 0
         write_head(w, row, start)
         find_groups(w)
+        find_kept(w)
         swap_in(w)
         w.held = 0
         w.inside = w.out
@@ -174,9 +176,10 @@ def write_trace(w: Writer, row: TraceRow, alive: int) -> int:
 
 @native_inline
 def forget_group(i: Insn) -> int:
-    """Every access looks itself up."""
+    """Every access looks itself up, in the TLB."""
     i.group = NONE
     i.opens = 0
+    i.kept = 0
     return 0
 
 
@@ -438,6 +441,11 @@ def loop_stub(w: Writer, start: int) -> int:
 def miss_stub(w: Writer, miss: Miss) -> int:
     """A missed look-up of one access: fill the TLB and try again, or do it by hand."""
     aim(w, miss.position, w.out)
+    if miss.kept:
+        restore_r9(w, miss.kept)
+        missing = keep_page(w, miss.kept, miss.write, miss.kind & 0xFFF)
+        jump_back(w, miss.retry)
+        aim(w, missing, w.out)
     put_template(w, (T_RECOVER_WRITE if miss.write else T_RECOVER) + w.user)
     swap_out(w)
     set_rip(w, miss.offset)
