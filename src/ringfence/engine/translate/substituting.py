@@ -1,8 +1,9 @@
 """The copied instruction: its own bytes, with other registers and another memory operand.
 
-Registers that have no host register of their own where the trace runs get a *stand-in*: a scratch
-register, or one that the instruction does not use, borrowed and given back. Only the numbers in
-ModRM, SIB and the REX, VEX or EVEX prefix change.
+Registers that have no host register of their own where the trace runs are accessed in the block if
+they are the operand that can be in memory, or get a *stand-in*: a scratch register, or one that the
+instruction does not use, borrowed and given back. Only the numbers in ModRM, SIB and the REX, VEX
+or EVEX prefix change.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from ringfence.engine.translate.operands import (
 )
 from ringfence.engine.translate.tables import NONE, ROLE_READ, ROLE_WRITE, Form, Insn, Writer
 from ringfence.native.dialect import load8, native, native_inline
+
+IN_BLOCK, TURNED = 254, 253
+"""In place of a register with an address; see `encode`."""
+_GS = 0x65
 
 
 @native
@@ -38,15 +43,68 @@ def copy_instruction(w: Writer, i: Insn, f: Form) -> int:
     if f.rm_role and registers and is_high_byte(i, f.rm_role, i.rm):
         high = 1
     moved = 0
-    if f.reg_role:
+    address = R10 if memory else NONE
+    if lives_in_block(w, i, f):
+        moved = 1
+        address = IN_BLOCK
+    elif turns(w, i, f):
+        moved = 1
+        address = TURNED
+    if f.reg_role and address != TURNED:
         moved = moved | note_operand(w, i, f.reg_role, i.reg)
-    if f.rm_role and registers:
+    if f.rm_role and registers and address != IN_BLOCK:
         moved = moved | note_operand(w, i, f.rm_role, i.rm)
     if f.vvvv_role:
         moved = moved | note_operand(w, i, f.vvvv_role, i.vvvv)
     if not memory and not moved and w.long:
         return copy_bytes(w, i.bytes, i.length)
-    return substitute(w, i, f, memory, high)
+    return substitute(w, i, f, address, high)
+
+
+@native
+def lives_in_block(w: Writer, i: Insn, f: Form) -> int:
+    """Whether an operand in a register may be accessed where it is without one: in the block.
+
+    Not where that would be something else: 32-bit writes clear the upper half of a register, BT
+    takes memory for a string of bits, XCHG locks it, and some opcodes are other instructions.
+    """
+    if i.mod != 3 or not f.rm_role or f.low or i.vex:
+        return 0
+    if not fits_block(w, i, f.rm_role, i.rm) or (f.reg_role and i.reg == i.rm):
+        return 0
+    opcode = i.opcode
+    if i.map == 0:
+        if opcode < 0x40:
+            return opcode & 7 < 4
+        return opcode in (
+            0x63, 0x69, 0x6B, 0x80, 0x81, 0x83, 0x84, 0x85, 0x88, 0x89, 0x8A, 0x8B,
+            0xC0, 0xC1, 0xC6, 0xC7, 0xD0, 0xD1, 0xD2, 0xD3, 0xF6, 0xF7, 0xFE, 0xFF,
+        )  # fmt: skip
+    if i.map == 1:
+        if opcode & 0xF0 in (0x40, 0x90):  # CMOVcc, SETcc
+            return 1
+        return opcode in (0x2A, 0x6E, 0xAF, 0xB6, 0xB7, 0xB8, 0xBA, 0xBC, 0xBD, 0xBE, 0xBF)
+    return 0
+
+
+@native_inline
+def fits_block(w: Writer, i: Insn, role: int, number: int) -> int:
+    """Whether a register is in the block, and may be read and written there as an operand."""
+    if w.home[number] != NONE or is_high_byte(i, role, number):
+        return 0
+    return not role & ROLE_WRITE or role >> 2 != 4
+
+
+@native
+def turns(w: Writer, i: Insn, f: Form) -> int:
+    """Whether the same holds for ModRM.reg, of an instruction that exists in both directions."""
+    if i.mod != 3 or i.map or i.vex or i.reg == i.rm or not f.reg_role or not f.rm_role:
+        return 0
+    opcode = i.opcode
+    both = opcode < 0x40 and opcode & 7 < 4
+    if not both and opcode not in (0x84, 0x85, 0x88, 0x89, 0x8A, 0x8B):
+        return 0
+    return fits_block(w, i, f.reg_role, i.reg)
 
 
 @native
@@ -102,14 +160,15 @@ def stand_in(w: Writer, number: int) -> int:
 
 
 @native
-def substitute(w: Writer, i: Insn, f: Form, memory: int, high: int) -> int:
-    """Write the instruction with host registers in place of guest ones.
+def substitute(w: Writer, i: Insn, f: Form, address: int, high: int) -> int:
+    """Write the instruction with host registers in place of guest ones; ``address``: see `encode`.
 
     Scratch registers serve the homeless ones; when they run out, host registers that the
     instruction does not use are borrowed and given back. AH-BH exclude a REX prefix, so beside
     them whatever needs one has to borrow, too.
     """
     free = 2
+    memory = address == R10
     combined = high
     for n in range(w.substitute_count):
         if w.stand_ins[n] == NONE:
@@ -140,15 +199,12 @@ def substitute(w: Writer, i: Insn, f: Form, memory: int, high: int) -> int:
             w.borrowed[n] = 2
             gs_store(w, w.stand_ins[n], slot)
             move(w, w.stand_ins[n], R11)
-    address = NONE
-    if memory:
+    if combined:
         address = R9
         if high:
             address = borrow(w, f)
             gs_store(w, address, slot)
             move(w, address, R9)
-        elif not combined:
-            address = R10
     encode(w, i, f, address)
     if high and memory:
         gs_load(w, address, slot)
@@ -178,17 +234,30 @@ def give_back(w: Writer) -> int:
 def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
     """Write the instruction with its operands' stand-ins.
 
-    ``address``: NONE without memory operand, R10 for what `operands` knows of, else the register
-    that holds it.
+    ``address``: NONE without memory operand, R10 for what `operands` knows of, IN_BLOCK where
+    ModRM.rm is a guest register in the block, TURNED where ModRM.reg is one and the operands have
+    to change places, else the register that holds it.
     """
     reg = i.reg
     rm = i.rm
     vvvv = i.vvvv
+    opcode = i.opcode
+    block = slot_of(rm)
     bare = 0
-    if f.reg_role and not is_high_byte(i, f.reg_role, reg):
+    if address == TURNED:
+        block = slot_of(reg)
+        reg = rm
+        if not is_high_byte(i, f.rm_role, rm):
+            reg = stand_in(w, rm)
+            bare = needs_rex(f.rm_role, reg)
+        if opcode & 0xFE != 0x84:  # TEST has no direction
+            opcode = opcode ^ 2
+    elif f.reg_role and not is_high_byte(i, f.reg_role, reg):
         reg = stand_in(w, reg)
         bare = bare | needs_rex(f.reg_role, reg)
-    if f.rm_role and (f.low or i.mod == 3) and not is_high_byte(i, f.rm_role, rm):
+    if address in (IN_BLOCK, TURNED):
+        put(w, _GS, 1)
+    elif f.rm_role and (f.low or i.mod == 3) and not is_high_byte(i, f.rm_role, rm):
         rm = stand_in(w, rm)
         bare = bare | needs_rex(f.rm_role, rm)
     if f.vvvv_role:
@@ -197,6 +266,8 @@ def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
     extension = 0
     if address == R10:
         extension = operand_extension(w)
+    elif address in (IN_BLOCK, TURNED):
+        extension = 0
     elif address != NONE:
         extension = address >> 3
     else:
@@ -220,10 +291,13 @@ def encode(w: Writer, i: Insn, f: Form, address: int) -> int:
             put(w, 0x38, 1)
         elif i.map == 3:
             put(w, 0x3A, 1)
-        put(w, i.opcode & 0xF8 | rm & 7 if f.low == 1 else i.opcode, 1)
+        put(w, opcode & 0xF8 | rm & 7 if f.low == 1 else opcode, 1)
     if i.mod != NONE:
         if address == R10:
             put_operand(w, reg, i.vex != 4)
+        elif address in (IN_BLOCK, TURNED):
+            put(w, (reg & 7) << 3 | 0x2504, 2)
+            put(w, block, 4)
         elif address != NONE:
             put(w, (reg & 7) << 3 | address & 7, 1)
         else:

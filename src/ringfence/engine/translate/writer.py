@@ -332,6 +332,7 @@ def write_jump(w: Writer, target: int, live: int, near: int) -> int:
         load_address(w, R9, target)
         return go_to_r9(w, T_CHECKED)
     if loops(w, target):
+        pass_again(w)
         put(w, 0xE9, 5)
         add_back_edge(w)
         return 0
@@ -426,14 +427,21 @@ def loop_stub(w: Writer, start: int) -> int:
     """Where the trace's jumps to its own start go: in again, unless attention is wanted."""
     for n in range(w.back_edge_count):
         aim(w, w.back_edges[n], w.out)
-    gs_byte(w, GS_COMPARE_BYTE, _ATTENTION, 0)
-    put(w, 0x840F, 6)
-    aim(w, w.out - 4, w.inside)
+    pass_again(w)
     swap_out(w)
     set_rip(w, start)
     gs_call(w, _T_ATTENTION)
     swap_in(w)
     jump_back(w, w.inside)
+    return 0
+
+
+@native
+def pass_again(w: Writer) -> int:
+    """Go on inside the trace, at its start, unless attention is wanted."""
+    gs_byte(w, GS_COMPARE_BYTE, _ATTENTION, 0)
+    put(w, 0x840F, 6)
+    aim(w, w.out - 4, w.inside)
     return 0
 
 
