@@ -55,6 +55,16 @@ SMEP = (  # the program's own pages must not be the user's
 )
 LARGE_SIZE = 0x200000
 
+LOOPS = (
+    "jmp 9f\n"
+    "sum: xor ebx, ebx\n8: add rbx, [rsi]\nadd rsi, 8\nsub r9d, 1\njnz 8b\nret\n"
+    "clear: xor ebx, ebx\n8: mov [rsi], rbx\nlea rsi, [rsi + 8]\nsub r9d, 1\njnz 8b\nret\n"
+    "9:\n"
+)
+"""Routines that add up, or clear, R9 words from RSI on."""
+SUM = f"mov rsi, {WINDOW}\nmov r9d, 16\ncall sum\n"
+CLEAR = f"mov rsi, {WINDOW}\nmov r9d, 16\ncall clear\n"
+
 CASES: dict[str, Case] = {
     "a read sets A": Case(entry(FRAME | P | W) + READ + flags(), [A]),
     "a write sets A and D": Case(entry(FRAME | P | W) + WRITE + flags(), [A | D]),
@@ -144,6 +154,35 @@ CASES: dict[str, Case] = {
     "a write across two pages, the second missing, writes nothing": Case(
         entry(FRAME | P | W) + f"mov eax, -1\ntry\nmov [{WINDOW + PAGE - 2}], eax\ncaught\n",
         fault(PF, 2, WINDOW + PAGE), memory={FRAME + PAGE - 2: bytes(2)},
+    ),
+    "a loop reads a page that moved": Case(
+        LOOPS + f"mov byte ptr [{FRAME + 64}], 1\nmov byte ptr [{FRAME + PAGE + 64}], 2\n"
+        + entry(FRAME | P | W) + SUM + "report rbx\n" + entry(FRAME + PAGE | P | W)
+        + f"invlpg [{WINDOW}]\n" + SUM + "report rbx\n" + entry(FRAME | P | W) + FLUSH + SUM
+        + "report rbx\n", [1, 2, 1],
+    ),
+    "a loop writes where it may not any more": Case(
+        LOOPS + entry(FRAME | P | W) + CLEAR + entry(FRAME | P) + f"invlpg [{WINDOW}]\n" + SUM
+        + "try\n" + CLEAR + "caught\nreport r9\n", [*fault(PF, 3, WINDOW), 16],
+    ),
+    "a loop runs into a page that is missing": Case(
+        LOOPS + entry(FRAME | P | W) + f"mov rsi, {WINDOW + PAGE - 24}\nmov r9d, 16\ntry\n"
+        "call clear\ncaught\nreport r9\n", [*fault(PF, 2, WINDOW + PAGE), 13],
+    ),
+    "a loop reads across two pages, the second missing": Case(
+        LOOPS + entry(FRAME | P | W) + SUM + f"mov rsi, {WINDOW + PAGE - 28}\nmov r9d, 16\ntry\n"
+        "call sum\ncaught\nreport r9\n", [*fault(PF, 0, WINDOW + PAGE), 13],
+    ),
+    "a loop reads as a user what it read as supervisor": Case(
+        LOOPS + entry(FRAME | P | W) + SUM + "user\n" + SUM + "kernel\n", fault(PF, 5, WINDOW)
+    ),
+    "a loop reads what others change, byte by byte and by index": Case(
+        LOOPS + entry(FRAME | P | W) + entry(FRAME + PAGE | P | W, WINDOW_PT + 8)
+        + f"mov r9, {WINDOW}\nxor r10d, r10d\nxor r11d, r11d\n"
+        f"7: mov byte ptr [r9 + r10 * 2 + {PAGE - 100}], 3\ninc r11d\n"
+        f"add r11b, byte ptr [r9 + r10 * 2 + {PAGE - 100}]\n"
+        f"inc r10d\ncmp r10d, 100\njne 7b\nreport r11\n"
+        f"movzx eax, byte ptr [{FRAME + PAGE + 98}]\nreport rax\n", [400 & 0xFF, 3],
     ),
     "1 GiB page": Case(
         entry(0 | P | W | PS, PDPT + 8) + f"mov eax, 0x12345\nmov [{DATA}], eax\n"

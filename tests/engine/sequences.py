@@ -265,7 +265,9 @@ class SequenceMaker(Maker):
         register = REGISTER[FULL[counter]]
         self.pool = [n for n in pool if n != counter]
         self.reserved.add(counter)
-        self.add(Instruction.create_reg_i32(Code.MOV_RM64_IMM32, register, pick.randrange(1, 6)))
+        # Many passes take moving pointers from page to page, and out of the buffer.
+        passes = pick.choice((1, 2, 3, 4, 5, 50))
+        self.add(Instruction.create_reg_i32(Code.MOV_RM64_IMM32, register, passes))
         # All flags defined, whichever way the head is reached.
         top = self.add(Instruction.create_reg_reg(Code.CMP_R64_RM64, register, register))
         for _ in range(pick.randrange(1, 6)):

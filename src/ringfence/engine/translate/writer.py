@@ -332,10 +332,7 @@ def write_jump(w: Writer, target: int, live: int, near: int) -> int:
         load_address(w, R9, target)
         return go_to_r9(w, T_CHECKED)
     if loops(w, target):
-        pass_again(w)
-        put(w, 0xE9, 5)
-        add_back_edge(w)
-        return 0
+        return pass_again(w)
     swap_out(w)
     within = near if target < PAGE and w.state != PARKED else 0
     if not within and live:
@@ -381,22 +378,17 @@ def loops(w: Writer, target: int) -> int:
     return w.swaps and target == first.offset and not w.live_head
 
 
-@native_inline
-def add_back_edge(w: Writer) -> int:
-    """The jump just written leads to the trace's start."""
-    w.back_edges[w.back_edge_count] = w.out - 4
-    w.back_edge_count += 1
-    return 0
-
-
 @native
 def write_conditional(w: Writer, i: Insn) -> int:
     """A conditional jump out of the trace; not taken goes on inside."""
     target = i.offset + i.value
-    put(w, 0x800F | (i.opcode & 15) << 8, 6)
     if loops(w, target):
-        add_back_edge(w)
+        put(w, 0x70 | (i.opcode & 15) ^ 1, 2)
+        over = w.out
+        pass_again(w)
+        store8(over - 1, w.out - over)
         return 0
+    put(w, 0x800F | (i.opcode & 15) << 8, 6)
     within = ahead(w, i) if target < PAGE and not w.slow else 0
     add_link(w, target, within, not within, 1)
     return 0
@@ -424,10 +416,9 @@ def write_counted(w: Writer, i: Insn) -> int:
 
 @native
 def loop_stub(w: Writer, start: int) -> int:
-    """Where the trace's jumps to its own start go: in again, unless attention is wanted."""
+    """Where the trace's jumps to its own start go when attention is wanted."""
     for n in range(w.back_edge_count):
         aim(w, w.back_edges[n], w.out)
-    pass_again(w)
     swap_out(w)
     set_rip(w, start)
     gs_call(w, _T_ATTENTION)
@@ -438,10 +429,13 @@ def loop_stub(w: Writer, start: int) -> int:
 
 @native
 def pass_again(w: Writer) -> int:
-    """Go on inside the trace, at its start, unless attention is wanted."""
+    """Go on inside the trace, at its start, or in a stub if attention is wanted."""
     gs_byte(w, GS_COMPARE_BYTE, _ATTENTION, 0)
     put(w, 0x840F, 6)
     aim(w, w.out - 4, w.inside)
+    put(w, 0xE9, 5)
+    w.back_edges[w.back_edge_count] = w.out - 4
+    w.back_edge_count += 1
     return 0
 
 
