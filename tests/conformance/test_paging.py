@@ -57,13 +57,13 @@ LARGE_SIZE = 0x200000
 
 LOOPS = (
     "jmp 9f\n"
-    "sum: xor ebx, ebx\n8: add rbx, [rsi]\nadd rsi, 8\nsub r9d, 1\njnz 8b\nret\n"
-    "clear: xor ebx, ebx\n8: mov [rsi], rbx\nlea rsi, [rsi + 8]\nsub r9d, 1\njnz 8b\nret\n"
+    "sum: add rbx, [rsi]\nadd rsi, 8\nsub r9d, 1\njnz sum\nret\n"
+    "clear: mov [rsi], rbx\nlea rsi, [rsi + 8]\nsub r9d, 1\njnz clear\nret\n"
     "9:\n"
 )
-"""Routines that add up, or clear, R9 words from RSI on."""
-SUM = f"mov rsi, {WINDOW}\nmov r9d, 16\ncall sum\n"
-CLEAR = f"mov rsi, {WINDOW}\nmov r9d, 16\ncall clear\n"
+"""Routines that add up, or write, R9 words from RSI on; they begin with the loop."""
+SUM = f"mov rsi, {WINDOW}\nmov r9d, 16\nxor ebx, ebx\ncall sum\n"
+CLEAR = f"mov rsi, {WINDOW}\nmov r9d, 16\nxor ebx, ebx\ncall clear\n"
 
 CASES: dict[str, Case] = {
     "a read sets A": Case(entry(FRAME | P | W) + READ + flags(), [A]),
