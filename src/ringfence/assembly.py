@@ -331,11 +331,15 @@ class Parts:
         self, config: MachineConfig, options: DiskOptions, disk: Disk, pool: IoPool
     ) -> int:
         """Plug one more disk in while the guest runs; return its slot."""
+        from ringfence.devices.natives import natives
         from ringfence.devices.virtio.blk import VirtioBlk
         from ringfence.devices.virtio.pci import VirtioPci
 
         device = VirtioBlk(disk, pool, serial=options.serial)
-        function = VirtioPci(device, self.memory, packed=config.packed, pacing=options.pacing)
+        code = natives(config.engine_config.cache_dir)
+        function = VirtioPci(
+            device, self.memory, packed=config.packed, pacing=options.pacing, code=code
+        )
         slot = self.board.hot_plug(function)
         self.devices.disks.append(device)
         return slot
@@ -384,6 +388,7 @@ def assemble(
         from ringfence.chipset.clock import HostClock
         from ringfence.chipset.timekeeping import PauseClock, Timekeeper
         from ringfence.cpu.tsc import Tsc
+        from ringfence.devices.natives import natives
         from ringfence.devices.virtio.pci import VirtioPci
         from ringfence.paravirt import services
 
@@ -401,11 +406,14 @@ def assemble(
         cpus = config.engine_config.cpus
         files = attach_firmware(board, memory, firmware, host.nvram, cpus) if firmware else {}
         devices = _devices(config, host, console_sink)
+        code = natives(config.engine_config.cache_dir)
         described = iter(config.disks)  # disks come first
         for device in devices.all():
             disk = next(described, None)
             pacing, slot = (disk.pacing, disk.slot) if disk else (Pacing(), None)
-            board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing), slot)
+            board.plug(
+                VirtioPci(device, memory, packed=config.packed, pacing=pacing, code=code), slot
+            )
         devices.card = _plug_card(config, host, memory, board)
         attach_test_devices(board, config.test, on_exit)
         if firmware or config.test.ports:
@@ -530,18 +538,19 @@ def _plug_card(
     """Make and plug the network card, if the machine has a network."""
     if host.network is None:
         return None
+    from ringfence.devices.natives import natives
+
+    code = natives(config.engine_config.cache_dir)
     if config.nic == "virtio":
         from ringfence.devices.virtio.net import VirtioNet
         from ringfence.devices.virtio.pci import VirtioPci
 
         device = VirtioNet(host.network, config.mac)
         pacing = config.nic_pacing
-        board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing))
+        board.plug(VirtioPci(device, memory, packed=config.packed, pacing=pacing, code=code))
         return device
     from ringfence.devices.e1000.card import E1000
-    from ringfence.devices.natives import natives
 
-    code = natives(config.engine_config.cache_dir)
     card = E1000(memory, board.timers, host.network, config.mac, code)
     board.plug(card)
     return card

@@ -9,7 +9,7 @@ from devices.e1000.fuzz import CardFuzzer
 from fuzzing.chips import CHIPS, ChipFuzzer
 from fuzzing.harness import Fuzzer
 from fuzzing.ninep import NinepFuzzer
-from fuzzing.virtio import TYPES
+from fuzzing.virtio import TYPES, FileBlkFuzzer
 from ringfence.devices.virtio.pci import DEFAULT_PACING
 from ringfence.pacing import Pacing
 
@@ -24,6 +24,10 @@ TARGETS: Mapping[str, Callable[[int], Fuzzer]] = {
         f"{name}-{layout}{switches}": partial(kind, packed=layout == "packed", pacing=pacing)
         for name, kind in (*TYPES.items(), ("ninep", NinepFuzzer))
         for layout in ("split", "packed")
+        for switches, pacing in SWITCHES.items()
+    },
+    **{
+        f"blkfile-split{switches}": partial(FileBlkFuzzer, packed=False, pacing=pacing)
         for switches, pacing in SWITCHES.items()
     },
     "e1000": CardFuzzer,

@@ -6,10 +6,11 @@ the ring's own memory, the transport's registers and the type's host side are gi
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 
-from devices.virtio.backends import Inline, Note, Ramdisk, Wire
+from devices.virtio.backends import Filedisk, Inline, Note, Ramdisk, Wire
 from devices.virtio.driver import BAR, BUFFERS, MSIX, QUEUE_AREA, RAM, Driver, Segment
 from fuzzing.harness import FAR, Fuzzer
 from ringfence.devices.virtio import blk, net, vsock
@@ -279,6 +280,28 @@ class BlkFuzzer(VirtioFuzzer):
         assert [length for _, length in self.driver.request(0, segments)] == [513]
         data = self.disk.data[3 * 512 : 4 * 512]
         assert self.driver.memory.read(BUFFERS + 0x1000, 512) == bytes(data)
+
+
+class FileBlkFuzzer(BlkFuzzer):
+    """A disk that is a file, whose requests are native code's affair as far as may be."""
+
+    def device(self) -> VirtioDevice:
+        self.disk, self.pool = Filedisk(), Inline()
+        self.files = [os.open(f"/dev/{name}", os.O_RDWR) for name in ("zero", "full", "null")]
+        return VirtioBlk(self.disk, self.pool, serial="fuzz")
+
+    def host(self) -> None:
+        super().host()
+        self.disk.file = self.pick(self.disk.own, self.disk.own, *self.files, -1)
+
+    def works(self) -> None:
+        self.disk.file = self.disk.own
+        super().works()
+
+    def close(self) -> None:
+        super().close()
+        for file in self.files:
+            os.close(file)
 
 
 class NetFuzzer(VirtioFuzzer):

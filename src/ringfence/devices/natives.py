@@ -8,14 +8,15 @@ keep Python's global lock.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ringfence.devices.e1000 import landing
+from ringfence.devices.virtio import queue, transfer
 from ringfence.memory import reach
+from ringfence.native import hostcall
 from ringfence.native.library import (
     Library,
     image_path,
@@ -25,14 +26,23 @@ from ringfence.native.library import (
     write_image,
 )
 
-_MODULES = (reach, landing)
-_ROOTS = (landing.land,)
+_MODULES = (reach, hostcall, landing, queue, transfer)
+_FUNCTIONS: dict[str, tuple[Any, int]] = {
+    "land": (landing.land, 1),
+    "take": (queue.take, 1),
+    "give": (queue.give, 3),
+    "publish": (queue.publish, 1),
+    "ask_kicks": (queue.ask_kicks, 1),
+    "refuse_kicks": (queue.refuse_kicks, 1),
+    "serve": (transfer.serve, 1),
+}
+"""What Python calls, and with how many arguments."""
 KIND = "devices"
 KEPT_FILES = 4
 """Versions of the library that stay in the cache folder."""
 
 Natives = Callable[[str], Any]
-"""Finds a function by its name; all have one argument, the address of their structure."""
+"""Finds a function by its name; the first argument is the address of its structure."""
 
 
 def natives(cache: Path | None = None) -> Natives:
@@ -42,8 +52,7 @@ def natives(cache: Path | None = None) -> Natives:
 
 @functools.cache
 def _function(cache: Path | None, name: str) -> Any:
-    prototype = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)
-    return prototype(_library(cache).address(name))
+    return _library(cache).function(name, _FUNCTIONS[name][1])
 
 
 @functools.cache
@@ -53,8 +62,12 @@ def _library(cache: Path | None) -> Library:
     if code is None:
         from ringfence.native.compiler import compile_image  # only this needs LLVM
 
-        code = compile_image(_ROOTS)
+        code = compile_image([root for root, _ in _FUNCTIONS.values()], hostcall.ASSEMBLY)
         if path is not None:
             write_image(path, code)
             prune(path.parent, f"{KIND}-*", KEPT_FILES)
     return Library(code)
+
+
+UNKEPT: Natives = natives()
+"""Of a library that is made anew by each process."""

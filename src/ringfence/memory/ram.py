@@ -209,6 +209,11 @@ class GuestMemory:
                 return address - region.base + region.offset
         raise IndexError(f"guest-physical {address:#x}+{length:#x} is not RAM")
 
+    def address(self, offset: int) -> int:
+        """Guest-physical address of an offset into the mapping of RAM; see `offset`."""
+        region = self.regions[-1]
+        return region.base + offset - region.offset if offset >= region.offset else offset
+
     def read(self, address: int, length: int) -> bytes:
         """Bytes at a guest-physical address; IndexError outside RAM."""
         at = self.offset(address, length)
@@ -251,11 +256,14 @@ class GuestMemory:
 
         What is filled has to be told by `dma_written`.
         """
-        at = self.offset(address, length)
+        return self.part(self.offset(address, length), length)
+
+    def part(self, offset: int, length: int) -> memoryview:
+        """As `slice`, at an offset into the mapping that is known to be RAM."""
         if self.arriving:
-            for page in range(at - at % PAGE, at + length, PAGE):
+            for page in range(offset - offset % PAGE, offset + length, PAGE):
                 self.view[page]  # sleeps until it is there
-        return self.view[at : at + length]
+        return self.view[offset : offset + length]
 
     def dma_written(self, address: int, length: int) -> None:
         """Tell the observers that a device has changed these bytes; IndexError outside RAM."""

@@ -35,6 +35,14 @@ class Disk(ABC):
     size: int
     read_only: bool
 
+    @property
+    def file(self) -> int:
+        """The descriptor of a file with the disk's bytes at the same offsets, or -1.
+
+        Transfers of it that need no waiting (RWF_NOWAIT) may pass this object by.
+        """
+        return -1
+
     @abstractmethod
     def read(self, offset: int, buffers: Buffers) -> None:
         """Fill ``buffers`` from ``offset`` on."""

@@ -91,6 +91,11 @@ class RawDisk(Disk):
             os.close(self._fd)
             raise ImageError(f"disk image {path} is empty: expected at least {SECTOR} bytes")
 
+    @property
+    def file(self) -> int:
+        """See `Disk.file`."""
+        return -1 if self._direct else self._fd
+
     def read(self, offset: int, buffers: Buffers) -> None:
         """See `Disk.read`."""
         if self._direct and not self._aligned(offset, buffers):

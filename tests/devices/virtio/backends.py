@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 from ringfence.devices.virtio.vsock import Key, Shut, VirtioVsock
 from ringfence.memory.buffers import Buffers, scatter
@@ -14,6 +18,8 @@ SIZE = 1 << 20
 
 class Ramdisk:
     """A disk that notes what is done to it."""
+
+    file = -1
 
     def __init__(self, read_only: bool = False) -> None:
         self.size = SIZE
@@ -51,6 +57,22 @@ class Ramdisk:
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
         self.log.append(("zero", offset, length, unmap))
+
+
+class Filedisk(Ramdisk):
+    """A `Ramdisk` whose bytes are in a file, too, to which it may be passed by."""
+
+    def __init__(self, read_only: bool = False) -> None:
+        super().__init__(read_only)
+        self.own, path = tempfile.mkstemp()
+        Path(path).unlink()
+        weakref.finalize(self, os.close, self.own)
+        self.file = self.own
+        os.pwrite(self.own, self.data, 0)
+
+    def write(self, offset: int, buffers: Buffers) -> None:
+        super().write(offset, buffers)
+        os.pwrite(self.own, b"".join(buffers), offset)
 
 
 class Inline:

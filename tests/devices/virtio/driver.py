@@ -16,7 +16,7 @@ from ringfence.devices.virtio.pci import (
     NOTIFY,
     VirtioPci,
 )
-from ringfence.devices.virtio.ring import EVENT_IDX, INDIRECT_DESC, RING_PACKED
+from ringfence.devices.virtio.rules import EVENT_IDX, INDIRECT_DESC, RING_PACKED
 from ringfence.memory.ram import GuestMemory
 from ringfence.pacing import Pacing
 

@@ -13,7 +13,7 @@ from ringfence.chipset.state import State
 from ringfence.devices.gathering import PROBE
 from ringfence.devices.virtio import net
 from ringfence.devices.virtio.net import VirtioNet
-from ringfence.devices.virtio.ring import EVENT_IDX
+from ringfence.devices.virtio.rules import EVENT_IDX
 from ringfence.pacing import Pacing
 
 US = 1000

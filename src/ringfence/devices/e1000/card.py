@@ -46,7 +46,7 @@ from ringfence.devices.e1000.registers import (
 from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
 from ringfence.devices.e1000.transmit import Transmitter
-from ringfence.devices.natives import Natives
+from ringfence.devices.natives import UNKEPT, Natives
 from ringfence.memory.ram import GuestMemory
 from ringfence.network.backend import NetworkBackend
 
@@ -69,7 +69,7 @@ class E1000(PciDevice):
         The other end of its cable, whose owner attaches it to `receive`.
     mac : bytes
         Its Ethernet address, 6 bytes.
-    natives : Natives
+    code : Natives
         Where native code is found.
     """
 
@@ -81,7 +81,7 @@ class E1000(PciDevice):
         timers: TimerQueue,
         backend: NetworkBackend,
         mac: bytes,
-        natives: Natives,
+        code: Natives = UNKEPT,
     ) -> None:
         super().__init__(IDENTITY)
         self.add_bar(MEMORY_BAR, MEMORY_SIZE)
@@ -107,7 +107,7 @@ class E1000(PciDevice):
             *(memory, self.interrupts, self.statistics, self.filters),
             resume=backend.resume,
             vlan=self._vlan,
-            natives=natives,
+            natives=code,
         )
         self._parts = {
             "eeprom": self.eeprom,

@@ -88,7 +88,8 @@ class VirtioBalloon(VirtioDevice):
         return 0
 
     def _reported(self, chain: Chain) -> int:
-        for address, length in chain.places:
+        for offset, length in chain.places:
+            address = self.transport.memory.address(offset)
             start = -(-address // PAGE) * PAGE
             end = (address + length) // PAGE * PAGE
             if start < end:

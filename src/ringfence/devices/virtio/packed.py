@@ -7,17 +7,8 @@ descriptors; the device gives it back by overwriting one of them with the chain'
 
 from __future__ import annotations
 
-from ringfence.devices.virtio.ring import (
-    DESCRIPTOR,
-    DESCRIPTOR_SIZE,
-    INDIRECT,
-    MAX_QUEUE,
-    NEXT,
-    WRITE,
-    Chain,
-    Ring,
-    RingError,
-)
+from ringfence.devices.virtio.ring import DESCRIPTOR, Chain, Ring, RingError
+from ringfence.devices.virtio.rules import DESCRIPTOR_SIZE, INDIRECT, MAX_QUEUE, NEXT, WRITE
 from ringfence.memory.ram import GuestMemory
 
 AVAIL, USED = 1 << 7, 1 << 15
@@ -52,12 +43,18 @@ class PackedRing(Ring):
         self._words = self._descriptors.cast("I")
         self._driver_events = self._area(1, 4, 4).cast("H")
         self._device_events = self._area(2, 4, 4).cast("H")
+        self._given = 0
         self.next_avail = 0
         self.avail_wrap = True
         self.next_used = 0
         self.used_wrap = True
         self.unsignalled = 0
         """Used descriptors that `flush` has not told of yet."""
+
+    @property
+    def given(self) -> int:
+        """See `Ring.given`."""
+        return self._given
 
     def _available(self) -> bool:
         flags = self._items[8 * self.next_avail + FLAGS_ITEM]
@@ -103,7 +100,8 @@ class PackedRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         """See `Ring.push`; the guest sees it at once, `flush` decides about the interrupt."""
-        self._note_given(chain, written)
+        self._note_filled(chain, written)
+        self._given += 1
         at = self.next_used
         self._words[4 * at + 2] = written
         self._items[8 * at + 6] = chain.identifier

@@ -22,17 +22,12 @@ from ringfence.chipset.pci.config import Identity, Register
 from ringfence.chipset.pci.device import PciDevice
 from ringfence.chipset.state import Saved, State
 from ringfence.devices.gathering import Gatherer
+from ringfence.devices.natives import UNKEPT, Natives
 from ringfence.devices.virtio.device import VERSION_1, VirtioDevice
 from ringfence.devices.virtio.moderation import InterruptModerator, Poller
 from ringfence.devices.virtio.packed import PackedRing
-from ringfence.devices.virtio.ring import (
-    EVENT_IDX,
-    INDIRECT_DESC,
-    RING_PACKED,
-    Chain,
-    Ring,
-    RingError,
-)
+from ringfence.devices.virtio.ring import Chain, Ring, RingError
+from ringfence.devices.virtio.rules import EVENT_IDX, INDIRECT_DESC, RING_PACKED
 from ringfence.devices.virtio.split import SplitRing
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
@@ -117,6 +112,8 @@ class VirtioPci(PciDevice):
         Whether packed rings are offered.
     pacing : Pacing
         How often driver and device tell each other of work.
+    code : Natives
+        Where native code is found.
     """
 
     FIELDS = (
@@ -138,11 +135,13 @@ class VirtioPci(PciDevice):
         *,
         packed: bool = False,
         pacing: Pacing = DEFAULT_PACING,
+        code: Natives = UNKEPT,
     ) -> None:
         number = FIRST_DEVICE + device.TYPE
         super().__init__(Identity(VENDOR, number, device.CLASS_CODE, REVISION, VENDOR, number))
         self.device = device
         self._memory = memory
+        self._natives = code
         self.queues = [QueueRegisters(size) for size in device.queue_sizes]
         self._moderators = [
             InterruptModerator(pacing, self.later, partial(self._tell, queue))
@@ -214,6 +213,11 @@ class VirtioPci(PciDevice):
     def memory(self) -> GuestMemory:
         """Guest RAM."""
         return self._memory
+
+    @property
+    def natives(self) -> Natives:
+        """Where native code is found."""
+        return self._natives
 
     @property
     def features(self) -> int:
@@ -357,14 +361,13 @@ class VirtioPci(PciDevice):
     def _make_ring(self, queue: QueueRegisters) -> Ring:
         if queue.size > queue.maximum:
             raise RingError(f"a queue of {queue.size}: expected at most {queue.maximum}")
-        kind = PackedRing if self.driver_features & RING_PACKED else SplitRing
-        return kind(
-            self._memory,
-            queue.size,
-            queue.descriptors,
-            queue.driver,
-            queue.device,
-            self.driver_features,
+        areas = (queue.descriptors, queue.driver, queue.device)
+        if self.driver_features & RING_PACKED:
+            return PackedRing(self._memory, queue.size, *areas, self.driver_features)
+        return SplitRing(
+            *(self._memory, queue.size, *areas, self.driver_features),
+            natives=self.natives,
+            layout=self.device.QUEUE,
         )
 
     # ---- registers

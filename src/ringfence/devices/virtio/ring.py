@@ -15,26 +15,23 @@ chains per notification (see `device`).
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import threading
 from abc import ABC, abstractmethod
 
 from ringfence.chipset.state import Saved
+from ringfence.devices.virtio.rules import (
+    DESCRIPTOR_SIZE,
+    EVENT_IDX,
+    INDIRECT_DESC,
+    MAX_CHAIN,
+    MAX_QUEUE,
+    WRITE,
+)
 from ringfence.errors import RingfenceError
 from ringfence.memory.buffers import scatter, total
 from ringfence.memory.ram import GuestMemory
-
-# Descriptor flags (2.7.5, 2.8.1)
-NEXT, WRITE, INDIRECT = 1 << 0, 1 << 1, 1 << 2
-
-# Feature bits that concern rings (6)
-INDIRECT_DESC, EVENT_IDX, RING_PACKED = 1 << 28, 1 << 29, 1 << 34
-
-MAX_CHAIN = 1024
-"""Buffers in a chain; as many as one readv takes."""
-MAX_QUEUE = 1 << 15
-"""Largest queue (2.7, 2.8)."""
-DESCRIPTOR_SIZE = 16
 
 
 class RingError(RingfenceError):
@@ -53,7 +50,7 @@ class Chain:
     readable, writable : list[memoryview]
         Slices of guest RAM.
     places : list[tuple[int, int]]
-        Guest-physical address and length of the writable ones.
+        Offset into RAM's mapping and length of the writable ones.
     """
 
     __slots__ = ("count", "identifier", "places", "readable", "writable")
@@ -119,10 +116,13 @@ class Ring(Saved, ABC):
         self.indirect = bool(features & INDIRECT_DESC)
         self._areas = (descriptors, driver, device)
         self._fence_lock = threading.Lock()
-        self.given = 0
-        """Chains given back so far."""
 
     # ---- what devices call
+
+    @property
+    @abstractmethod
+    def given(self) -> int:
+        """Chains given back so far."""
 
     @abstractmethod
     def pop(self) -> Chain | None:
@@ -168,7 +168,7 @@ class Ring(Saved, ABC):
             return
         if flags & WRITE:
             chain.writable.append(self._slice(address, length))
-            chain.places.append((address, length))
+            chain.places.append((self.memory.offset(address, length), length))
         elif chain.writable:
             raise RingError("a readable buffer behind a writable one")
         else:
@@ -184,14 +184,17 @@ class Ring(Saved, ABC):
             raise RingError(f"an indirect table of {length} bytes")
         return bytes(self._slice(address, length))
 
-    def _note_given(self, chain: Chain, written: int) -> None:
-        """Have the memory's observers hear of what the device has filled, and count the chain."""
-        self.given += 1
-        for address, length in chain.places:
+    def _note_filled(self, chain: Chain, written: int) -> None:
+        """Have the memory's observers hear of what the device has filled."""
+        runs: list[int] = []
+        for offset, length in chain.places:
             if written <= 0:
                 break
-            self.memory.dma_written(address, min(length, written))
+            runs += offset, min(length, written)
             written -= length
+        if runs:
+            table = (ctypes.c_uint64 * len(runs))(*runs)
+            self.memory.dma_written_runs(ctypes.addressof(table), len(runs) // 2)
 
     def _tell(self, area: int, at: int, length: int) -> None:
         """Have the memory's observers hear of what we wrote ourselves to one of the areas."""

@@ -2,29 +2,68 @@
 
 The driver's ring is a list of heads of chains through the table; the device's ring a list of the
 heads it is done with, and how much it has written. Each ring's index counts modulo 65536.
+
+What is done for each chain and each descriptor is native code (`queue`); here a chain becomes an
+object, and the memory's observers hear of what was written to the used ring.
 """
 
 from __future__ import annotations
 
-from ringfence.devices.virtio.ring import (
-    DESCRIPTOR,
-    DESCRIPTOR_SIZE,
-    INDIRECT,
-    MAX_QUEUE,
-    NEXT,
-    Chain,
-    Ring,
-    RingError,
-)
-from ringfence.memory.ram import GuestMemory
+import ctypes
+from typing import Any
 
-# Available ring (2.7.6) and used ring (2.7.8), in 16-bit items: flags, index, entries.
-FLAGS, INDEX, ENTRIES = 0, 1, 2
-NO_INTERRUPT, NO_NOTIFY = 1, 1
+from ringfence.devices.natives import Natives
+from ringfence.devices.virtio.queue import (
+    BROKEN,
+    ELEMENT,
+    ENTRIES,
+    INTERRUPT,
+    NOTHING,
+    REASONS,
+    UNCHANGED,
+    SplitQueue,
+)
+from ringfence.devices.virtio.ring import Chain, Ring, RingError
+from ringfence.devices.virtio.rules import DESCRIPTOR_SIZE, MAX_QUEUE
+from ringfence.memory.ram import GuestMemory
+from ringfence.memory.reach import set_reach
+
+
+def _field(name: str) -> Any:
+    """A property that is a field of the queue."""
+
+    def read(ring: SplitRing) -> int:
+        return int(getattr(ring.queue, name))
+
+    def write(ring: SplitRing, value: int) -> None:
+        setattr(ring.queue, name, value)
+
+    return property(read, write)
 
 
 class SplitRing(Ring):
-    """A split virtqueue; see `ring.Ring`."""
+    """A split virtqueue; see `ring.Ring`.
+
+    Parameters
+    ----------
+    natives : Natives
+        Where native code is found.
+    layout : type[SplitQueue]
+        What the queue is to native code; a device may have one with fields of its own.
+
+    Attributes
+    ----------
+    last_avail : int
+        Index of the next available entry to look at.
+    used_index : int
+        Index of the next used entry to fill.
+    signalled : int
+        The used index that `flush` has published.
+    queue : Any
+        A view of the `SplitQueue`, which has these three.
+    at : int
+        Its host address.
+    """
 
     FIELDS = ("last_avail", "used_index", "signalled")
 
@@ -36,56 +75,70 @@ class SplitRing(Ring):
         driver: int,
         device: int,
         features: int,
+        natives: Natives,
+        layout: type[SplitQueue] = SplitQueue,
     ) -> None:
         super().__init__(memory, size, descriptors, driver, device, features)
         if not 0 < size <= MAX_QUEUE or size & size - 1:
             raise RingError(f"a split ring of {size} descriptors: expected a power of two")
-        self._descriptors = self._area(0, DESCRIPTOR_SIZE * size, 16)
-        self._avail = self._area(1, 6 + 2 * size, 2).cast("H")
-        self._used = self._area(2, 6 + 8 * size, 4).cast("H")
-        self._elements = self._area(2, 4 + 8 * size, 4)[4:].cast("I")
-        self.last_avail = 0
-        """Index of the next available entry to look at."""
-        self.used_index = 0
-        """Index of the next used entry to fill."""
-        self.signalled = 0
-        """The used index that `flush` has published."""
+        self._place = ctypes.create_string_buffer(layout.size)
+        self.at = ctypes.addressof(self._place)
+        queue = self.queue = layout.at(self.at)
+        set_reach(queue, memory)
+        queue.entries, queue.event_idx, queue.indirect = size, self.event_idx, self.indirect
+        queue.descriptors = self._host(0, DESCRIPTOR_SIZE * size, 16)
+        queue.avail = self._host(1, 6 + 2 * size, 2)
+        queue.used = self._host(2, 6 + ELEMENT * size, 4)
+        self._take, self._give, self._publish, self._ask, self._refuse = map(
+            natives, ("take", "give", "publish", "ask_kicks", "refuse_kicks")
+        )
+
+    last_avail: int = _field("last_avail")
+    used_index: int = _field("used_index")
+    signalled: int = _field("signalled")
+
+    @property
+    def given(self) -> int:
+        """See `Ring.given`."""
+        return int(self.queue.given)
+
+    def _host(self, area: int, length: int, alignment: int) -> int:
+        """Host address of an area, checked."""
+        self._area(area, length, alignment)
+        return self.memory.host_base + self.memory.offset(self._areas[area], length)
 
     def pop(self) -> Chain | None:
         """See `Ring.pop`."""
-        waiting = self._avail[INDEX] - self.last_avail & 0xFFFF
-        if not waiting:
+        found = self._take(self.at)
+        if found == NOTHING:
             return None
-        if waiting > self.size:
-            raise RingError(f"{waiting} chains in a ring of {self.size}")
-        head = self._avail[ENTRIES + (self.last_avail & self.size - 1)]
-        self.last_avail = self.last_avail + 1 & 0xFFFF
-        return self._walk(head)
+        if found == BROKEN:
+            raise self.error()
+        return self.taken()
 
-    def _walk(self, head: int) -> Chain:
-        chain = Chain(head)
-        table: bytes | memoryview = self._descriptors
-        size, index, left = self.size, head, self.size
-        while True:
-            if index >= size:
-                raise RingError(f"descriptor {index} of a table of {size}")
-            if not left:
-                raise RingError("a chain that runs in a circle")
-            left -= 1
-            address, length, flags, following = DESCRIPTOR.unpack_from(
-                table, index * DESCRIPTOR_SIZE
-            )
-            if flags & INDIRECT:
-                if table is not self._descriptors or flags & NEXT:
-                    raise RingError("an indirect descriptor inside an indirect table, or not last")
-                table = self._table(address, length)
-                size = left = length // DESCRIPTOR_SIZE
-                index = 0
-                continue
-            self._add(chain, address, length, flags)
-            if not flags & NEXT:
-                return chain
-            index = following
+    def error(self) -> RingError:
+        """What the driver has done wrong."""
+        return RingError(f"split ring: {REASONS[self.queue.reason]}")
+
+    def taken(self) -> Chain:
+        """The chain that was taken last, as an object."""
+        queue, part = self.queue, self.memory.part
+        chain = Chain(queue.identifier)
+        readable, base = queue.readable, self.memory.host_base
+        values = queue.parts[: 2 * queue.parts_used]
+        pairs = [(values[at] - base, values[at + 1]) for at in range(0, len(values), 2)]
+        chain.readable = [part(*pair) for pair in pairs[:readable]]
+        chain.places = pairs[readable:]
+        chain.writable = [part(*pair) for pair in chain.places]
+        return chain
+
+    def settle(self) -> None:
+        """Have the memory's observers hear of what native code has filled."""
+        queue = self.queue
+        if queue.runs_used:
+            table = self.at + SplitQueue.offset_of("runs")
+            self.memory.dma_written_runs(table, queue.runs_used)
+            queue.runs_used = 0
 
     def unpop(self, chain: Chain) -> None:
         """See `Ring.unpop`."""
@@ -94,35 +147,24 @@ class SplitRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         """See `Ring.push`."""
-        self._note_given(chain, written)
-        at = 2 * (self.used_index & self.size - 1)
-        self._elements[at] = chain.identifier
-        self._elements[at + 1] = written
-        self.used_index = self.used_index + 1 & 0xFFFF
+        self._note_filled(chain, written)
+        self._give(self.at, chain.identifier, written)
 
     def flush(self) -> bool:
         """See `Ring.flush`."""
-        old, new = self.signalled, self.used_index
-        if old == new:
+        told = self._publish(self.at)
+        if told == UNCHANGED:
             return False
-        self._used[INDEX] = new
-        self.signalled = new
-        self._tell(2, 0, 4 + 8 * self.size)
-        self._fence()
-        if not self.event_idx:
-            return not self._avail[FLAGS] & NO_INTERRUPT
-        event = self._avail[ENTRIES + self.size]
-        return new - event - 1 & 0xFFFF < new - old & 0xFFFF
+        self._tell(2, 0, ENTRIES + ELEMENT * self.size)
+        return bool(told == INTERRUPT)
 
     def want_kicks(self, wanted: bool) -> bool:
         """See `Ring.want_kicks`."""
-        if not self.event_idx:
-            self._used[FLAGS] = 0 if wanted else NO_NOTIFY
-            self._tell(2, 0, 2)
-        elif wanted:
-            self._used[ENTRIES + 4 * self.size] = self.last_avail
-            self._tell(2, 4 + 8 * self.size, 2)
         if not wanted:
+            if not self.event_idx:
+                self._refuse(self.at)
+                self._tell(2, 0, 2)
             return False
-        self._fence()
-        return self._avail[INDEX] != self.last_avail
+        more = self._ask(self.at)
+        self._tell(2, *((ENTRIES + ELEMENT * self.size, 2) if self.event_idx else (0, 2)))
+        return bool(more)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from ringfence.cpu.state import OK
 from ringfence.engine.direct.space import GENERAL_WORDS, Space
-from ringfence.engine.direct.stub import host_call
 from ringfence.native.dialect import address_of, native, native_inline
+from ringfence.native.hostcall import host_call
 
 PTRACE, WAIT4 = 101, 61
 CONTINUE, GET_SIGNAL, GET_REGISTERS, SET_REGISTERS, SYSTEM_CALLS = 7, 0x4202, 0x4204, 0x4205, 31

@@ -94,7 +94,6 @@ from ringfence.engine.direct.ptrace import (
     resume,
 )
 from ringfence.engine.direct.space import GENERAL_WORDS, Space
-from ringfence.engine.direct.stub import host_call
 from ringfence.engine.translate.block import (
     ATTENTION_CLEAR,
     EXIT_ATTENTION,
@@ -118,6 +117,7 @@ from ringfence.native.dialect import (
     store32,
     store64,
 )
+from ringfence.native.hostcall import host_call
 
 USER_CS, USER_SS = 0x33, 0x2B
 """Selectors of 64-bit user code in Linux: only guests with the same run directly, as code sees

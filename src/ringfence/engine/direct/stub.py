@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import struct
 
-from ringfence.native.dialect import external
-
 PLACE = 0x6000_0000_0000
 """Address of the stub's pages: far from where Linux puts anything. A guest that has pages there is
 translated."""
@@ -67,7 +65,7 @@ def _call(number: int, *arguments: object) -> str:
 
 
 def assembly() -> str:
-    """Source of the stub and of `host_call`, in Intel syntax."""
+    """Source of the stub, in Intel syntax."""
     rows = _filter()
     data = ", ".join(str(byte) for row in rows for byte in struct.pack("<HBBI", *row))
     fixed = (_SHARED_FIXED, DESCRIPTOR_STUB)
@@ -128,26 +126,8 @@ rf_stub_call:
 .globl rf_stub_end
 rf_stub_end:
     int3
-.p2align 4
-.globl host_call
-host_call:
-    mov rax, rdi
-    mov rdi, rsi
-    mov rsi, rdx
-    mov rdx, rcx
-    mov r10, r8
-    mov r8, r9
-    mov r9, [rsp + 8]
-    syscall
-    ret
 .att_syntax
 """
-
-
-@external
-def host_call(number: int, a: int, b: int, c: int, d: int, e: int, f: int) -> int:
-    """Do a system call of the host's."""
-    return 0
 
 
 def program(code: bytes) -> bytes:

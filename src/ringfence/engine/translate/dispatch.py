@@ -23,7 +23,7 @@ from ringfence.cpu.state import (
     SS_FAULT,
 )
 from ringfence.engine.direct.ptrace import SIGURG
-from ringfence.engine.direct.stub import KILL, host_call
+from ringfence.engine.direct.stub import KILL
 from ringfence.engine.translate.block import (
     ATTENTION_CLEAR,
     EXIT_ATTENTION,
@@ -94,6 +94,7 @@ from ringfence.native.dialect import (
     store32,
     store64,
 )
+from ringfence.native.hostcall import host_call
 
 SLOW_CHANGE = SLOW_READ | SLOW_WRITE
 SLOW_RIGHTS = SLOW_CHANGE | SLOW_MASKED

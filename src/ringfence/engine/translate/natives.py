@@ -37,6 +37,7 @@ from ringfence.engine.translate import (
     writer,
 )
 from ringfence.memory import coherence, mmu, strings, walk, walk_state, xstate
+from ringfence.native import hostcall
 from ringfence.native.library import (
     Library,
     image_path,
@@ -72,6 +73,7 @@ _MODULES = (
     scan,
     space,
     stub,
+    hostcall,
     assembling,
     block,
     builder,
@@ -151,7 +153,7 @@ KEPT_FILES = 8
 
 
 def _assembly() -> str:
-    return thunks.assembly() + stub.assembly()
+    return thunks.assembly() + stub.assembly() + hostcall.ASSEMBLY
 
 
 _CHILD = "from ringfence.engine.translate.natives import optimize; optimize()"

@@ -1,0 +1,142 @@
+"""Reads and writes of a disk that is a file, done where they are asked for, in native code.
+
+`serve` takes chains out of a queue and carries out those that are small, plainly laid out, inside
+the disk, and that the host's page cache can do at once (RWF_NOWAIT); data move between it and guest
+RAM by one system call. What was changed is noted in the queue's runs, which have to be told before
+the queue is published. All other chains are handed to Python, which decides what becomes of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from ringfence.devices.virtio.queue import RUNS, SplitQueue, give, take
+from ringfence.devices.virtio.rules import MAX_CHAIN
+from ringfence.native.dialect import address_of, load32, load64, native, store8
+from ringfence.native.hostcall import host_call
+from ringfence.native.layout import u64
+
+NOTHING, _FOUND, BROKEN, OTHER, FULL, SPENT = range(6)
+"""Why `serve` ends: no more chains; one that breaks a rule (as `queue.take` says); one for Python,
+taken; runs have to be told before it goes on; the budget is used up."""
+
+SECTOR = 512
+HEADER = 16
+"""Bytes of struct virtio_blk_req in front of the data (5.2.6)."""
+T_IN, T_OUT, OK = 0, 1, 0
+"""Request types and a status (5.2.6)."""
+AT_ONCE = 256 << 10
+"""Bytes of a request that may be done by the thread that asks."""
+TURN = 2 << 20
+"""Bytes that may be moved in one turn; what is beyond them is left to others."""
+
+_PREADV2, _PWRITEV2 = 327, 328
+"""System calls of x86-64 Linux."""
+_RWF_NOWAIT = 8
+_ENOSYS, _EINVAL, _EOPNOTSUPP = -38, -22, -95
+"""What a kernel or a file system says that doesn't offer this."""
+
+
+class BlockQueue(SplitQueue):
+    """A queue of a disk, and the disk."""
+
+    fd: Annotated[int, u64]
+    disk_size: Annotated[int, u64]
+    """Bytes."""
+    no_reads: Annotated[int, u64]
+    no_writes: Annotated[int, u64]
+    """Whether the host doesn't offer such transfers, as was found out by trying."""
+    write_back: Annotated[int, u64]
+    """Whether the disk may be written to, and writes may stay in the host's page cache."""
+    budget: Annotated[int, u64]
+    """Chains that may still be taken."""
+    bytes_left: Annotated[int, u64]
+    """Bytes that may still be moved."""
+    found: Annotated[int, u64]
+    """Chains taken; bytes of the first one's parts."""
+    first_bytes: Annotated[int, u64]
+
+
+@native
+def length_of(queue: BlockQueue, first: int, end: int) -> int:
+    """Bytes of some of the chain's parts."""
+    total = 0
+    for number in range(first, end):
+        total += queue.parts[2 * number + 1]
+    return total
+
+
+@native
+def refused(result: int) -> int:
+    """Whether a system call has said that it will never do this."""
+    return 1 if result in (_ENOSYS, _EINVAL, _EOPNOTSUPP) else 0
+
+
+@native
+def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
+    """Move the data of parts of the chain to or from the disk; 0 where that isn't possible now."""
+    sector = load64(queue.parts[0] + 8)
+    length = length_of(queue, first, end)
+    if length > AT_ONCE or length > queue.bytes_left or length % SECTOR:
+        return 0
+    if sector > queue.disk_size // SECTOR or length > queue.disk_size - sector * SECTOR:
+        return 0
+    if length == 0:
+        return 1
+    queue.bytes_left -= length
+    parts = address_of(queue.parts[2 * first])
+    done = host_call(call, queue.fd, parts, end - first, sector * SECTOR, 0, _RWF_NOWAIT)
+    if refused(done):
+        if call == _PREADV2:
+            queue.no_reads = 1
+        else:
+            queue.no_writes = 1
+    return 1 if done == length else 0
+
+
+@native
+def carry_out(queue: BlockQueue) -> int:
+    """Do the request of the chain taken last, and give it back; 0 if it isn't one for here."""
+    readable = queue.readable
+    last = queue.parts_used - 1
+    if readable == 0 or readable > last:
+        return 0
+    if queue.parts[1] != HEADER or queue.parts[2 * last + 1] != 1:
+        return 0
+    kind = load32(queue.parts[0])
+    status = queue.runs_used + last - readable
+    if kind == T_IN and not queue.no_reads:
+        if move(queue, _PREADV2, readable, last) == 0:
+            return 0
+        store8(queue.parts[2 * last], OK)
+        give(queue, queue.identifier, length_of(queue, readable, last) + 1)
+        queue.runs_used = status + 1
+    elif kind == T_OUT and queue.write_back and not queue.no_writes:
+        if move(queue, _PWRITEV2, 1, readable) == 0:
+            return 0
+        store8(queue.parts[2 * last], OK)
+        give(queue, queue.identifier, 1)
+        queue.runs[2 * queue.runs_used] = queue.runs[2 * status]
+        queue.runs[2 * queue.runs_used + 1] = 1
+        queue.runs_used += 1
+    else:
+        return 0
+    return 1
+
+
+@native
+def serve(queue: BlockQueue) -> int:
+    """Take chains and do them, until something else is to be done."""
+    while queue.budget:
+        if queue.runs_used > RUNS - MAX_CHAIN:
+            return FULL
+        status = take(queue)
+        if status != _FOUND:
+            return status
+        queue.budget -= 1
+        if queue.found == 0:
+            queue.first_bytes = length_of(queue, 0, queue.parts_used)
+        queue.found += 1
+        if carry_out(queue) == 0:
+            return OTHER
+    return SPENT
