@@ -64,8 +64,12 @@ def threads() -> list[int]:
 
 def delays() -> list[int]:
     """The host's own count of nanoseconds that they waited for a CPU."""
-    where = (Path(f"/proc/self/task/{thread}/schedstat") for thread in threads())
-    return [int(each.read_text().split()[1]) for each in where]
+    return [delay(thread) for thread in threads()]
+
+
+def delay(thread: int) -> int:
+    """The same of one thread, which may be a process."""
+    return int(Path(f"/proc/{thread}/schedstat").read_text().split()[1])
 
 
 def stolen(shell: Shell) -> list[int]:
@@ -93,14 +97,14 @@ def test_steal_of_user_code_that_runs_directly(
 ) -> None:
     """It is a process, which waits for a CPU in its thread's place: that counts as well."""
     cpu = min(os.sched_getaffinity(0))
-    spent: dict[int, int] = {}
+    waited: dict[int, int] = {}
 
     class Counted(policy.Process):
         """One whose waiting is looked up before it ends."""
 
         def close(self) -> None:
             with suppress(OSError):
-                spent[self.pid] = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1])
+                waited[self.pid] = delay(self.pid)
             super().close()
 
     monkeypatch.setattr(policy, "Process", Counted)
@@ -110,22 +114,26 @@ def test_steal_of_user_code_that_runs_directly(
         made.start()
         shell = Shell(made)
         shell.take_over()
-        thread = next(each.native_id for each in threading.enumerate() if each.name == "vcpu0")
-        os.sched_setaffinity(thread or 0, {cpu})
+        thread = made._thread.native_id or 0
+        os.sched_setaffinity(thread, {cpu})
         rival = subprocess.Popen([sys.executable, "-c", RIVAL, str(cpu)])
         try:
-            before = stolen(shell)[0]
+            made.pause()
+            made.resume()
+            waited.clear()  # from now on
+            guest, own = stolen(shell)[0], delay(thread)
             deadline = time.monotonic() + support.BOOT
-            while not sum(spent.values()) > 300_000_000:
+            while sum(waited.values()) < 300_000_000:
                 assert time.monotonic() < deadline
                 shell.run(LOOP)
                 made.pause()  # which ends the processes
                 made.resume()
-            ticks = stolen(shell)[0] - before
+            guest, own = stolen(shell)[0] - guest, delay(thread) - own
         finally:
             rival.kill()
             rival.wait()
-    assert ticks * TICK >= 0.9 * sum(spent.values()) - 2 * TICK
+    wanted = sum(waited.values()) + own
+    assert guest * TICK == pytest.approx(wanted, rel=0.1, abs=100_000_000), (waited, own)
 
 
 def test_ends_of_interrupts_cost_no_exits(machine: Machine, shell: Shell) -> None:
