@@ -569,10 +569,16 @@ class Maker:
         if i.is_string_instruction and any(
             i.op_kind(n) in (OpKind.MEMORY_ESRDI, OpKind.MEMORY_SEG_RSI) for n in range(i.op_count)
         ):
-            repeat = pick.randrange(3)
-            if repeat and name[:4] in ("MOVS", "STOS", "LODS", "SCAS", "CMPS"):
-                i.has_rep_prefix = repeat == 1
-                i.has_repne_prefix = repeat == 2
-                pin(1, pick.choice((0, 1, 2, 3, 17, 600)))
-                if case.flags & 0x400 or gpr[7] % PAGE > PAGE - 64:
-                    pin(1, pick.choice((0, 1, 2, 3, 17)))
+            self.repeat(i, name, case)
+
+    def repeat(self, i: Instruction, name: str, case: Case) -> None:
+        """Perhaps have a string instruction repeated, so often that it stays where it may go."""
+        prefix = self.random.randrange(3)
+        if not prefix or name[:4] not in ("MOVS", "STOS", "LODS", "SCAS", "CMPS"):
+            return
+        i.has_rep_prefix = prefix == 1
+        i.has_repne_prefix = prefix == 2
+        counts = (0, 1, 2, 3, 17)
+        near_an_end = case.flags & 0x400 or case.gpr[7] % PAGE > PAGE - 64
+        case.gpr[1] = self.random.choice(counts if near_an_end else (*counts, 600))
+        self.fixed.add(1)

@@ -330,10 +330,4 @@ class NarrowMaker(Maker):
         elif name in ("LOOP", "LOOPE", "LOOPNE", "JECXZ", "JCXZ"):
             pin(1, pick.choice((0, 1, 2, 1 << 16)))
         if i.is_string_instruction:
-            repeat = pick.randrange(3)
-            if repeat and name[:4] in ("MOVS", "STOS", "LODS", "SCAS", "CMPS"):
-                i.has_rep_prefix = repeat == 1
-                i.has_repne_prefix = repeat == 2
-                pin(1, pick.choice((0, 1, 2, 3, 17, 600)))
-                if case.flags & 0x400 or gpr[7] % PAGE > PAGE - 64:
-                    pin(1, pick.choice((0, 1, 2, 3, 17)))
+            self.repeat(i, name, case)

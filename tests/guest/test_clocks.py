@@ -53,13 +53,6 @@ def machine(
         yield made
 
 
-@pytest.fixture(scope="module")
-def shell(machine: Machine) -> Shell:
-    made = Shell(machine)
-    made.take_over()
-    return made
-
-
 def test_the_guest_s_counter_has_the_rate(machine: Machine, shell: Shell) -> None:
     rate = machine.config.tsc_hz or host_hz()
     said = shell.run("dmesg | grep 'tsc: Detected'")

@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringfence.boot.elf import Program
-from ringfence.boot.layout import CMDLINE_BASE, CMDLINE_LIMIT, Placement, check_fits, encode_text
+from ringfence.boot.layout import (
+    BOOT_CS,
+    BOOT_DS,
+    CMDLINE_BASE,
+    CMDLINE_LIMIT,
+    CR0_PROTECTED,
+    GDT_BASE,
+    STACK_TOP,
+    BootState,
+    Placement,
+    check_fits,
+    encode_text,
+    store_gdt,
+)
 from ringfence.boot.source import ImageSource, read_image
 from ringfence.errors import UsageError
 from ringfence.memory.ram import PAGE, GuestMemory
@@ -87,4 +100,34 @@ def load_modules(
             Placement("command line", CMDLINE_BASE, sum(map(len, lines))),
             *(Placement("module", module.base, module.size) for module in placed),
         ),
+    )
+
+
+def protected_entry(
+    memory: GuestMemory,
+    program: Program,
+    loaded: Loaded,
+    information: Placement,
+    rip: int,
+    rax: int = 0,
+) -> BootState:
+    """How a kernel that knows modules is entered: 32-bit code, EBX says where it is informed."""
+    gdt, gdt_limit = store_gdt(memory, 32)
+    placements = [
+        gdt,
+        information,
+        *loaded.placements,
+        *(Placement("kernel", segment.paddr, segment.memsz) for segment in program.segments),
+    ]
+    return BootState(
+        rip=rip,
+        rax=rax,
+        rbx=information.base,
+        rsp=STACK_TOP,
+        cr0=CR0_PROTECTED,
+        gdt_base=GDT_BASE,
+        gdt_limit=gdt_limit,
+        cs=BOOT_CS,
+        ds=BOOT_DS,
+        placements=tuple(sorted(placements, key=lambda placement: placement.base)),
     )

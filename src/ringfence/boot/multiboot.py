@@ -17,20 +17,14 @@ from dataclasses import dataclass
 
 from ringfence.boot.elf import PF_X, Program, Segment, load_segments, read_segments
 from ringfence.boot.layout import (
-    BOOT_CS,
-    BOOT_DS,
-    CR0_PROTECTED,
     EBDA_BASE,
-    GDT_BASE,
     INFO_BASE,
     INFO_LIMIT,
-    STACK_TOP,
     BootState,
     Placement,
     memory_map,
-    store_gdt,
 )
-from ringfence.boot.modules import load_modules
+from ringfence.boot.modules import load_modules, protected_entry
 from ringfence.boot.source import ImageSource
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
@@ -167,22 +161,5 @@ def load_multiboot(
     assert list_at + len(listed) <= INFO_LIMIT
     memory.write(INFO_BASE, info + LOADER_NAME)
     memory.write(map_at, ranges + listed)
-    gdt, gdt_limit = store_gdt(memory, 32)
-    placements = [
-        gdt,
-        Placement("multiboot information", INFO_BASE, list_at + len(listed) - INFO_BASE),
-        *loaded.placements,
-        *(Placement("kernel", segment.paddr, segment.memsz) for segment in program.segments),
-    ]
-    return BootState(
-        rip=program.entry,
-        rax=LOADED_MAGIC,
-        rbx=INFO_BASE,
-        rsp=STACK_TOP,
-        cr0=CR0_PROTECTED,
-        gdt_base=GDT_BASE,
-        gdt_limit=gdt_limit,
-        cs=BOOT_CS,
-        ds=BOOT_DS,
-        placements=tuple(sorted(placements, key=lambda placement: placement.base)),
-    )
+    information = Placement("multiboot information", INFO_BASE, list_at + len(listed) - INFO_BASE)
+    return protected_entry(memory, program, loaded, information, program.entry, LOADED_MAGIC)

@@ -12,19 +12,13 @@ from collections.abc import Sequence
 
 from ringfence.boot.elf import find_note, load_segments, read_segments
 from ringfence.boot.layout import (
-    BOOT_CS,
-    BOOT_DS,
-    CR0_PROTECTED,
-    GDT_BASE,
     INFO_BASE,
     INFO_LIMIT,
-    STACK_TOP,
     BootState,
     Placement,
     memory_map,
-    store_gdt,
 )
-from ringfence.boot.modules import load_modules
+from ringfence.boot.modules import load_modules, protected_entry
 from ringfence.boot.source import ImageSource
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
@@ -90,21 +84,5 @@ def load_pvh(
         + b"".join(ranges)
         + listed,
     )  # fmt: skip
-    gdt, gdt_limit = store_gdt(memory, 32)
-    placements = [
-        gdt,
-        Placement("start information", INFO_BASE, list_at + len(listed) - INFO_BASE),
-        *loaded.placements,
-        *(Placement("kernel", segment.paddr, segment.memsz) for segment in program.segments),
-    ]
-    return BootState(
-        rip=entry,
-        rbx=INFO_BASE,
-        rsp=STACK_TOP,
-        cr0=CR0_PROTECTED,
-        gdt_base=GDT_BASE,
-        gdt_limit=gdt_limit,
-        cs=BOOT_CS,
-        ds=BOOT_DS,
-        placements=tuple(sorted(placements, key=lambda placement: placement.base)),
-    )
+    information = Placement("start information", INFO_BASE, list_at + len(listed) - INFO_BASE)
+    return protected_entry(memory, program, loaded, information, entry)

@@ -100,23 +100,29 @@ SLOW_CHANGE = SLOW_READ | SLOW_WRITE
 SLOW_RIGHTS = SLOW_CHANGE | SLOW_MASKED
 
 
+@native_inline
+def note_code_page(vcpu: Vcpu, address: int, number: int) -> int:
+    """Have code pages found quickly: the page at a linear address, just walked, is ``number``."""
+    code = (address >> 12) & (ITLB_ENTRIES - 1)
+    if vcpu.cpl == 3:
+        vcpu.itlb_user[code] = number
+    else:
+        vcpu.itlb_kernel[code] = number
+        if not vcpu.walk_global and vcpu.code_filled_count < 256:
+            vcpu.code_filled[vcpu.code_filled_count] = code
+            vcpu.code_filled_count += 1
+    return OK
+
+
 @native
 def find_known(vcpu: Vcpu, mode: int, physical: int) -> int:
     """Find the trace at ``rip`` if there is one: OK with ``jump_target`` set, or EXIT."""
     address = code_address(vcpu, mode)
-    user = 4 if vcpu.cpl == 3 else 0
     number = page_find(vcpu, address & PAGE_MASK, physical & PAGE_MASK, mode)
     if number == 0:
         return EXIT
     if not mode & MODE_ENTERED:
-        code = (address >> 12) & (ITLB_ENTRIES - 1)
-        if user:
-            vcpu.itlb_user[code] = number
-        else:
-            vcpu.itlb_kernel[code] = number
-            if not vcpu.walk_global and vcpu.code_filled_count < 256:
-                vcpu.code_filled[vcpu.code_filled_count] = code
-                vcpu.code_filled_count += 1
+        note_code_page(vcpu, address, number)
     trace = trace_find(vcpu, trace_key(number, address & OFFSET_MASK))
     if trace == 0:
         return EXIT
@@ -582,14 +588,7 @@ def straddle(vcpu: Vcpu, wanted: int) -> int:
         walk(vcpu, code_address(vcpu, vcpu.mode), user | 16)
         status = translate(vcpu, vcpu.walk_pa, vcpu.mode)
         return deliver_and_lookup(vcpu) if status == FAULT else status
-    code = (address >> 12) & (ITLB_ENTRIES - 1)
-    if user:
-        vcpu.itlb_user[code] = number
-    else:
-        vcpu.itlb_kernel[code] = number
-        if not vcpu.walk_global and vcpu.code_filled_count < 256:
-            vcpu.code_filled[vcpu.code_filled_count] = code
-            vcpu.code_filled_count += 1
+    note_code_page(vcpu, address, number)
     return OK
 
 
