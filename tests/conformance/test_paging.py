@@ -53,7 +53,6 @@ SMEP = (  # the program's own pages must not be the user's
     f"and byte ptr [{PT + CODE // PAGE * 8}], ~4\nand byte ptr [{PT + MAIN // PAGE * 8}], ~4\n"
     "mov rax, cr4\nor eax, 1 << 20\nmov cr4, rax\nmov rax, cr3\nmov cr3, rax\n"
 )
-LARGE_SIZE = 0x200000
 
 LOOPS = (
     "jmp 9f\n"

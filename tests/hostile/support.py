@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.harness import (
-    CODE3,
-    DATA3,
     DATA_AT,
     END_PORT,
     ERROR_CODES,
@@ -29,7 +27,6 @@ from engine.harness import (
 )
 from ringfence.cpu import state
 from ringfence.engine import StopReason
-from ringfence.engine.translate import natives
 from ringfence.images.builtin import assemble
 from ringfence.memory.linear import read_linear
 
@@ -255,11 +252,3 @@ def host_addresses(guest: Guest) -> dict[str, int]:
         "enter": guest.engine.library.address("rf_enter"),
         "stack": ctypes.addressof(ctypes.c_int()),
     }
-
-
-def user_selectors() -> tuple[int, int]:
-    """CS and SS of CPL 3."""
-    return CODE3, DATA3
-
-
-assert natives.EFFECTS

@@ -111,7 +111,6 @@ class PortBus:
         self._readers: dict[int, dict[int, Callable[[], int]]] = {size: {} for size in _SIZES}
         self._writers: dict[int, dict[int, Callable[[int], None]]] = {size: {} for size in _SIZES}
         self._byte_readers = self._readers[1]
-        self._byte_writers = self._writers[1]
         self.windows = AddressMap()
         """What answers ports that no registered device has."""
 

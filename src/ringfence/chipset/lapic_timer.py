@@ -14,8 +14,6 @@ from typing import Protocol
 from ringfence.chipset.clock import NS_PER_SECOND, Deadline, TimerQueue
 from ringfence.chipset.state import Saved
 
-BUS_HZ = NS_PER_SECOND
-"""Frequency of the timer's input before the divider."""
 MINIMUM_PERIOD_NS = 100_000
 """A periodic timer fires no oftener than this, whatever the guest asks: the host must live."""
 

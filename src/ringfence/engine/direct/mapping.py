@@ -360,7 +360,6 @@ def compare_all(mmu: Mmu, space: Space) -> int:
     Where that is most of it, another program has come to use these tables; whatever the old one had
     earned by computing, the new one has to earn first (see `policy`).
     """
-    space.comparisons += 1
     wrong = 0
     for n in range(space.page_count):
         if is_wrong(mmu, space, n):

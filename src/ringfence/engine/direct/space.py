@@ -84,7 +84,6 @@ class Space(Struct):
     """CPU time of the process as last looked at, in nanoseconds."""
     runs: Annotated[int, u64]
     faults: Annotated[int, u64]
-    comparisons: Annotated[int, u64]
     copies: Annotated[int, u64]
     """Where copies of pages are, COPIES pages, in our memory…"""
     copied: Annotated[Array, u64, 64]

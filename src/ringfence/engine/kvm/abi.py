@@ -45,7 +45,6 @@ class Cap(IntEnum):
     USER_MEMORY = 3
     SET_TSS_ADDR = 4
     EXT_CPUID = 7
-    NR_MEMSLOTS = 10
     SYNC_MMU = 16
     USER_NMI = 22
     VCPU_EVENTS = 41

@@ -556,7 +556,7 @@ def stop_writers(vcpu: Vcpu, index: int, mode: int) -> int:
 
 
 @native_inline
-def is_full(vcpu: Vcpu, w: Writer) -> int:
+def is_full(w: Writer) -> int:
     """Whether any table or the code cache may not take another trace."""
     return (
         w.cache_used + ROOM > w.cache_size
@@ -575,7 +575,7 @@ def translate(vcpu: Vcpu, physical: int, mode: int) -> int:
     """
     began = rdtsc()
     w: Writer = cast(Writer, vcpu.writer)
-    if is_full(vcpu, w):
+    if is_full(w):
         return leave(vcpu, EXIT_FLUSH, mode)
     linear = code_address(vcpu, mode) & PAGE_MASK
     number = code_page(vcpu, w, linear, physical & PAGE_MASK, mode)
@@ -666,7 +666,7 @@ def finish(vcpu: Vcpu, w: Writer, page: PageRow, number: int, offset: int) -> in
     w.bytes += row.length
     install(vcpu, w, page, row, fresh)
     if w.second:
-        cross(vcpu, w, cast(PageRow, page_at(w, w.second)), row, fresh)
+        cross(vcpu, cast(PageRow, page_at(w, w.second)), row, fresh)
         if w.entered:
             # Entered without a check of the second page: good for this once only.
             trace_insert(vcpu, trace_key(number, offset), 0)
@@ -674,7 +674,7 @@ def finish(vcpu: Vcpu, w: Writer, page: PageRow, number: int, offset: int) -> in
 
 
 @native
-def cross(vcpu: Vcpu, w: Writer, second: PageRow, row: TraceRow, number: int) -> int:
+def cross(vcpu: Vcpu, second: PageRow, row: TraceRow, number: int) -> int:
     """A trace whose instruction ends in a second page depends on that, too."""
     row.next_across = second.across
     second.across = number
