@@ -18,6 +18,7 @@ from ringfence.engine.direct import ptrace, stub
 from ringfence.engine.direct.process import Process
 from ringfence.errors import HostError
 from ringfence.memory.ram import GuestMemory
+from ringfence.native import hostcall
 from ringfence.native.library import Library
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -76,7 +77,8 @@ def obstacle() -> str:
 
     memory = GuestMemory(_RAM_BYTES)
     try:
-        library = Library(compile_image((ptrace.registers,), stub.assembly(), optimize=False))
+        assembly = stub.assembly() + hostcall.ASSEMBLY
+        library = Library(compile_image((ptrace.registers,), assembly, optimize=False))
         Process(library, memory, enabled).close()
     except HostError as error:
         return str(error)
