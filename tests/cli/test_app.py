@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import ringfence
 from ringfence.cli import app
@@ -78,6 +82,57 @@ def test_help_documents_every_status(capsys: pytest.CaptureFixture[str]) -> None
         out = capsys.readouterr().out
         for status in (0, 2, 3, 4, 5, 6, 7, 70):
             assert f" {status} " in out
+
+
+def commands() -> list[list[str]]:
+    """All there are, groups included, as words."""
+    found: list[list[str]] = [[]]
+    for words in found:
+        here = typer.main.get_command(app.app)
+        for word in words:
+            here = here.commands[word]
+        found += [[*words, name] for name in getattr(here, "commands", {})]
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_has_examples(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app.main([*words, "--help"])
+    assert ended.value.code == 0
+    out, err = capsys.readouterr()
+    assert "Example" in out
+    assert " ".join(["ringfence", *words]) in out.partition("Example")[2]
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "answers"),
+    [
+        ("ringfence st", ["stop"]),
+        ("ringfence run --pause", ["--pause-clock"]),
+        ("ringfence run --on-reset re", ["reboot"]),
+        ("ringfence run bu", ["builtin"]),
+        ("ringfence stop ", []),
+        ("ringfence device l", ["list"]),
+    ],
+)
+def test_completion(typed: str, answers: list[str]) -> None:
+    """As bash asks for it."""
+    words = typed.split(" ")
+    asked = {
+        "_RINGFENCE_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "ringfence.cli"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **asked},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == answers
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

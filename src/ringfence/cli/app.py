@@ -17,51 +17,27 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ringfence.cli.arguments import CacheDir, Detach, Json, MachineName, Name, Share, TlsFiles
+from ringfence.cli.arguments import (
+    CacheDir,
+    Detach,
+    Json,
+    MachineName,
+    Name,
+    Share,
+    TlsFiles,
+    stored_images,
+)
+from ringfence.cli.epilogs import FIRST_EXAMPLES, RUN_EXAMPLES, STATUSES, SYMBOLS_EXAMPLES
 from ringfence.cli.groups import cache_app, device_app, pull_app
 from ringfence.errors import GuestCrash, RingfenceError, UsageError
 
 INTERNAL_ERROR = 70
 """EX_SOFTWARE of sysexits(3): a bug of ours."""
 
-STATUSES = """\
-[bold]Exit status[/bold]
-0      the guest powered off, or you ended it (Ctrl-A x, ringfence stop)
-2      wrong usage
-3      bad image (kernel, initrd, stored image)
-4      the guest crashed; its registers are on stderr
-5      time limit (--timeout) reached
-6      the host lacks something that is needed
-7      the guest asked for a reset (with --on-reset exit, the default)
-odd    with --test-devices or --debug-exit: what the guest wrote to the exit port
-70     a bug of Ringfence's
-128+N  ended by signal N: 130 SIGINT, 143 SIGTERM, 141 nobody reads stdout
-"""
-
-EXAMPLES = """\
-[bold]Examples[/bold]
-ringfence run
-ringfence run --kernel bzImage --initrd initrd.gz --append console=ttyS0
-echo 'uname -a; poweroff -f' | ringfence run debian --timeout 60
-ringfence run builtin --stats - --trace exits
-ringfence run --net user --forward 8080:80
-ringfence run --share ~/src,ro               (in the guest: /mnt/src)
-ringfence run --bios seabios --disk disk.img
-ringfence run --bios seabios --disk cloud.qcow2,snapshot --ssh-key id.pub --hostname web
-ringfence run --kernel test.elf --test-devices --append "first second"
-ringfence run --gdb :1234 --gdb-wait
-ringfence run debian-disk --ephemeral --net user
-ringfence run --name web --detach; ringfence console web; ringfence stop web
-
-The first one fetches Debian's kernel and busybox if need be, and boots to a shell.
-On a terminal, Ctrl-A x leaves and Ctrl-A h lists the other keys.
-"""
-
 app = typer.Typer(
     name="ringfence",
     help="Run unmodified x86-64 guests, and see everything that happens inside.",
-    epilog=STATUSES,
-    add_completion=False,
+    epilog=FIRST_EXAMPLES + "\n" + STATUSES,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -109,10 +85,13 @@ def _root(
     """Run unmodified x86-64 guests, and see everything that happens inside."""
 
 
-@app.command(epilog=EXAMPLES + "\n" + STATUSES)
+@app.command(epilog=RUN_EXAMPLES + "\n" + STATUSES)
 def run(
     image: Annotated[
-        str | None, typer.Argument(help="Stored image, or 'builtin' (default: debian).")
+        str | None,
+        typer.Argument(
+            help="Stored image, or 'builtin' (default: debian).", autocompletion=stored_images
+        ),
     ] = None,
     kernel: Annotated[
         Path | None,
@@ -345,7 +324,7 @@ def stop(
     return 0
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\nringfence pause web; ringfence resume web")
 def pause(name: Name) -> int:
     """Stop a machine's vCPUs and its time; 'resume' lets it go on."""
     from ringfence.cli.machines import order
@@ -354,7 +333,7 @@ def pause(name: Name) -> int:
     return 0
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\nringfence pause web; ringfence resume web")
 def resume(name: Name) -> int:
     """Let a paused machine go on."""
     from ringfence.cli.machines import order
@@ -576,7 +555,7 @@ def receive(
     )
 
 
-@app.command()
+@app.command(epilog="[bold]Examples[/bold]\nringfence images\nringfence images --json")
 def images(json: Json = False) -> int:
     """List the images that 'run' knows."""
     from ringfence.cli.pull import show_images
@@ -585,17 +564,12 @@ def images(json: Json = False) -> int:
     return 0
 
 
-SYMBOLS_EXAMPLES = """\
-[bold]Examples[/bold]
-ringfence symbols debian -o debian.symbols
-ringfence run --gdb :1234 --gdb-wait
-gdb debian.symbols -ex 'target remote :1234' -ex 'break start_kernel' -ex continue -ex backtrace
-"""
-
-
 @app.command(epilog=SYMBOLS_EXAMPLES)
 def symbols(
-    image: Annotated[str | None, typer.Argument(help="Stored image (default: debian).")] = None,
+    image: Annotated[
+        str | None,
+        typer.Argument(help="Stored image (default: debian).", autocompletion=stored_images),
+    ] = None,
     kernel: Annotated[
         Path | None, typer.Option(help="bzImage or ELF vmlinux instead of an image.")
     ] = None,
@@ -611,7 +585,7 @@ def symbols(
     return 0
 
 
-@app.command()
+@app.command(epilog="[bold]Examples[/bold]\nringfence doctor\nringfence doctor --json")
 def doctor(json: Json = False) -> int:
     """Tell what this host offers and what is missing; status 6 if guests can't run."""
     from ringfence.cli.doctor import show

@@ -14,10 +14,39 @@ import typer
 from ringfence.cli.arguments import CacheDir, Json, Name
 from ringfence.errors import UsageError
 
-pull_app = typer.Typer(help="Fetch a guest to run.", no_args_is_help=True)
-cache_app = typer.Typer(help="Look at or clear the engine's compiled code.", no_args_is_help=True)
+PULL_EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence pull debian
+ringfence pull debian --disk --include curl --ssh-key ~/.ssh/id_ed25519.pub
+ringfence pull debian --disk --user-data cloud.yaml --name web --refresh
+"""
+FIRMWARE_EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence pull seabios; ringfence run --bios seabios --disk disk.img
+ringfence pull ovmf; ringfence run --bios ovmf --nvram vars.fd --disk disk.img
+"""
+CACHE_EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence cache info --json
+ringfence cache clear
+"""
+DEVICE_EXAMPLES = """\
+[bold]Examples[/bold]
+ringfence device add web data.qcow2,serial=DATA    (prints the slot: 24)
+ringfence device list web
+ringfence device remove web 24
+"""
+
+pull_app = typer.Typer(help="Fetch a guest to run.", epilog=PULL_EXAMPLES, no_args_is_help=True)
+cache_app = typer.Typer(
+    help="Look at or clear the engine's compiled code.",
+    epilog=CACHE_EXAMPLES,
+    no_args_is_help=True,
+)
 device_app = typer.Typer(
-    help="Add disks to a running machine, and remove them.", no_args_is_help=True
+    help="Add disks to a running machine, and remove them.",
+    epilog=DEVICE_EXAMPLES,
+    no_args_is_help=True,
 )
 
 
@@ -27,14 +56,6 @@ class Flavour(StrEnum):
     CLOUD = "cloud"
     GENERIC = "generic"
     I386 = "i386"
-
-
-PULL_EXAMPLES = """\
-[bold]Examples[/bold]
-ringfence pull debian
-ringfence pull debian --disk --include curl --ssh-key ~/.ssh/id_ed25519.pub
-ringfence pull debian --disk --user-data cloud.yaml --name web --refresh
-"""
 
 
 @pull_app.command("debian", epilog=PULL_EXAMPLES)
@@ -91,7 +112,7 @@ def pull_debian(
     return 0
 
 
-@pull_app.command("seabios")
+@pull_app.command("seabios", epilog=FIRMWARE_EXAMPLES)
 def pull_seabios() -> int:
     """Fetch Debian's SeaBIOS, for 'run --bios seabios'."""
     from ringfence.cli.pull import pull_firmware
@@ -100,21 +121,13 @@ def pull_seabios() -> int:
     return 0
 
 
-@pull_app.command("ovmf")
+@pull_app.command("ovmf", epilog=FIRMWARE_EXAMPLES)
 def pull_ovmf() -> int:
     """Fetch Debian's UEFI firmware, for 'run --bios ovmf'."""
     from ringfence.cli.pull import pull_firmware
 
     pull_firmware("ovmf")
     return 0
-
-
-DEVICE_EXAMPLES = """\
-[bold]Examples[/bold]
-ringfence device add web data.qcow2,serial=DATA    (prints the slot: 24)
-ringfence device list web
-ringfence device remove web 24
-"""
 
 
 @device_app.command("add", epilog=DEVICE_EXAMPLES)
@@ -154,7 +167,7 @@ def device_list(name: Name, json: Json = False) -> int:
     return 0
 
 
-@cache_app.command("info")
+@cache_app.command("info", epilog=CACHE_EXAMPLES)
 def cache_info(cache_dir: CacheDir = None, json: Json = False) -> int:
     """Where the engine's compiled code is and what it takes."""
     from ringfence.cli.cache import info
@@ -163,7 +176,7 @@ def cache_info(cache_dir: CacheDir = None, json: Json = False) -> int:
     return 0
 
 
-@cache_app.command("clear")
+@cache_app.command("clear", epilog=CACHE_EXAMPLES)
 def cache_clear(cache_dir: CacheDir = None) -> int:
     """Remove the engine's compiled code; it is made again when needed."""
     from ringfence.cli.cache import clear
