@@ -12,10 +12,12 @@ from functools import cache
 from typing import Any
 
 from iced_x86 import (
+    Code,
     Encoder,
     EncodingKind,
     FlowControl,
     Instruction,
+    MemoryOperand,
     MemorySizeExt,
     OpCodeInfo,
     OpKind,
@@ -76,6 +78,12 @@ IMPLIED = {
         "SEG_RDI": OpKind.MEMORY_SEG_DI,
     },
 }  # fmt: skip
+FLAG_CODES = (
+    Code.AND_R32_RM32, Code.ADD_R32_RM32, Code.ADC_R32_RM32, Code.MOV_R32_RM32,
+    Code.MOV_RM32_R32, Code.MOV_RM32_R32, Code.CMP_RM32_R32, Code.NOT_RM32, Code.INC_RM32,
+    Code.SETE_RM8, Code.SETB_RM8, Code.SETO_RM8,
+)  # fmt: skip
+READERS = (Code.SETE_RM8, Code.SETB_RM8, Code.SETO_RM8)
 PAIRS = ((3, 6), (3, 7), (5, 6), (5, 7), (6, -1), (7, -1), (5, -1), (3, -1), (-1, -1))
 """Registers of a 16-bit address."""
 
@@ -281,6 +289,41 @@ class NarrowMaker(Maker):
             body = self.encode(i, origin).ljust(24, b"\x90") + over
         else:
             body = self.encode(i, origin)
+        self.enclose(case, address, body, NAME[code] + f": {i}")
+        return case
+
+    def flags_program(self, length: int, place: Any) -> Case:
+        """Accesses by base and index, among instructions that set flags and that read them."""
+        pick, m = self.random, MemoryOperand
+        gpr = [random_value(pick) & (M32 if n < 8 else ~0) for n in range(16)]
+        gpr[1], gpr[4] = pick.randrange(64), DATA + 2 * PAGE - self.base
+        gpr[6] = DATA + PAGE - self.base
+        case = Case(0, b"", 0, gpr)
+        case.flags = pick.getrandbits(12) & 0x8D5 | 0x202
+        case.vector = random_vector(pick, False)
+        results = (Register.EAX, Register.EDX, Register.EBX)
+        body = b""
+        for _ in range(length):
+            code, result = pick.choice(FLAG_CODES), pick.choice(results)
+            base = pick.choice((Register.ESI, Register.NONE))
+            place_at = 4 * pick.randrange(200) + (0 if base else gpr[6])
+            operand = m(base, Register.ECX, 4, place_at, 4)
+            if code in READERS:
+                i = Instruction.create_reg(code, pick.choice((Register.AL, Register.DL)))
+            elif NAME[code].endswith("R32_RM32"):
+                i = Instruction.create_reg_mem(code, result, operand)
+            elif NAME[code].endswith("RM32_R32"):
+                i = Instruction.create_mem_reg(code, operand, result)
+            else:
+                i = Instruction.create_reg(code, result)
+            body += self.encode(i, 0)
+        self.enclose(case, place(len(body) + START + 16 + END_BYTES), body, "flags")
+        return case
+
+    def enclose(self, case: Case, address: int, body: bytes, text: str) -> None:
+        """Put the way into 32- or 16-bit code, and the way back, around the code of a case."""
+        here = address + START
+        origin = here - CODE if self.bits == 16 else here
         code_selector, data = (CODE16, DATA16) if self.bits == 16 else (CODE32, DATA3)
         loads = (b"\x8e\x1c\x25", b"\x8e\x04\x25", b"\x8e\x14\x25")[: 2 + (self.bits == 16)]
         # mov ds, es and ss, [selector]; jmp far [pointer]
@@ -292,8 +335,7 @@ class NarrowMaker(Maker):
         back = back_prefix + b"\xea" + struct.pack("<IH", end, CODE3)
         whole = into.ljust(START, b"\x90") + body + back
         case.address, case.code, case.end = address, whole, len(whole)
-        case.text = f"{NAME[code]}: {i} [{body.hex(' ')}]"
-        return case
+        case.text = f"{text} [{body.hex(' ')}]"
 
     def prepare_narrow(self, i: Instruction, name: str, case: Case) -> None:
         """Registers that an instruction uses without naming them."""

@@ -16,6 +16,8 @@ PER_FORM = int(os.environ.get("RINGFENCE_SWEEP", "8"))
 SEED = os.environ.get("RINGFENCE_SEED", "0")
 GROUPS = 8
 FLAGS = 0x8D5
+AUXILIARY = 1 << 4
+"""Undefined behind AND."""
 
 
 def cases_of(maker: NarrowMaker, code: int, guest: Guest) -> list[Case]:
@@ -72,6 +74,18 @@ def test_forms(group: int, bits: int, guest: Guest, oracle: Oracle) -> None:
             if wrong:
                 failures.append(f"{case.text}: {'; '.join(wrong)}")
     assert not failures, f"{len(failures)}:\n" + "\n".join(failures[:30])
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_flags_outlive_accesses(bits: int, guest: Guest, oracle: Oracle) -> None:
+    """Flags live across look-ups, through segments with a base and without."""
+    maker = NarrowMaker(f"{SEED}/flags", bits)
+    guest.forget()
+    cases = [maker.flags_program(maker.random.randrange(3, 12), guest.place) for _ in range(60)]
+    for case, want in zip(cases, oracle.run(cases), strict=True):
+        assert want is not None
+        wrong = difference(want, guest.run(case, 3), ignore_flags=AUXILIARY)
+        assert not wrong, f"{case.text}: {wrong}"
 
 
 def test_catalogue_has_what_64_bit_mode_lacks() -> None:

@@ -225,9 +225,12 @@ def count_opening(i: Insn) -> int:
 
 
 @native_inline
-def is_lone(i: Insn) -> int:
-    """Whether an access could be a group of its own: one with an index, where flags are live."""
-    return i.form_kind == F_COPY and i.clobbers and i.index != NONE and i.alive
+def is_lone(w: Writer, i: Insn) -> int:
+    """Whether an access could be a group of its own: one with an index, where flags are live.
+
+    In 64-bit code only: elsewhere its segment is looked at each time, which costs the flags.
+    """
+    return w.long and i.form_kind == F_COPY and i.clobbers and i.index != NONE and i.alive
 
 
 @native
@@ -242,7 +245,7 @@ def find_groups(w: Writer) -> int:
         i.opens = 0
         if i.shared_base != NONE:
             join_group(w, i, n)
-        elif is_lone(i):
+        elif is_lone(w, i):
             lone_group(w, i, n)
         if i.written:
             close_groups(w, i)
