@@ -105,6 +105,7 @@ def test_errors(rig, lapic) -> None:
         ([EXTD], False),
         ([EN | EXTD, EXTD], False),
         ([EN | 1], False),
+        ([EN | 1 << 40], False),
         ([EN | 1 << 60], False),
     ],
 )
@@ -306,3 +307,37 @@ def test_a_count_shorter_than_our_own_work_fires(rig, lapic, monkeypatch) -> Non
     monkeypatch.undo()
     rig.clock.advance(1000)
     assert rig.take() == 0x40
+
+
+def test_between_one_shot_and_periodic_the_count_goes_on(rig, lapic) -> None:
+    rig.apic(DIVIDE, 0xB)
+    rig.apic(LVT_TIMER, 0x50)
+    rig.apic(INITIAL, 1_000_000)
+    rig.clock.advance(600_000)
+    rig.apic(LVT_TIMER, 0x20050)
+    assert rig.apic(CURRENT) == 400_000
+    rig.clock.advance(700_000)
+    assert rig.take() == 0x50
+    assert rig.apic(CURRENT) == 700_000
+    rig.apic(EOI, 0)
+    rig.apic(LVT_TIMER, 0x50)
+    assert rig.apic(CURRENT) == 700_000
+    rig.clock.advance(700_000)
+    assert rig.take() == 0x50
+    assert rig.apic(CURRENT) == 0
+
+
+def test_a_count_that_has_run_out_stays_at_zero(rig, lapic) -> None:
+    rig.apic(DIVIDE, 0xB)
+    rig.apic(LVT_TIMER, 0x50)
+    rig.apic(INITIAL, 1_000_000)
+    rig.clock.advance(1_500_000)
+    assert rig.take() == 0x50
+    rig.apic(EOI, 0)
+    rig.apic(LVT_TIMER, 0x20050)
+    rig.clock.advance(5_000_000)
+    assert rig.apic(CURRENT) == 0
+    assert rig.take() is None
+    rig.apic(INITIAL, 1_000_000)
+    rig.clock.advance(1_000_000)
+    assert rig.take() == 0x50

@@ -34,6 +34,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "#NP gate": "a fault in the delivery of a benign fault becomes #DF",
         "syscall and sysret": _SYSTEM_CALL,
         "SYSRET in kernel": _SYSTEM_CALL,
+        "a SYSRET that sets TF traps at once": _SYSTEM_CALL,
         "RDGSBASE in kernel": _FSGSBASE,
         "RDGSBASE in user": _FSGSBASE,
         "LSL in user": _SELECTORS,

@@ -204,6 +204,18 @@ CASES: dict[str, Case] = {
         "mov ecx, 0xc0000084\nmov eax, 0x100\nxor edx, edx\nwrmsr\n" + HIT + STEP
         + "5: nop\nsyscall\n4: mark 1\n", [BS, 1, 1],
     ),
+    "a SYSRET that sets TF traps at once": Case(
+        "mov ecx, 0xc0000080\nrdmsr\nor eax, 1\nwrmsr\nmov ecx, 0xc0000081\nxor eax, eax\n"
+        "mov edx, 0x1b0010\nwrmsr\n" + CALM
+        + "lea r14, [rip + 6f]\nlea rcx, [rip + 5f]\nmov r11d, 0x102\nsysretq\n"
+        "5: nop\nmov r10d, LEAVE\nud2\n6: mov rsp, KSTACK\nmark 1\n", [BS, 0, 1],
+    ),
+    "B0 to B3 are of this trap alone": Case(
+        "gate 1, hit\njmp 7f\nhit: push rax\nmov rax, dr6\nand eax, 0xe00f\nreport rax\n"
+        "pop rax\niretq\n7:\n" + arm(watch(0, WRITE, 4) | watch(1, WRITE, 4), **AT, dr1=f"{DATA + 8}")
+        + f"mov eax, 0x4008\nmov dr6, rax\nmov [{DATA}], eax\nmov [{DATA + 8}], eax\nnop\n",
+        [BS | B0, BS | B1],
+    ),
     "INT1 leaves DR6 alone": Case(HIT + ".byte 0xf1\n5: nop\n", [0, 0]),
     "user code's stack": Case(
         HIT + arm(watch(0, WRITE, 8), dr0=f"{USTACK - 8}") + "user\npush 5\n5: nop\nkernel\n",

@@ -18,6 +18,7 @@ from ringfence.chipset.apicbus import BROADCAST, BROADCAST_8, ApicBus, Delivery
 from ringfence.chipset.clock import TimerQueue
 from ringfence.chipset.lapic_timer import LapicTimer, TimerMode, TscSource
 from ringfence.chipset.state import Saved, State, check_version
+from ringfence.cpu.cpuid import PHYSICAL_BITS
 from ringfence.cpu.faults import GeneralProtection
 
 __all__ = ["GeneralProtection", "Lapic", "TscSource"]
@@ -33,7 +34,7 @@ PAGE = 0x1000
 BASE_BSP = 1 << 8
 BASE_EXTD = 1 << 10
 BASE_EN = 1 << 11
-_BASE_RESERVED = ~((1 << 46) - PAGE | BASE_BSP | BASE_EXTD | BASE_EN)
+_BASE_RESERVED = ~((1 << PHYSICAL_BITS) - PAGE | BASE_BSP | BASE_EXTD | BASE_EN)
 
 VERSION = 0x14 | 5 << 16
 """Integrated APIC; six LVT entries (SDM 3A 11.4.8)."""

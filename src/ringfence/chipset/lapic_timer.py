@@ -64,7 +64,7 @@ class LapicTimer(Saved):
         Called at each expiry; masks and vectors are the LVT's business.
     """
 
-    FIELDS = ("mode", "initial", "divide", "start", "deadline")
+    FIELDS = ("mode", "initial", "divide", "start", "deadline", "spent")
 
     def __init__(self, queue: TimerQueue, tsc: TscSource, expired: Callable[[], None]) -> None:
         self._clock = queue.clock
@@ -80,16 +80,28 @@ class LapicTimer(Saved):
         self.divide = 0
         self.start = 0
         self.deadline = 0
+        self.spent = False
         self._timer.set(None)
 
     def set_mode(self, mode: int) -> None:
-        """Follow the LVT's mode; entering or leaving TSC-deadline mode disarms."""
+        """Follow the LVT's mode; entering or leaving TSC-deadline mode disarms.
+
+        Between the other two the count goes on from where it is. One that has run to zero stays
+        there until the initial count register is written, in periodic mode, too.
+        """
         if mode == self.mode:
             return
+        now = self._clock.now()
         if TimerMode.TSC_DEADLINE in (mode, self.mode):
             self.initial = self.deadline = 0
+        elif self.initial:
+            length = self.initial * divider(self.divide)
+            if self.mode == TimerMode.PERIODIC:
+                self.start += (now - self.start) // length * length
+            else:
+                self.spent = now - self.start >= length
         self.mode = int(mode)
-        self._arm(self._clock.now())
+        self._arm(now)
 
     def write_initial(self, count: int) -> None:
         """Write the initial count register: start anew, or stop with 0."""
@@ -97,6 +109,7 @@ class LapicTimer(Saved):
             return
         self.initial = count & 0xFFFF_FFFF
         self.start = self._clock.now()
+        self.spent = False
         self._arm(self.start)
 
     def write_divide(self, value: int) -> None:
@@ -110,7 +123,7 @@ class LapicTimer(Saved):
 
     def read_current(self) -> int:
         """Return the current count register."""
-        if self.mode == TimerMode.TSC_DEADLINE or not self.initial:
+        if self.mode == TimerMode.TSC_DEADLINE or not self.initial or self.spent:
             return 0
         ticks = (self._clock.now() - self.start) // divider(self.divide)
         if self.mode == TimerMode.PERIODIC:
@@ -148,7 +161,7 @@ class LapicTimer(Saved):
             else:
                 ns = -(-ticks * NS_PER_SECOND // self._tsc.hz)
                 self._timer.set(now + ns)
-        elif not self.initial:
+        elif not self.initial or self.spent:
             self._timer.set(None)
         else:
             length = self.initial * divider(self.divide)

@@ -109,8 +109,12 @@ def port_hits(cpu: Cpu, port: int, size: int) -> int:
 
 @native
 def raise_debug(cpu: Cpu, bits: int) -> int:
-    """Make a #DB pending for the reasons ``bits`` of DR6; delivery clears DR7.GD."""
-    cpu.dr[6] = cpu.dr[6] | bits
+    """Make a #DB pending for the reasons ``bits`` of DR6; delivery clears DR7.GD.
+
+    B0 to B3 say which breakpoints this one is for, and no others; what else is set in DR6 stays set
+    until software clears it (SDM vol. 3, 18.2.3).
+    """
+    cpu.dr[6] = (cpu.dr[6] & ~DR6_B) | bits
     cpu.dr[7] = cpu.dr[7] & ~DR7_GD
     return raise_fault(cpu, DB, 0)
 

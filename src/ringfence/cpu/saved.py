@@ -16,6 +16,7 @@ from typing import Any
 
 from ringfence.cpu.components import HEADER, MXCSR
 from ringfence.cpu.reset import MXCSR_MASK
+from ringfence.cpu.signals import MAX_NMIS
 from ringfence.cpu.state import (
     NO_EXCEPTION,
     OTHER_FLAGS,
@@ -48,7 +49,7 @@ TRANSIENT = frozenset(
 
 _BOOLEANS = (
     "flag_if", "flag_df", "nmi_blocked", "halted", "kicked", "apic_disabled", "wait_for_sipi",
-    "nmi_pending", "init_pending", "sipi_pending",
+    "init_pending", "sipi_pending",
 )  # fmt: skip
 
 State = dict[str, Any]
@@ -115,6 +116,8 @@ def _check_field(field: Field, value: Any) -> None:
 def _check_values(state: State) -> None:
     """What emitted code and effects take for granted."""
     wrong = [name for name in _BOOLEANS if state[name] > 1]
+    if state["nmi_pending"] > MAX_NMIS:
+        wrong.append("nmi_pending")
     if state["cpl"] > 3:
         wrong.append("cpl")
     if state["interrupt_shadow"] not in (0, SHADOW_MOV_SS, SHADOW_STI):

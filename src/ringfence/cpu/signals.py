@@ -21,6 +21,11 @@ from ringfence.cpu.state import CS, Cpu
 from ringfence.native.dialect import native_inline
 
 
+MAX_NMIS = 2
+"""NMIs that are kept: a CPU takes one at the next boundary and latches another until IRET. Further
+ones merge with that (SDM vol. 3, 7.7.1)."""
+
+
 class Signal(IntEnum):
     """Messages for the CPU itself, numbered as an APIC's delivery modes (SDM vol. 3, 11.6.1)."""
 
@@ -38,7 +43,8 @@ def note(cpu: Any, kind: int, vector: int) -> bool:
     if kind == Signal.NMI:
         if cpu.wait_for_sipi:
             return False
-        cpu.nmi_pending = 1
+        limit = 1 if cpu.nmi_blocked else MAX_NMIS
+        cpu.nmi_pending = min(cpu.nmi_pending + 1, limit)
     elif kind == Signal.INIT:
         cpu.init_pending = 1
         cpu.sipi_pending = 0

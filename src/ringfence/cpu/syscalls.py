@@ -6,8 +6,9 @@ modes, too. Sources: AMD APM vol. 2, 6.1; vol. 3, SYSCALL, SYSRET, SYSENTER, SYS
 
 from __future__ import annotations
 
+from ringfence.cpu.debug import DR6_BS
 from ringfence.cpu.flags import get_rflags, raise_fault, set_rflags
-from ringfence.cpu.ports import mode_changed, step_masked
+from ringfence.cpu.ports import debug_note, mode_changed, step_masked
 from ringfence.cpu.stack import in_64bit
 from ringfence.cpu.state import (
     ATTR_DPL_SHIFT,
@@ -56,6 +57,18 @@ def flat_segments(cpu: Cpu, attr: int, code: int, stack: int, level: int) -> int
     return OK
 
 
+@native_inline
+def settle_step(cpu: Cpu) -> int:
+    """TF as SYSCALL and SYSRET leave it decides about their single-step trap, not TF before.
+
+    So a kernel that masks TF is not stepped into, and a SYSRET that sets it traps at once, as if the
+    SYSCALL that it belongs to had just ended (SDM vol. 3, 18.3.1.4).
+    """
+    if cpu.other_flags & FLAG_TF:
+        return debug_note(cpu, DR6_BS)
+    return step_masked(cpu)
+
+
 @native
 def fx_syscall(cpu: Cpu) -> int:
     """SYSCALL (AMD APM vol. 3, SYSCALL)."""
@@ -73,8 +86,7 @@ def fx_syscall(cpu: Cpu) -> int:
         cpu.gpr[R11] = flags
         flat_segments(cpu, ATTR_FLAT_CODE, selector, selector + 8, 0)
         set_rflags(cpu, flags & ~cpu.sfmask)
-        if cpu.sfmask & FLAG_TF:
-            step_masked(cpu)
+        settle_step(cpu)
     mode_changed(cpu)
     return OK
 
@@ -99,6 +111,7 @@ def fx_sysret(cpu: Cpu) -> int:
         cpu.rip = cpu.gpr[RCX] & LOW32
     if cpu.efer & EFER_LMA:
         set_rflags(cpu, cpu.gpr[R11] & SYSRET_FLAGS)
+        settle_step(cpu)
     else:
         set_rflags(cpu, get_rflags(cpu) | FLAG_IF)
     mode_changed(cpu)

@@ -467,8 +467,8 @@ class KvmEngine:
             if view.init_pending:
                 self._initialize()
                 return None
-            nmi, view.nmi_pending = view.nmi_pending, 0
-        if nmi:
+            nmis, view.nmi_pending = view.nmi_pending, 0
+        for _ in range(nmis):
             self.vcpu.nmi()
         return None
 

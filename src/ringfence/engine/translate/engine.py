@@ -535,7 +535,7 @@ class TranslateEngine(DeviceAccesses):
             elif view.owner_step:
                 pass  # events wait for its end
             elif view.nmi_pending and not view.nmi_blocked:
-                view.nmi_pending = 0
+                view.nmi_pending -= 1
                 vector = state.NMI
             elif self.board.interrupt_pending(self.index) and view.flag_if:
                 vector = self.board.acknowledge(self.index)
