@@ -73,6 +73,7 @@ KNOWN: dict[str, dict[str, str]] = {
                 "a breakpoint on data",
                 "a breakpoint in user code",
                 "a write",
+                "B0 to B3 are of this trap alone",
                 "a read",
                 "both breakpoints of one access",
                 "an access that overlaps from below",

@@ -212,7 +212,8 @@ CASES: dict[str, Case] = {
     ),
     "B0 to B3 are of this trap alone": Case(
         "gate 1, hit\njmp 7f\nhit: push rax\nmov rax, dr6\nand eax, 0xe00f\nreport rax\n"
-        "pop rax\niretq\n7:\n" + arm(watch(0, WRITE, 4) | watch(1, WRITE, 4), **AT, dr1=f"{DATA + 8}")
+        "pop rax\niretq\n7:\n"
+        + arm(watch(0, WRITE, 4) | watch(1, WRITE, 4), **AT, dr1=f"{DATA + 8}")
         + f"mov eax, 0x4008\nmov dr6, rax\nmov [{DATA}], eax\nmov [{DATA + 8}], eax\nnop\n",
         [BS | B0, BS | B1],
     ),

@@ -20,7 +20,6 @@ from ringfence.cpu.ports import interrupts_enabled
 from ringfence.cpu.state import CS, Cpu
 from ringfence.native.dialect import native_inline
 
-
 MAX_NMIS = 2
 """NMIs that are kept: a CPU takes one at the next boundary and latches another until IRET. Further
 ones merge with that (SDM vol. 3, 7.7.1)."""

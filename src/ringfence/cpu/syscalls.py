@@ -61,8 +61,8 @@ def flat_segments(cpu: Cpu, attr: int, code: int, stack: int, level: int) -> int
 def settle_step(cpu: Cpu) -> int:
     """TF as SYSCALL and SYSRET leave it decides about their single-step trap, not TF before.
 
-    So a kernel that masks TF is not stepped into, and a SYSRET that sets it traps at once, as if the
-    SYSCALL that it belongs to had just ended (SDM vol. 3, 18.3.1.4).
+    So a kernel that masks TF is not stepped into, and a SYSRET that sets it traps at once, as if
+    the SYSCALL that it belongs to had just ended (SDM vol. 3, 18.3.1.4).
     """
     if cpu.other_flags & FLAG_TF:
         return debug_note(cpu, DR6_BS)
