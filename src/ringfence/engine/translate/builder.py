@@ -242,35 +242,18 @@ def find_live(w: Writer, row: TraceRow) -> int:
 # --- registers -----------------------------------------------------------------------------------
 
 
-@native_inline
-def named_in(i: Insn) -> int:
-    """See ``Insn.named``."""
-    return i.named
-
-
-@native_inline
-def fixed_in(i: Insn) -> int:
-    """See ``Insn.fixed``."""
-    return i.fixed
-
-
-@native_inline
-def addresses_by(i: Insn, number: int) -> int:
-    """Whether an operand's address is computed from a guest register."""
-    return i.base == number or i.index == number
-
-
 @native
-def count_uses(w: Writer, number: int) -> int:
-    """How often operands of the trace name a guest register; addresses count twice."""
-    uses = 0
-    for n in range(w.count):
-        uses += addresses_by(cast(Insn, insn_at(w, n)), number)
-        named = named_in(cast(Insn, insn_at(w, n)))
-        for k in range(4):
-            if (named >> (8 * k)) & 0xFF == number:
-                uses += 1
-    return uses
+def count_uses(w: Writer, i: Insn) -> int:
+    """Count the guest registers that an instruction's operands name; addresses count twice."""
+    for k in range(4):
+        number = (i.named >> (8 * k)) & 0xFF
+        if number < 16:
+            w.uses[number] += 1
+    if i.base < 16:
+        w.uses[i.base] += 1
+    if i.index < 16:
+        w.uses[i.index] += 1
+    return i.fixed
 
 
 @native
@@ -281,38 +264,30 @@ def arrangement(w: Writer) -> int:
     """
     if w.entered or w.step:
         return 0
-    first = count_uses(w, 9)
-    second = count_uses(w, 10)
-    third = count_uses(w, 11)
-    if first + second + third < WORTHWHILE:
-        return 0
+    for number in range(16):
+        w.uses[number] = 0
     fixed = NEVER_DISPLACED
     for n in range(w.count):
-        fixed = fixed | fixed_in(cast(Insn, insn_at(w, n)))
+        fixed = fixed | count_uses(w, cast(Insn, insn_at(w, n)))
+    if w.uses[9] + w.uses[10] + w.uses[11] < WORTHWHILE:
+        return 0
     swaps = 0
     for n in range(SWAPS_MAX):
         # The busiest homeless register left.
         busy = 9
-        uses = first
-        if second > uses:
+        if w.uses[10] > w.uses[busy]:
             busy = 10
-            uses = second
-        if third > uses:
+        if w.uses[11] > w.uses[busy]:
             busy = 11
-            uses = third
+        uses = w.uses[busy]
         if uses < WORTHWHILE:
             break
         idle = least_used(w, fixed)
-        if idle == NONE or count_uses(w, idle) + WORTHWHILE > uses:
+        if idle == NONE or w.uses[idle] + WORTHWHILE > uses:
             break
         fixed = fixed | 1 << idle
         swaps = swaps | (busy | idle << 4) << (8 * n)
-        if busy == 9:
-            first = 0
-        elif busy == 10:
-            second = 0
-        else:
-            third = 0
+        w.uses[busy] = 0
     return swaps
 
 
@@ -324,7 +299,7 @@ def least_used(w: Writer, fixed: int) -> int:
     for k in range(16):
         number = (k + SPECIAL) & 15
         if not fixed >> number & 1:
-            uses = count_uses(w, number)
+            uses = w.uses[number]
             if uses < fewest and (number >= SPECIAL or uses == 0):
                 fewest = uses
                 best = number

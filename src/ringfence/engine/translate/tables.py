@@ -452,6 +452,8 @@ class Writer(Struct):
     """How many of them are in the page; none count for MODE_STEP."""
     broken: Annotated[int, u8]
     """Whether the trace stands for a breakpoint at its first instruction."""
+    uses: Annotated[Array, u16, 16]
+    """How often the trace's operands name each guest register."""
     count: Annotated[int, u32]
     items: Annotated[Array, u8, Insn.size * LIMIT, 8]
     peeked: Annotated[Array, u8, Insn.size, 8]
