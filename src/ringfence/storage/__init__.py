@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ringfence.errors import HostError
 from ringfence.storage.awaited import Awaited
 from ringfence.storage.disk import Disk
 from ringfence.storage.options import DiskOptions, open_disk
@@ -65,8 +66,24 @@ class Storage:
         return self.disks.pop(at)
 
     def close(self) -> None:
-        """Finish what was submitted, flush, close the files."""
+        """Finish what was submitted, flush, close the files.
+
+        Raises
+        ------
+        HostError
+            What was written to a disk can't be put on stable storage; all are closed.
+        """
         self.pool.close()
         disks, self.disks = self.disks, []
-        for disk in disks:
-            disk.close()
+        asked, self._options = self._options, ()
+        failed = []
+        for disk, options in zip(disks, asked, strict=True):
+            try:
+                disk.close()
+            except OSError as error:
+                failed.append(f"{options.path} ({error.strerror})")
+        if failed:
+            raise HostError(
+                f"what the guest wrote last may not be on disk: {', '.join(failed)} could not be"
+                " flushed"
+            )

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ringfence.errors import HostError
 from ringfence.memory.buffers import Buffers, split, total
 from ringfence.storage.disk import Disk, read_full, write_full
 from ringfence.storage.raw import KEEP_SIZE, PUNCH_HOLE, fallocate, write_zero_bytes
@@ -21,15 +22,30 @@ BLOCK = 1 << 16
 
 
 class Overlay(Disk):
-    """``base`` with writable, forgetful contents; closes ``base``, too."""
+    """``base`` with writable, forgetful contents; closes ``base``, too.
+
+    Raises
+    ------
+    HostError
+        There is no folder for temporary files (TMPDIR), or none that takes a file of that size;
+        ``base`` is closed.
+    """
 
     def __init__(self, base: Disk) -> None:
         self._base = base
         self.size = base.size
         self.read_only = False
-        self._fd, name = tempfile.mkstemp(prefix="ringfence-overlay-")
-        Path(name).unlink()
-        os.ftruncate(self._fd, self.size)
+        self._fd = -1
+        try:
+            self._fd, name = tempfile.mkstemp(prefix="ringfence-overlay-")
+            Path(name).unlink()
+            os.ftruncate(self._fd, self.size)
+        except OSError as error:
+            self.close()
+            raise HostError(
+                f"no room for what the guest writes to a disk ({error.strerror}): set TMPDIR to a"
+                f" folder that takes files of {self.size} bytes"
+            ) from error
         self._present = bytearray(-(-self.size // BLOCK))
         self._lock = threading.Lock()
 
@@ -64,7 +80,9 @@ class Overlay(Disk):
 
     def close(self) -> None:
         """See `Disk.close`."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
         self._base.close()
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:

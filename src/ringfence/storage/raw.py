@@ -146,9 +146,11 @@ class RawDisk(Disk):
     def close(self) -> None:
         """See `Disk.close`."""
         if self._fd >= 0:
-            self.flush()
-            os.close(self._fd)
-            self._fd = -1
+            try:
+                self.flush()
+            finally:
+                os.close(self._fd)
+                self._fd = -1
 
     def _aligned(self, offset: int, buffers: Buffers) -> bool:
         block = self._block
