@@ -43,6 +43,15 @@ class Disk(ABC):
         """
         return -1
 
+    def transfer(self, offset: int, vector: bytes, *, write: bool) -> int:
+        """Read into, or write from, places of this process; return how many bytes were moved.
+
+        ``vector`` is an array of struct iovec, `IOV_MAX` at most. Only a disk with a `file` does
+        this; OSError where the host fails.
+        """
+        del offset, vector, write
+        return 0
+
     @abstractmethod
     def read(self, offset: int, buffers: Buffers) -> None:
         """Fill ``buffers`` from ``offset`` on."""

@@ -39,6 +39,9 @@ class Ramdisk:
         self.log.append(("write", offset, len(data)))
         self.data[offset : offset + len(data)] = data
 
+    def transfer(self, offset: int, vector: bytes, *, write: bool) -> int:
+        return 0
+
     def read_now(self, offset: int, buffers: Buffers) -> bool:
         if self.quick:
             self.read(offset, buffers)

@@ -11,13 +11,14 @@ storage before it is given back (5.2.6.2).
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from typing import Protocol
 
 from ringfence.devices.virtio import transfer
 from ringfence.devices.virtio.deferred import DeferringDevice, Workers
 from ringfence.devices.virtio.ring import Chain, Ring
-from ringfence.devices.virtio.split import SplitRing
+from ringfence.devices.virtio.split import PART, SplitChain, SplitRing
 from ringfence.devices.virtio.transfer import AT_ONCE, BlockQueue
 from ringfence.memory.buffers import Buffers, scatter, split, total
 
@@ -67,6 +68,9 @@ class BlockBackend(Protocol):
 
     def write(self, offset: int, buffers: Buffers) -> None:
         """Store ``buffers``."""
+
+    def transfer(self, offset: int, vector: bytes, *, write: bool) -> int:
+        """Read into, or write from, places of this process; bytes that were moved."""
 
     def read_now(self, offset: int, buffers: Buffers) -> bool:
         """Fill ``buffers`` if that needs no waiting."""
@@ -167,23 +171,46 @@ class VirtioBlk(DeferringDevice):
         ring.want_kicks(False)
         try:
             while (end := serve(ring.at)) != transfer.SPENT:
-                ring.settle()
                 if end == transfer.NOTHING:
                     quiet = self.transport.polls(number, queue.found, queue.first_bytes)
                     if quiet or not ring.want_kicks(True):
                         return
                 elif end == transfer.OTHER:
-                    chain = ring.taken()
-                    if chain.writable:
-                        self.defer(number, ring, chain, self._work)
-                    else:
-                        ring.push(chain, 0)
+                    self._hand_over(number, ring, queue.length, queue.offset)
                 elif end == transfer.BROKEN:
                     raise ring.error()
-            ring.settle()
+                else:
+                    ring.settle()
             self.transport.again(number)
         finally:
+            ring.settle()
             self.transport.publish(number)
+
+    def _hand_over(self, number: int, ring: SplitRing, length: int, offset: int) -> None:
+        """Have the pool do the request taken last; of a plain one it is known what to move."""
+        chain = ring.taken()
+        ring.settle()
+        if not chain.runs:
+            ring.push(chain, 0)
+        elif length:
+            self.defer(number, ring, chain, lambda each: self._transfer(chain, length, offset))
+        else:
+            self.defer(number, ring, chain, self._work)
+
+    def _transfer(self, chain: SplitChain, length: int, offset: int) -> int:
+        """Do a plain read or write (a worker's thread); what goes wrong is done by `_work`."""
+        data = slice(PART.size * chain.boundary, -PART.size)
+        write = data.start + PART.size == len(chain.parts)
+        if write:
+            data = slice(PART.size, data.start)
+        try:
+            if self._disk.transfer(offset, chain.parts[data], write=write) != length:
+                return self._work(chain)
+        except OSError:
+            return self._work(chain)
+        status, _ = PART.unpack(chain.parts[-PART.size :])
+        ctypes.memset(status, OK, 1)
+        return 1 if write else length + 1
 
     def gathers(self, number: int) -> bool:
         """See `VirtioDevice.gathers`."""

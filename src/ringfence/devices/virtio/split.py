@@ -10,6 +10,7 @@ object, and the memory's observers hear of what was written to the used ring.
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import Any
 
 from ringfence.devices.natives import Natives
@@ -28,6 +29,9 @@ from ringfence.devices.virtio.rules import DESCRIPTOR_SIZE, MAX_QUEUE
 from ringfence.memory.ram import GuestMemory
 from ringfence.memory.reach import set_reach
 
+PART = struct.Struct("<QQ")
+"""Host address and length."""
+
 
 def _field(name: str) -> Any:
     """A property that is a field of the queue."""
@@ -39,6 +43,43 @@ def _field(name: str) -> Any:
         setattr(ring.queue, name, value)
 
     return property(read, write)
+
+
+class SplitChain(Chain):
+    """A chain whose lists of buffers are made when somebody asks for them.
+
+    Attributes
+    ----------
+    parts : bytes
+        Host address and length of each buffer, as readv takes them (struct iovec).
+    runs : bytes
+        Offset into RAM and length of the writable ones.
+    boundary : int
+        How many are readable; the others are writable.
+    """
+
+    __slots__ = ("_memory", "boundary", "parts", "runs")
+
+    def __init__(
+        self, memory: GuestMemory, identifier: int, parts: bytes, runs: bytes, boundary: int
+    ) -> None:
+        self._memory = memory
+        self.identifier = identifier
+        self.count = 1
+        self.parts = parts
+        self.runs = runs
+        self.boundary = boundary
+
+    def __getattr__(self, name: str) -> Any:
+        """Make the lists; this is called for attributes that have no value yet."""
+        if name not in ("readable", "writable", "places"):
+            raise AttributeError(name)
+        base, part = self._memory.host_base, self._memory.part
+        outward = PART.iter_unpack(self.parts[: PART.size * self.boundary])
+        self.readable = [part(address - base, length) for address, length in outward]
+        self.places = list(PART.iter_unpack(self.runs))
+        self.writable = [part(*place) for place in self.places]
+        return getattr(self, name)
 
 
 class SplitRing(Ring):
@@ -83,6 +124,7 @@ class SplitRing(Ring):
             raise RingError(f"a split ring of {size} descriptors: expected a power of two")
         self._place = ctypes.create_string_buffer(layout.size)
         self.at = ctypes.addressof(self._place)
+        self._parts, self._runs = (self.at + layout.offset_of(name) for name in ("parts", "runs"))
         queue = self.queue = layout.at(self.at)
         set_reach(queue, memory)
         queue.entries, queue.event_idx, queue.indirect = size, self.event_idx, self.indirect
@@ -120,24 +162,21 @@ class SplitRing(Ring):
         """What the driver has done wrong."""
         return RingError(f"split ring: {REASONS[self.queue.reason]}")
 
-    def taken(self) -> Chain:
+    def taken(self) -> SplitChain:
         """The chain that was taken last, as an object."""
-        queue, part = self.queue, self.memory.part
-        chain = Chain(queue.identifier)
-        readable, base = queue.readable, self.memory.host_base
-        values = queue.parts[: 2 * queue.parts_used]
-        pairs = [(values[at] - base, values[at + 1]) for at in range(0, len(values), 2)]
-        chain.readable = [part(*pair) for pair in pairs[:readable]]
-        chain.places = pairs[readable:]
-        chain.writable = [part(*pair) for pair in chain.places]
-        return chain
+        queue = self.queue
+        used, readable = queue.parts_used, queue.readable
+        parts = ctypes.string_at(self._parts, PART.size * used)
+        runs = ctypes.string_at(
+            self._runs + PART.size * queue.runs_used, PART.size * (used - readable)
+        )
+        return SplitChain(self.memory, queue.identifier, parts, runs, readable)
 
     def settle(self) -> None:
         """Have the memory's observers hear of what native code has filled."""
         queue = self.queue
         if queue.runs_used:
-            table = self.at + SplitQueue.offset_of("runs")
-            self.memory.dma_written_runs(table, queue.runs_used)
+            self.memory.dma_written_runs(self._runs, queue.runs_used)
             queue.runs_used = 0
 
     def unpop(self, chain: Chain) -> None:
@@ -147,7 +186,10 @@ class SplitRing(Ring):
 
     def push(self, chain: Chain, written: int) -> None:
         """See `Ring.push`."""
-        self._note_filled(chain, written)
+        assert isinstance(chain, SplitChain)
+        if written and chain.runs:
+            runs = ctypes.cast(ctypes.c_char_p(chain.runs), ctypes.c_void_p)
+            self.memory.dma_written_runs(runs.value or 0, len(chain.runs) // PART.size)
         self._give(self.at, chain.identifier, written)
 
     def flush(self) -> bool:

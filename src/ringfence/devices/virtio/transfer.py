@@ -52,6 +52,10 @@ class BlockQueue(SplitQueue):
     """Chains that may still be taken."""
     bytes_left: Annotated[int, u64]
     """Bytes that may still be moved."""
+    length: Annotated[int, u64]
+    """Bytes that the chain handed to Python asks to be moved, at ``offset`` of the disk; 0 where it
+    is no plain request to read or to write inside the disk."""
+    offset: Annotated[int, u64]
     found: Annotated[int, u64]
     """Chains taken; bytes of the first one's parts."""
     first_bytes: Annotated[int, u64]
@@ -77,26 +81,35 @@ def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
     """Move the data of parts of the chain to or from the disk; 0 where that isn't possible now."""
     sector = load64(queue.parts[0] + 8)
     length = length_of(queue, first, end)
-    if length > AT_ONCE or length > queue.bytes_left or length % SECTOR:
+    if length % SECTOR or sector > queue.disk_size // SECTOR:
         return 0
-    if sector > queue.disk_size // SECTOR or length > queue.disk_size - sector * SECTOR:
+    if length > queue.disk_size - sector * SECTOR:
         return 0
     if length == 0:
         return 1
+    queue.length = length
+    queue.offset = sector * SECTOR
+    if length > AT_ONCE or length > queue.bytes_left:
+        return 0
+    if queue.no_reads if call == _PREADV2 else queue.no_writes:
+        return 0
     queue.bytes_left -= length
     parts = address_of(queue.parts[2 * first])
     done = host_call(call, queue.fd, parts, end - first, sector * SECTOR, 0, _RWF_NOWAIT)
+    if done == length:
+        return 1
     if refused(done):
         if call == _PREADV2:
             queue.no_reads = 1
         else:
             queue.no_writes = 1
-    return 1 if done == length else 0
+    return 0
 
 
 @native
 def carry_out(queue: BlockQueue) -> int:
     """Do the request of the chain taken last, and give it back; 0 if it isn't one for here."""
+    queue.length = 0
     readable = queue.readable
     last = queue.parts_used - 1
     if readable == 0 or readable > last:
@@ -105,13 +118,13 @@ def carry_out(queue: BlockQueue) -> int:
         return 0
     kind = load32(queue.parts[0])
     status = queue.runs_used + last - readable
-    if kind == T_IN and not queue.no_reads:
+    if kind == T_IN:
         if move(queue, _PREADV2, readable, last) == 0:
             return 0
         store8(queue.parts[2 * last], OK)
         give(queue, queue.identifier, length_of(queue, readable, last) + 1)
         queue.runs_used = status + 1
-    elif kind == T_OUT and queue.write_back and not queue.no_writes:
+    elif kind == T_OUT and queue.write_back:
         if move(queue, _PWRITEV2, 1, readable) == 0:
             return 0
         store8(queue.parts[2 * last], OK)
