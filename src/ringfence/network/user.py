@@ -9,6 +9,9 @@ The host's own loopback interface is not the guest's business: services that lis
 whoever can connect. ``loopback=True`` opens it, as 10.0.2.2.
 
 All calls of libslirp are made by the backend's thread; those of `__init__` come before it starts.
+While the card has no room, nothing is read from sockets: what is meant for the guest waits in the
+host's buffers, where TCP slows its sender down and a flood of datagrams is dropped at its own cost.
+
 IPv6 is switched off: few hosts could route it, and guests would try it first.
 
 When the guest moves, its connections stay here (see `succession`): the network then serves a guest
@@ -342,6 +345,8 @@ class UserNetwork(ThreadedBackend):
         self._counters["guest_errors"] += 1
 
     def _on_add_poll(self, descriptor: int, events: int, opaque: int | None) -> int:
+        if self._stalled:
+            events &= ~(slirp.POLL_IN | slirp.POLL_PRI)
         self._wanted.append((descriptor, _TO_HOST[events & 31]))
         self._polled.append(descriptor)
         return len(self._polled) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, DEVICE, QUEUE_AREA, Driver, Segment
 from ringfence.devices.virtio.blk import VirtioBlk
 from ringfence.devices.virtio.transfer import AT_ONCE, TURN
+from ringfence.storage.pool import IoPool
+from ringfence.storage.raw import RawDisk
 
 HEADER, STATUS, DATA = BUFFERS, BUFFERS + 0x800, BUFFERS + 0x1000
 FLUSH = 1 << 9
@@ -149,6 +152,58 @@ def test_one_turn_is_bounded(drive: Drive) -> None:
     driver.notify()
     assert sorted(length for _, length in ring.used()) == [AT_ONCE + 1] * count
     assert jobs(driver) == count - TURN // AT_ONCE
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_large_requests_of_a_raw_disk_go_to_the_pool(drive: Drive, tmp_path, direct: bool) -> None:
+    """Reads and writes of many pieces, by threads, on a file: all data end where they belong."""
+    source, pool = random.Random(9), IoPool(3)
+    content = bytearray(source.randbytes(4 << 20))
+    image = tmp_path / "disk"
+    image.write_bytes(content)
+    disk = RawDisk(image, direct=direct)
+    driver = drive(VirtioBlk(disk, pool))
+    driver.start(FLUSH, size=256, messages=True)
+    memory, ring = driver.memory, driver.rings[0]
+    told = threading.Semaphore(0)
+    driver.board.set_wake(0, told.release)
+    size = 2 * AT_ONCE
+    for write in (True, False, True, False):
+        expected = {}
+        for slot, sector in enumerate(source.sample(range(0, len(content) // 512, size // 512), 3)):
+            at = BUFFERS + slot * 0x100000
+            memory.write(at, struct.pack("<IIQ", int(write), 0, sector) + b"\xee")
+            pieces = [(at + 0x1000 + n * size // 8, size // 8, not write) for n in range(8)]
+            if write:
+                data = source.randbytes(size)
+                memory.write(at + 0x1000, data)
+                content[sector * 512 : sector * 512 + size] = data
+            name = ring.add([(at, 16, False), *pieces, (at + 16, 1, True)])
+            expected[name] = (at, sector)
+        ring.interrupts(True)
+        driver.notify()
+        while expected:
+            for name, length in ring.used():
+                at, sector = expected.pop(name)
+                assert length == (1 if write else size + 1)
+                assert memory.read(at + 16, 1) == b"\0"
+                got = memory.read(at + 0x1000, size)
+                assert got == content[sector * 512 : sector * 512 + size]
+            ring.interrupts(True)
+        driver.board.quiesce()
+    driver.function.close()
+    pool.close()
+    disk.close()
+    assert image.read_bytes() == content
+
+
+def test_a_disk_that_fails_in_the_pool(drive: Drive) -> None:
+    disk = Filedisk()
+    disk.fails = True
+    driver = brought(drive, disk)
+    assert ask(driver, 0, 0, [(DATA, 2 * AT_ONCE, True)]) == (1, 2 * AT_ONCE + 1)
+    disk.fails = False
+    assert ask(driver, 0, 0, [(DATA, 512, True)]) == (0, 513)
 
 
 def test_all_that_is_filled_is_told(drive: Drive) -> None:
