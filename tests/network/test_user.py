@@ -228,6 +228,27 @@ def test_large_datagrams_come_in_fragments(net) -> None:
     assert b"".join(frame[34:] for frame in pieces())[8:] == data
 
 
+def test_a_flood_waits_in_the_host_s_buffers(net) -> None:
+    """While the card has no room, what comes is not dropped here, and neither is what else waits."""
+    backend, card = net
+    backend.transmit(arp(1, GATEWAY))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        datagram = struct.pack(">HHHH", 1000, server.getsockname()[1], 12, 0) + b"ping"
+        backend.transmit(packet(17, datagram))
+        _, sender = server.recvfrom(100)
+        until(lambda: card.frames)
+        card.room = len(card.frames)
+        for number in range(3000):
+            server.sendto(b"%d" % number, sender)
+        until(lambda: card.refused)
+        assert len(backend._held) < 8
+        card.room = 1 << 30
+        backend.resume()
+        until(lambda: len(card.frames) > 20)
+    assert backend.stats()["dropped_receiving"] == 0
+
+
 def test_two_at_once_and_many_in_a_row() -> None:
     def live() -> None:
         for _ in range(10):
