@@ -229,7 +229,7 @@ def test_large_datagrams_come_in_fragments(net) -> None:
 
 
 def test_a_flood_waits_in_the_host_s_buffers(net) -> None:
-    """While the card has no room, what comes is not dropped here, and neither is what else waits."""
+    """While the card has no room, what comes is not dropped by us."""
     backend, card = net
     backend.transmit(arp(1, GATEWAY))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
