@@ -15,6 +15,7 @@ import pytest
 from guest import support
 from guest.support import PROGRAMS, Shell, environment
 from ringfence import Machine
+from ringfence.api.client import Client
 from ringfence.engine import StopReason
 from ringfence.errors import HostError
 from ringfence.images.root import build_initramfs
@@ -130,13 +131,19 @@ def test_two_go_on_from_one_snapshot_of_a_host_with_another_rate(
 
 
 TARGET = """
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from ringfence import Machine
+from ringfence.api import names
+from ringfence.api.server import published
+from ringfence.memory.missing import Userfault
 from ringfence.state import arrival
 from ringfence.state.receive import Allowed
 from ringfence.state.wire import Tls
-arrival.PATIENCE = 3.0
+arrival.PATIENCE = float(os.environ["TARGET_PATIENCE"])
+arrival.Userfault = partial(Userfault, user_only="TARGET_USER_ONLY" in os.environ)
 files = [Path(each) for each in sys.argv[3:]]
 machine = Machine.receive(
     sys.argv[1], Allowed(engine="translate", cache_dir=Path(sys.argv[2])),
@@ -144,6 +151,9 @@ machine = Machine.receive(
     listening=lambda where: print(where, flush=True),
     progress=lambda stage, come: print(stage, flush=True),
 )
+claimed = names.claim(f"arrived-{os.getpid()}")
+reachable = published(machine, claimed.__enter__())
+reachable.__enter__()
 print("here", flush=True)
 for _ in range(3):
     machine.console.wait_for("steady", 90)
@@ -153,12 +163,14 @@ print("steady" if "TROUBLE" not in machine.console.output else "trouble", flush=
 """
 
 
-def start_target(cache: Path, tls: Tls | None = None) -> tuple[subprocess.Popen[str], str]:
-    """A process that receives, and where."""
+def start_target(
+    cache: Path, tls: Tls | None = None, **settings: str
+) -> tuple[subprocess.Popen[str], str]:
+    """A process that receives, and where; ``settings`` are in its environment."""
     files = map(str, (tls.certificate, tls.key, tls.authority)) if tls else ()
     process = subprocess.Popen(
         [sys.executable, "-c", TARGET, "tcp://127.0.0.1:0", str(cache), *files],
-        env=environment(),
+        env={**environment(), "TARGET_PATIENCE": "3", **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -235,7 +247,8 @@ def test_ram_follows_the_guest_over_tls(hasty: Machine, cache: Path, tmp_path: P
 def test_the_line_is_cut_while_ram_follows_and_comes_back(
     hasty: Machine, cache: Path, tmp_path: Path
 ) -> None:
-    process, address = start_target(cache)
+    """Where the host lets nobody wait for pages but user mode, as most do for their users."""
+    process, address = start_target(cache, TARGET_USER_ONLY="1")
     line = Line(tmp_path, address)
     line.changes[:] = [(cut_at(30_000), nothing), (cut_at(20_000), nothing), (nothing, nothing)]
     hasty.migrate(line.address, downtime=0.0, postcopy=True)
@@ -251,12 +264,14 @@ def test_the_line_is_cut_for_good(
 ) -> None:
     """The target gives up what it can't complete; here the machine is as it was when it moved."""
     monkeypatch.setattr("ringfence.state.remainder.PATIENCE", 0.5)
-    process, address = start_target(cache)
+    process, address = start_target(cache, TARGET_PATIENCE="8")
     line = Line(tmp_path, address, once=True)
     line.changes[:] = [(cut_at(30_000), nothing), (nothing, nothing)]
     # On a slow host the target may not have said yet that it runs.
     with pytest.raises(MoveFailed, match=r"stays paused here"):
         hasty.migrate(line.address, downtime=0.0, postcopy=True)
+    with Client(f"arrived-{process.pid}") as client:  # who waits for pages keeps nobody waiting
+        assert client.call("status")["state"] == "running"
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert "the machine is lost" in errors

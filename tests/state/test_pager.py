@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from ringfence.errors import HostError, UsageError
 from ringfence.memory.dirty import PAGE, Run
 from ringfence.memory.missing import Userfault
 from ringfence.memory.ram import GuestMemory
-from ringfence.state.arrival import Arrival
+from ringfence.state import arrival
 from ringfence.state.remainder import Remainder
 from ringfence.state.wire import (
     PLACE,
@@ -59,11 +61,11 @@ def read(memory: GuestMemory, page: int) -> bytes:
 class Target:
     """RAM some of whose pages are missing."""
 
-    def __init__(self, folder: Path, tls: Tls | None, sender: Tls | None) -> None:
+    def __init__(self, folder: Path, tls: Tls | None = None, sender: Tls | None = None) -> None:
         self.address: Address = parse_address(f"unix://{folder}/socket")
         self.listener = self.address.listen()
         self.memory = GuestMemory(PAGES * PAGE)
-        self.arrival = Arrival(self.memory, self.listener.fileno(), "token", tls)
+        self.arrival = arrival.Arrival(self.memory, self.listener.fileno(), "token", tls)
         self.context = sender.context(server=False) if sender else None
         self.complete = threading.Event()
 
@@ -265,3 +267,67 @@ def test_keys_with_a_passphrase_are_refused(tmp_path: Path, certificates: dict[s
     )  # fmt: skip
     with pytest.raises(UsageError, match="passphrase"):
         Tls(known.certificate, locked, known.authority).context(server=True)
+
+
+@pytest.fixture(params=["any", "user only"])
+def lonely(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Target]:
+    """Pages 1 to 3 are missing, and nobody brings them yet; parameter: who may wait for them."""
+    user_only = request.param == "user only"
+    monkeypatch.setattr(arrival, "Userfault", partial(Userfault, user_only=user_only))
+    made = Target(tmp_path)
+    assert made.arrival.user_only >= user_only
+    made.begin(Run(1, 3))
+    yield made
+    made.close()
+
+
+def bring(target: Target) -> None:
+    """The sender comes, and brings all that is missing."""
+    link = target.connect()
+    for run in unpack_places(link.receive(Kind.MISSING).data, PAGES):
+        for page in range(run.first, run.first + run.count):
+            link.send_raw(Kind.PAGES, PLACE.pack(page, 1) + contents(page))
+    link.receive(Kind.DONE, Kind.WANT)
+    assert target.complete.wait(20)
+    link.close()
+
+
+def into(memory: GuestMemory, file: Path) -> bytes:
+    """What a disk does that writes to its file: the kernel reads the pages."""
+    file.write_bytes(b"")
+    with file.open("r+b") as opened:
+        os.pwritev(opened.fileno(), [memory.slice(2 * PAGE + 8, PAGE)], 0)
+    return file.read_bytes()
+
+
+def out_of(memory: GuestMemory, file: Path) -> bytes:
+    """What a disk does that reads from its file: the kernel fills a part of them."""
+    file.write_bytes(b"disk" * 100)
+    with file.open("rb") as opened:
+        os.preadv(opened.fileno(), [memory.slice(PAGE + 16, 400)], 0)
+    return bytes(memory.view[PAGE : PAGE + 420])
+
+
+@pytest.mark.parametrize(
+    ("use", "wanted"),
+    [
+        (lambda memory, file: memory.read(PAGE + 5, 3), contents(1)[:3]),
+        (into, contents(2)[8:] + contents(3)[:8]),
+        (out_of, contents(1)[:16] + b"disk" * 100 + contents(1)[:4]),
+    ],
+    ids=["read", "disk write", "disk read"],
+)
+def test_others_go_on_while_somebody_waits(
+    lonely: Target, tmp_path: Path, use: Callable[[GuestMemory, Path], bytes], wanted: bytes
+) -> None:
+    """Devices sleep without Python's lock, even where the kernel must not meet a missing page."""
+    got: list[bytes] = []
+    device = threading.Thread(target=lambda: got.append(use(lonely.memory, tmp_path / "file")))
+    device.start()
+    device.join(0.2)
+    assert device.is_alive()
+    bring(lonely)
+    device.join(20)
+    assert got == [wanted]

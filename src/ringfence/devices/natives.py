@@ -3,7 +3,7 @@
 What a device does for each descriptor of a ring is written in the native dialect, beside the device
 (`_MODULES`); all else is Python. The code is compiled once and kept in the cache folder, if the
 machine has one. Functions take 64-bit integers and addresses, and are over in microseconds, so they
-keep Python's global lock.
+keep Python's global lock, but where pages of RAM are still to come from another host.
 """
 
 from __future__ import annotations
@@ -41,18 +41,21 @@ KIND = "devices"
 KEPT_FILES = 4
 """Versions of the library that stay in the cache folder."""
 
-Natives = Callable[[str], Any]
-"""Finds a function by its name; the first argument is the address of its structure."""
+Natives = Callable[..., Any]
+"""Finds a function by its name; the first argument is the address of its structure.
+
+With ``long`` behind the name it leaves Python's lock to others, as it may have to wait for RAM.
+"""
 
 
 def natives(cache: Path | None = None) -> Natives:
     """The library's functions; nothing is loaded before the first is asked for."""
-    return lambda name: _function(cache, name)
+    return functools.partial(_function, cache)
 
 
 @functools.cache
-def _function(cache: Path | None, name: str) -> Any:
-    return _library(cache).function(name, _FUNCTIONS[name][1])
+def _function(cache: Path | None, name: str, long: bool = False) -> Any:
+    return _library(cache).function(name, _FUNCTIONS[name][1], long=long)
 
 
 @functools.cache

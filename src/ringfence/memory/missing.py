@@ -3,7 +3,8 @@
 userfaultfd(2) and ioctl_userfaultfd(2), for memory of a memfd. Whoever touches a page that has no
 contents sleeps until somebody has filled it in. Where the host permits only
 ``UFFD_USER_MODE_ONLY``, an access by the kernel (a read from a file into the page, say) fails
-instead of sleeping; who hands pages to the kernel has to touch them first (`GuestMemory.slice`).
+instead of sleeping; who hands pages to the kernel has to touch them first
+(`GuestMemory.await_pages`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Userfault:
     ----------
     fd : int, optional
         One that another process has opened, for its memory.
+    user_only : bool
+        Don't ask for more than any process may have.
 
     Attributes
     ----------
@@ -51,13 +54,13 @@ class Userfault:
         The host doesn't permit it.
     """
 
-    def __init__(self, fd: int | None = None) -> None:
-        self.user_only = False
+    def __init__(self, fd: int | None = None, *, user_only: bool = False) -> None:
+        self.user_only = user_only
         if fd is not None:
             self.fd = fd
             return
         flags = os.O_CLOEXEC | os.O_NONBLOCK
-        self.fd = _libc.syscall(_SYSCALL, flags)
+        self.fd = -1 if user_only else _libc.syscall(_SYSCALL, flags)
         if self.fd < 0:
             self.user_only = True
             self.fd = _libc.syscall(_SYSCALL, flags | _USER_MODE_ONLY)

@@ -46,6 +46,8 @@ _libc.mmap.argtypes = [
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_touch = _libc.strnlen
+_touch.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MADV_REMOVE = 9
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -184,8 +186,6 @@ class GuestMemory:
         self.host_base: int = base
         self.incomplete = False
         """Whether pages of it are still to come from elsewhere (see `state.arrival`)."""
-        self.arriving = False
-        """Whether such pages have to be touched before the kernel may have them."""
         self.before_close: Callable[[], None] | None = None
         """Called once when it is about to be unmapped."""
         self._observers: list[Callable[[int, int], None]] = []
@@ -217,11 +217,13 @@ class GuestMemory:
     def read(self, address: int, length: int) -> bytes:
         """Bytes at a guest-physical address; IndexError outside RAM."""
         at = self.offset(address, length)
+        self.await_pages(at, length)
         return bytes(self.view[at : at + length])
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store bytes at a guest-physical address; IndexError outside RAM."""
         at = self.offset(address, len(data))
+        self.await_pages(at, len(data))
         if self.fd >= 0 and len(data) >= LARGE:
             self._write_through(at, memoryview(data).cast("B"))
         else:
@@ -260,9 +262,7 @@ class GuestMemory:
 
     def part(self, offset: int, length: int) -> memoryview:
         """As `slice`, at an offset into the mapping that is known to be RAM."""
-        if self.arriving:
-            for page in range(offset - offset % PAGE, offset + length, PAGE):
-                self.view[page]  # sleeps until it is there
+        self.await_pages(offset, length)
         return self.view[offset : offset + length]
 
     def dma_written(self, address: int, length: int) -> None:
@@ -272,8 +272,20 @@ class GuestMemory:
     def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store bytes as a device does: `write`, and the observers hear of it."""
         at = self.offset(address, len(data))
+        self.await_pages(at, len(data))
         self.view[at : at + len(data)] = data
         self._changed(at, len(data))
+
+    def await_pages(self, at: int, length: int) -> None:
+        """Sleep until these bytes, counted from `host_base`, are all there, if RAM is `incomplete`.
+
+        Without Python's global lock, which whoever just touches a page that is to come holds in
+        its sleep: nobody else in the process could do anything then. And from user mode, as the
+        host may let no others wait (see `memory.missing`).
+        """
+        if self.incomplete:
+            for page in range(at - at % PAGE, at + length, PAGE):
+                _touch(self.host_base + page, 1)
 
     def dma_written_runs(self, table: int, count: int) -> None:
         """Tell the observers of many changes: pairs of offset and length at a host address."""

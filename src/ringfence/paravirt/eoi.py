@@ -92,18 +92,22 @@ class PvEoi(Saved):
 
     def is_set(self) -> bool:
         """Whether the guest has left the bit alone."""
-        return bool(self._memory.view[self._at] & 1)
+        return bool(self._read() & 1)
 
     def set(self) -> None:
         """Lend the bit."""
-        self._write(self._memory.view[self._at] | 1)
+        self._write(self._read() | 1)
 
     def clear(self) -> bool:
         """Take the bit back; whether it was still set."""
-        value = self._memory.view[self._at]
+        value = self._read()
         if value & 1:
             self._write(value & ~1)
         return bool(value & 1)
+
+    def _read(self) -> int:
+        self._memory.await_pages(self._at, 1)
+        return self._memory.view[self._at]
 
     def _write(self, value: int) -> None:
         self._memory.dma_write(self._address, bytes((value,)))

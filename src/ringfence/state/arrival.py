@@ -96,12 +96,11 @@ class Arrival:
         except OSError as error:
             raise HostError(f"RAM can't follow a machine here ({error.strerror})") from error
         self._tell(armed=True)
-        memory.arriving = self.user_only
+        memory.incomplete = True
 
     def follow(self, done: Callable[[], None]) -> None:
         """The machine runs; call ``done``, from another thread, when all of its RAM is here."""
         memory = self._memory
-        memory.incomplete = True
         memory.before_close = self.close
         self._tell(fate="running")
 
@@ -112,7 +111,7 @@ class Arrival:
                 print("ringfence: the machine is lost: its pager has died", file=sys.stderr)
                 os.kill(os.getpid(), signal.SIGKILL)
             memory.before_close = None
-            memory.arriving = memory.incomplete = False
+            memory.incomplete = False
             self._end()
             done()
 

@@ -54,6 +54,7 @@ from ringfence.state.wire import (
     secure,
 )
 from ringfence.storage.disk import Disk
+from ringfence.storage.options import DiskOptions
 
 ROUNDS = 30
 """Rounds until the guest is stopped whatever is left."""
@@ -208,6 +209,7 @@ class Sender:
         self._follow = follow
         self._mirrors = mirror
         self._mirror: Mirror | None = None
+        self._disks_sent: Sequence[DiskOptions] = ()
         self._watcher = watcher
         self._token = os.urandom(16).hex()
         self._progress = Progress("connect")
@@ -228,6 +230,7 @@ class Sender:
         carried = images.gather(self._owner.config)
         with self._owner.standing() as parts:
             hello = self._hello(parts, carried)
+            self._disks_sent = self._owner.config.disks
         self._link = self._connect()
         try:
             try:
@@ -390,6 +393,8 @@ class Sender:
             self._tell(stage="stop")
             if self._owner.halt() is not parts:
                 raise UsageError("the guest was reset meanwhile")
+            if self._owner.config.disks != self._disks_sent:
+                raise UsageError("the guest let go of a disk meanwhile: try again")
             watch.lap("pause")
             state = parts.save()  # first: devices finish what they write to RAM
             watch.lap("save")

@@ -48,7 +48,7 @@ def execution(**memory: Any) -> tuple[DirectExecution, Any]:
         cr3=ROOT,
         user_entries=0,
     )
-    ram: Any = SimpleNamespace(**{"fd": 5, "incomplete": False, "arriving": False, **memory})
+    ram: Any = SimpleNamespace(**{"fd": 5, "incomplete": False, **memory})
     library: Any = None
     return DirectExecution(view, lambda: library, ram, wanted=True), view
 
@@ -69,7 +69,7 @@ def test_code_that_computes_gets_a_process(monkeypatch: pytest.MonkeyPatch) -> N
         looks(made, policy.PATIENCE + 1, monkeypatch)
 
 
-@pytest.mark.parametrize("memory", [{"fd": -1}, {"incomplete": True}, {"arriving": True}])
+@pytest.mark.parametrize("memory", [{"fd": -1}, {"incomplete": True}])
 def test_ram_that_cannot_be_shared(memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is private, or pages of it are still on their way."""
     processes_are(monkeypatch, Refused())

@@ -221,7 +221,7 @@ class Receiver(Saved):
         job.crc_table = ctypes.addressof(_crc_table) if fcs else 0
         job.judgement = judgement
         job.ring, job.count, job.head, job.buffer = ring.base, ring.count, ring.head, self.buffer
-        ring.failed = not self._natives("land")(self._at)
+        ring.failed = not self._natives("land", self._memory.incomplete)(self._at)
         ring.head = job.head
         self._memory.dma_written_runs(self._at + Landing.offset_of("runs"), job.runs_used)
         return int(job.stored)

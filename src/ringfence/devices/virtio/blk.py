@@ -156,7 +156,7 @@ class VirtioBlk(DeferringDevice):
         ring = self.transport.ring(number)
         if ring is None:
             return
-        if isinstance(ring, SplitRing) and self._disk.file >= 0 and not ring.memory.arriving:
+        if isinstance(ring, SplitRing) and self._disk.file >= 0 and not ring.memory.incomplete:
             self._serve(number, ring)
         else:
             self.drain(number, lambda chain: self._begin(number, ring, chain))

@@ -131,6 +131,7 @@ class SplitRing(Ring):
         queue.descriptors = self._host(0, DESCRIPTOR_SIZE * size, 16)
         queue.avail = self._host(1, 6 + 2 * size, 2)
         queue.used = self._host(2, 6 + ELEMENT * size, 4)
+        self._take_slowly = natives("take", True)
         self._take, self._give, self._publish, self._ask, self._refuse = map(
             natives, ("take", "give", "publish", "ask_kicks", "refuse_kicks")
         )
@@ -151,12 +152,23 @@ class SplitRing(Ring):
 
     def pop(self) -> Chain | None:
         """See `Ring.pop`."""
-        found = self._take(self.at)
+        found = self._take_of_incomplete() if self.memory.incomplete else self._take(self.at)
         if found == NOTHING:
             return None
         if found == BROKEN:
             raise self.error()
         return self.taken()
+
+    def _take_of_incomplete(self) -> int:
+        """Where pages of RAM are to come: the ring's first, then those of its tables."""
+        queue, base = self.queue, self.memory.host_base
+        for area, length in (
+            (queue.descriptors, DESCRIPTOR_SIZE * self.size),
+            (queue.avail, 6 + 2 * self.size),
+            (queue.used, 6 + ELEMENT * self.size),
+        ):
+            self.memory.await_pages(area - base, length)
+        return int(self._take_slowly(self.at))
 
     def error(self) -> RingError:
         """What the driver has done wrong."""

@@ -112,7 +112,7 @@ class DirectExecution:
         view = self._view
         if self.refusal or view.cpl != 3:
             return
-        if self._memory.incomplete or self._memory.arriving:
+        if self._memory.incomplete:
             return  # a process would find zeroes where pages are still to come
         root = view.cr3 & PTE_ADDRESS
         if root in view.direct_roots:

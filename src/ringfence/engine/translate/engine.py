@@ -99,13 +99,13 @@ class TranslateEngine(DeviceAccesses):
         view.self_address = self.block
         self._enter = library.function("rf_enter", 1, long=True)
         self._set_gs = library.function("rf_set_gs", 1)
-        self._deliver_interrupt = library.function("deliver_interrupt", 2)
-        self._deliver_nmi = library.function("deliver_nmi", 1)
+        self._deliver_interrupt = self._reaching("deliver_interrupt", 2)
+        self._deliver_nmi = self._reaching("deliver_nmi", 1)
         self._flush_all = library.function("tlb_flush_all", 1)
         self._mode_changed = library.function("mode_changed", 1)
-        self._linear_read = library.function("linear_read", 4)
-        self._linear_write = library.function("linear_write", 5)
-        self._walk = library.function("walk", 3)
+        self._linear_read = self._reaching("linear_read", 4)
+        self._linear_write = self._reaching("linear_write", 5)
+        self._walk = self._reaching("walk", 3)
         self._string = library.function("fx_string", 1, long=True)
         self._segment_linear = library.function("segment_linear", 5)
         self._natives.use(self._adopt)
@@ -219,6 +219,13 @@ class TranslateEngine(DeviceAccesses):
             # Console ports are served on the spot while nothing can come of it.
             symbol = f"{name}_gathered" if name in ("fx_in", "fx_out") else name
             view.effects[number] = library.address(symbol)
+
+    def _reaching(self, name: str, arguments: int) -> Callable[..., int]:
+        """A quick function that reaches RAM; it leaves Python's lock while pages are to come."""
+        quick = self.library.function(name, arguments)
+        slow = self.library.function(name, arguments, long=True)
+        memory = self.memory
+        return lambda *given: (slow if memory.incomplete else quick)(*given)
 
     def _allocate_notes(self) -> None:
         """Which code is whose, and what others wrote over: see `memory.coherence`."""
