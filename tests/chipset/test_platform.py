@@ -111,8 +111,45 @@ def test_i8042_replies(rig, writes, reply) -> None:
     assert not rig.inb(0x64) & 1
 
 
-def test_i8042_has_no_devices(rig) -> None:
-    rig.out(0x60, 0xFF)
+@pytest.mark.parametrize(
+    ("bytes_", "answer"),
+    [
+        ([0xFF], "fa aa"),
+        ([0xF2], "fa ab 83"),
+        ([0xED, 0x07], "fa fa"),
+        ([0xF0, 0x01, 0xF0, 0x00], "fa fa fa fa 01"),
+        ([0xF3, 0xF4], "fa fa"),
+        ([0xEE, 0x00], "ee fe"),
+    ],
+)
+def test_keyboard_answers(rig, bytes_, answer) -> None:
+    for value in bytes_:
+        rig.out(0x60, value)
+    heard = []
+    while rig.inb(0x64) & 1:
+        heard.append(rig.inb(0x60))
+    assert bytes(heard) == bytes.fromhex(answer)
+
+
+def test_keyboard_interrupts_for_each_byte(rig) -> None:
+    lines: list[bool] = []
+    rig.board.i8042._irq = lines.append
+    rig.out(0x60, 0xF2)
+    assert not any(lines)
+    rig.out(0x64, 0x60)
+    rig.out(0x60, 0x01)
+    del lines[:]
+    saved = rig.board.i8042.save()
+    assert [rig.inb(0x60) for _ in range(3)] == [0xFA, 0xAB, 0x83]
+    assert lines == [False, True, False, True, False, False]
+    rig.board.i8042.restore(saved)
+    assert rig.inb(0x60) == 0xFA
+    for _ in range(100):
+        rig.out(0x60, 0xF2)
+    assert len(rig.board.i8042.output) == 16
+
+
+def test_there_is_no_mouse(rig) -> None:
     rig.out(0x64, 0xD4)
     rig.out(0x60, 0xFF)
     assert not rig.inb(0x64) & 1

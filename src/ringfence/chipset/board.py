@@ -20,6 +20,7 @@ from ringfence.chipset.generation import BASE as GENERATION_BASE
 from ringfence.chipset.generation import ID_BYTES, GenerationId
 from ringfence.chipset.generation import LENGTH as GENERATION_LENGTH
 from ringfence.chipset.i8042 import I8042
+from ringfence.chipset.i8042 import IRQ as KEYBOARD_IRQ
 from ringfence.chipset.ioapic import BASE as IOAPIC_BASE
 from ringfence.chipset.ioapic import LENGTH as IOAPIC_LENGTH
 from ringfence.chipset.ioapic import IoApic
@@ -144,7 +145,7 @@ class Board:
         self.rtc = Rtc(self.timers, self._line(8), memory_size)
         self.uart = Uart(self.timers, self._line(UART_IRQ), console_sink)
         self.pm = PowerManagement(self.timers, self._line(SCI_IRQ), self._power_off)
-        self.i8042 = I8042(self._reset)
+        self.i8042 = I8042(self._reset, self._line(KEYBOARD_IRQ))
         self.reset_control = ResetControl(self._reset)
         self.generation = GenerationId(generation)
         self.pci = PciHost(
