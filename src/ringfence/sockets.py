@@ -5,6 +5,10 @@ exceeds. So the folder is opened first, and the address names it by ``/proc/self
 
 A socket file stays when its process is killed. Nobody answers then, and `listen` takes its place;
 one that is answered, and a file of another kind, is an error.
+
+A process that is out of descriptors, which a guest with many connections can bring about, can't
+accept, and whoever waits would keep its listener ready for ever. So a descriptor is kept for that
+case, with which `accept` turns him away.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +25,48 @@ from pathlib import Path
 from ringfence.errors import HostError
 
 _RETRY = 0.01
+
+
+class _Spare:
+    """A descriptor of nothing, to be given up for a moment where there is no other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fd = self._open()
+
+    def turn_away(self, listener: socket.socket) -> None:
+        """Accept who waits, only to hang up; does nothing where that is not possible either."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            try:
+                listener.accept()[0].close()
+            finally:
+                self._fd = self._open()
+
+    @staticmethod
+    def _open() -> int:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+_spare = _Spare()
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """The connection of somebody who waits.
+
+    Raises
+    ------
+    OSError
+        There is nobody any more, or the process has no descriptor for him: he has been turned away.
+    """
+    try:
+        return listener.accept()[0]
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            _spare.turn_away(listener)
+        raise
 
 
 def listen(path: Path, backlog: int) -> socket.socket:

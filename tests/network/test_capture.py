@@ -113,3 +113,9 @@ def test_a_full_disk_costs_frames_only(tmp_path) -> None:
 def test_a_folder_that_is_not_there(tmp_path) -> None:
     with pytest.raises(HostError, match="can't be written"):
         Capture(Echo(), tmp_path / "absent" / "f.pcap")
+
+
+def test_no_room_for_the_header() -> None:
+    """Frames behind it would be noise to whoever reads the file later."""
+    with pytest.raises(HostError, match="no room"):
+        Capture(Echo(), "/dev/full")

@@ -160,7 +160,7 @@ class Server:
     def _accept(self) -> None:
         while not self._closing:
             try:
-                accepted, _ = self._listener.accept()
+                accepted = sockets.accept(self._listener)
             except OSError:
                 if not self._closing:
                     time.sleep(0.1)  # out of descriptors, say

@@ -19,7 +19,7 @@ from ringfence.errors import HostError, RingfenceError, UsageError
 from ringfence.gdb.packets import PacketReader, ProtocolError, Signal, frame
 from ringfence.gdb.stub import Stub
 from ringfence.life import State
-from ringfence.sockets import listen
+from ringfence.sockets import accept, listen
 
 if TYPE_CHECKING:
     from ringfence.machine import Machine
@@ -118,10 +118,8 @@ class GdbServer:
     def _serve(self) -> None:
         while not self._closing:
             if self._listener in self._ready(self._listener):
-                with contextlib.suppress(OSError):
-                    connection, _ = self._listener.accept()
-                    with connection:
-                        _Connection(connection, self).run()
+                with contextlib.suppress(OSError), accept(self._listener) as connection:
+                    _Connection(connection, self).run()
 
     def _ready(self, *sockets: socket.socket) -> list[socket.socket]:
         """Wait for something to do; the sockets that can be read."""
@@ -158,7 +156,7 @@ class _Connection:
                 if self._socket in ready and not self._receive():
                     break
                 if server._listener in ready:
-                    server._listener.accept()[0].close()
+                    accept(server._listener).close()
         with contextlib.suppress(RingfenceError):
             if not stub.over and not server._closing:
                 stub.release()

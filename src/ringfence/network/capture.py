@@ -49,11 +49,13 @@ class Capture:
             self._file = Path(path).open("wb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise HostError(f"capture {path} can't be written: {error.strerror}") from error
-        self._write(
-            struct.pack(
-                "<IHHiIII", MAGIC_NANOSECONDS, *VERSION, 0, 0, MAXIMUM_FRAME, LINKTYPE_ETHERNET
-            )
+        header = struct.pack(
+            "<IHHiIII", MAGIC_NANOSECONDS, *VERSION, 0, 0, MAXIMUM_FRAME, LINKTYPE_ETHERNET
         )
+        self._write(header)
+        if self._lost:
+            self._file.close()
+            raise HostError(f"capture {path} can't be written: there is no room for its header")
 
     @property
     def backend(self) -> NetworkBackend:

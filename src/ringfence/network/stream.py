@@ -27,6 +27,7 @@ from ringfence.errors import HostError, UsageError
 from ringfence.network.backend import MINIMUM_FRAME
 from ringfence.network.peer import NoFrames, Peer
 from ringfence.network.threaded import ThreadedBackend
+from ringfence.sockets import accept
 
 PEERS = 64
 RETRY = 1.0
@@ -160,7 +161,7 @@ class SocketNetwork(ThreadedBackend):
     def _accept(self) -> None:
         assert self._listener is not None
         with contextlib.suppress(OSError):
-            self._welcome(self._listener.accept()[0])
+            self._welcome(accept(self._listener))
 
     def _serve(self, descriptor: int, peer: Peer, events: int) -> None:
         try:

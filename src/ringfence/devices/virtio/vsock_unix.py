@@ -157,7 +157,7 @@ class UnixHost:
     def _accept(self, mask: int) -> None:
         del mask
         with contextlib.suppress(OSError):
-            connection, _ = self._listener.accept()
+            connection = sockets.accept(self._listener)
             connection.setblocking(False)
             if len(self._streams) + len(self._greeting) >= MAX_CONNECTIONS:
                 connection.close()
