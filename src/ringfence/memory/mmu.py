@@ -127,11 +127,11 @@ class Mmu(Coherent):
     string_source: Annotated[int, u64]
     string_target: Annotated[int, u64]
     """Linear addresses of a string instruction's element, outside 64-bit mode."""
-    string_value: Annotated[int, u64]
-    """Element that the VMM read from a device for an interrupted string instruction."""
+    string_value: Annotated[Array, u64, 3]
+    """What the VMM read from devices for an interrupted string instruction, by access."""
     string_ready: Annotated[int, u8]
-    """Bit 0: ``string_value`` is there; bit 1: the VMM has written the element. Non-zero only while
-    the VMM carries out the present element."""
+    """Accesses of the present element that the VMM has carried out, a bit each (see `strings`).
+    Non-zero only while the VMM carries out that element."""
 
 
 assert Mmu.offset_of("stale_code") % 8 == 0

@@ -55,7 +55,9 @@ CHECKED = 1 << 16
 BOUND = 1 << 16
 """Elements that one call handles at most."""
 EXIT_MMIO_STRING = 32
-"""Exit: an element outside RAM; ``exit_data`` = physical address, size, 1 for a write, value."""
+"""Exit: an element outside RAM; ``exit_data`` = physical address, size, which access, value."""
+READ_SOURCE, WRITE, READ_TARGET = range(3)
+"""Which access of an element; bit n of ``Mmu.string_ready`` says that n has been carried out."""
 
 
 @native_inline
@@ -136,17 +138,17 @@ def compare_flags(mmu: Mmu, left: int, right: int, size: int) -> int:
 
 
 @native
-def outside(mmu: Mmu, address: int, size: int, write: int) -> int:
+def outside(mmu: Mmu, size: int, which: int) -> int:
     """Leave for the VMM: an element that is not in RAM (``last_pa`` is its physical address)."""
     mmu.exit_reason = EXIT_MMIO_STRING
     mmu.exit_data[0] = mmu.last_pa
     mmu.exit_data[1] = size
-    mmu.exit_data[2] = write
+    mmu.exit_data[2] = which
     return EXIT
 
 
 @native
-def read_element(mmu: Mmu, address: int, size: int, user: int) -> int:
+def read_element(mmu: Mmu, address: int, size: int, user: int, which: int) -> int:
     """Read one element; EXIT for one outside RAM unless the VMM has just provided it."""
     if (address & OFFSET_MASK) + size <= 4096:
         host = host_page(mmu, address, 4 if user else 0)
@@ -157,10 +159,10 @@ def read_element(mmu: Mmu, address: int, size: int, user: int) -> int:
             return OK
         if mmu.status_word == FAULT:
             return FAULT
-        if mmu.string_ready & 1:
-            mmu.value = mmu.string_value
+        if mmu.string_ready >> which & 1:
+            mmu.value = mmu.string_value[which]
             return OK
-        return outside(mmu, address, size, 0)
+        return outside(mmu, size, which)
     return linear_read(mmu, address, size, user)
 
 
@@ -177,10 +179,10 @@ def write_element(mmu: Mmu, address: int, size: int, value: int, user: int) -> i
             return OK
         if mmu.status_word == FAULT:
             return FAULT
-        if mmu.string_ready & 2:
+        if mmu.string_ready >> WRITE & 1:
             return OK
         mmu.exit_data[3] = value
-        return outside(mmu, address, size, 1)
+        return outside(mmu, size, WRITE)
     return linear_write(mmu, address, size, value, user)
 
 
@@ -334,21 +336,20 @@ def element(mmu: Mmu, kind: int, size: int, source: int, target: int, user: int)
     if kind == STOS:
         return write_element(mmu, target, size, mmu.gpr[RAX], user)
     if kind == SCAS:
-        status = read_element(mmu, target, size, user)
+        status = read_element(mmu, target, size, user, READ_TARGET)
         if status == OK:
             compare_flags(mmu, mmu.gpr[RAX], mmu.value, size)
         return status
     if kind == CMPS:
-        # Both are read before flags change; an element outside RAM reads as all ones here.
-        status = linear_read(mmu, source, size, user)
+        status = read_element(mmu, source, size, user, READ_SOURCE)
         if status != OK:
             return status
         left = mmu.value
-        status = linear_read(mmu, target, size, user)
+        status = read_element(mmu, target, size, user, READ_TARGET)
         if status == OK:
             compare_flags(mmu, left, mmu.value, size)
         return status
-    status = read_element(mmu, source, size, user)
+    status = read_element(mmu, source, size, user, READ_SOURCE)
     if status != OK:
         return status
     value = mmu.value

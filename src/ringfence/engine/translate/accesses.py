@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from ringfence.cpu import state
@@ -17,7 +18,9 @@ from ringfence.cpu.faults import GeneralProtection
 from ringfence.engine import MsrDevice, Services, StopReason
 from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
+from ringfence.engine.translate.block import SLOW_SIZE
 from ringfence.memory import strings
+from ringfence.memory.ram import HIGH_RAM_BASE
 
 GATHER_NS = 3_000_000
 """How long console output may wait for the guest to leave translated code by itself."""
@@ -167,7 +170,10 @@ class DeviceAccesses:
                 if self._linear_read(self.block, address, size, user):
                     view.jump_target = self._deliver
                     return None
-                self.board.port_write(port, size, view.value & (1 << 8 * size) - 1)
+                value = view.value
+                if self._in_device(address, size, user << 2):
+                    value = self.board.mmio_read(view.walk_pa, size, self.index)
+                self.board.port_write(port, size, value & (1 << 8 * size) - 1)
             else:
                 # Ask whether the write is allowed before the device gives up its data.
                 ends = (address, (address + size - 1) & MASK64)
@@ -175,7 +181,10 @@ class DeviceAccesses:
                     view.jump_target = self._deliver
                     return None
                 value = self.board.port_read(port, size)
-                self._linear_write(self.block, address, size, value, user)
+                if self._in_device(address, size, user << 2 | state.PF_WRITE):
+                    self.board.mmio_write(view.walk_pa, size, value, self.index)
+                else:
+                    self._linear_write(self.block, address, size, value, user)
             kept = 0xFFFF if mask == 0xFFFF else MASK64
             view.gpr[index] = view.gpr[index] & ~kept | (offset + step) & mask
             left -= 1
@@ -195,15 +204,34 @@ class DeviceAccesses:
                 view.other_flags |= state.FLAG_RF  # as `strings.fx_string` does
         return self._stopped()
 
+    def _in_device(self, address: int, size: int, access: int) -> bool:
+        """Whether an operand in one page, that may be accessed, is a device's (at ``walk_pa``)."""
+        if (address & 0xFFF) + size > 0x1000 or self._walk(self.block, address, access):
+            return False
+        view = self.view
+        at = view.walk_pa
+        if at < view.ram_low or 0 <= at - HIGH_RAM_BASE < view.ram_high:
+            return False
+        return bool(access & state.PF_WRITE or not 0 <= at - view.rom_base < view.rom_size)
+
     def _on_mmio_read(self) -> StopReason | None:
         began = time.perf_counter_ns()
         view = self.view
-        address, size = view.exit_data[0], view.exit_data[1]
-        data = self._read_mmio(address, size)
-        ctypes.memmove(view.slow_pointer + view.slow_skipped, data, size)
+        for place, address, size in self._outside_parts():
+            ctypes.memmove(place, self._read_mmio(address, size), size)
+            self._count(Reason.MMIO_READ, began, partial(vocabulary.MmioRead, address, size))
         view.jump_target = self._resume
-        self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
         return None
+
+    def _outside_parts(self) -> Iterator[tuple[int, int, int]]:
+        """The parts of a slow operand in devices: where its bytes are, physical address, size."""
+        view = self.view
+        start = view.slow_pointer + view.slow_skipped
+        first_pa, first, second_pa, second = (view.exit_data[n] for n in range(4))
+        if first:
+            yield start, first_pa, first
+        if second:
+            yield start + (view.slow_kind & SLOW_SIZE) - second, second_pa, second
 
     def _read_mmio(self, address: int, size: int) -> bytes:
         data = b""
@@ -216,19 +244,16 @@ class DeviceAccesses:
     def _on_mmio_write(self) -> StopReason | None:
         began = time.perf_counter_ns()
         view = self.view
-        address, size = view.exit_data[0], view.exit_data[1]
-        data = ctypes.string_at(view.slow_pointer + view.slow_skipped, size)
-        for at in range(0, size, 8):
-            part = data[at : at + 8]
-            self.board.mmio_write(
-                address + at, len(part), int.from_bytes(part, "little"), self.index
-            )
+        for place, address, size in self._outside_parts():
+            data = ctypes.string_at(place, size)
+            for at in range(0, size, 8):
+                part = data[at : at + 8]
+                self.board.mmio_write(
+                    address + at, len(part), int.from_bytes(part, "little"), self.index
+                )
+            low = int.from_bytes(data[:8], "little")
+            self._count(Reason.MMIO_WRITE, began, partial(vocabulary.MmioWrite, address, size, low))
         view.jump_target = self._resume
-        self._count(
-            Reason.MMIO_WRITE,
-            began,
-            lambda: vocabulary.MmioWrite(address, size, int.from_bytes(data[:8], "little")),
-        )
         return None  # its instruction is still under way: who wants the CPU waits for the next one
 
     def _on_mmio_string(self) -> StopReason | None:
@@ -246,18 +271,17 @@ class DeviceAccesses:
         """One half of an element: from the device, or to it."""
         began = time.perf_counter_ns()
         view = self.view
-        address, size, write, value = (view.exit_data[n] for n in range(4))
+        address, size, which, value = (view.exit_data[n] for n in range(4))
         value &= (1 << 8 * size) - 1
-        if write:
+        if which == strings.WRITE:
             self.board.mmio_write(address, size, value, self.index)
-            view.string_ready |= 2
             self._count(
                 Reason.MMIO_WRITE, began, lambda: vocabulary.MmioWrite(address, size, value)
             )
         else:
-            view.string_value = self.board.mmio_read(address, size, self.index)
-            view.string_ready |= 1
+            view.string_value[which] = self.board.mmio_read(address, size, self.index)
             self._count(Reason.MMIO_READ, began, lambda: vocabulary.MmioRead(address, size))
+        view.string_ready |= 1 << which
 
     def _on_msr_read(self) -> StopReason | None:
         began = time.perf_counter_ns()

@@ -47,6 +47,7 @@ def bits_of(mode: int) -> int:
     return 64 if mode & MODE_LONG else 32 if mode & MODE_CODE32 else 16
 
 
+SLOW_SIZE = 0xFFF
 SLOW_READ, SLOW_WRITE, SLOW_STACK, SLOW_MASKED = 0x10000, 0x20000, 0x40000, 0x80000
 """Kinds of a memory access, beside its size in bytes. SLOW_MASKED: an opmask register says which
 elements are accessed; only those may fault."""
@@ -139,7 +140,9 @@ class Vcpu(Mmu):
     slow_masking: Annotated[int, u32]
     """``Form.masking`` of it, log2 of the elements' size << 8, number of elements << 16."""
     slow_pa: Annotated[int, u64]
-    slow_is_mmio: Annotated[int, u8]
+    slow_second_pa: Annotated[int, u64]
+    """Of the part in the following page."""
+    slow_outside: Annotated[int, u8]
     shared: Annotated[Array, u64, 16]
     """Host minus linear address of pages that several accesses of a trace share."""
     displaced: Annotated[Array, u64, 16]

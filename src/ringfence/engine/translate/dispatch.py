@@ -406,6 +406,10 @@ def commit_elements(vcpu: Vcpu) -> int:
     return OK
 
 
+FIRST_PART, SECOND_PART = 1, 2
+"""Which parts of a slow operand are outside RAM (``Vcpu.slow_outside``)."""
+
+
 @native
 def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     """Prepare one memory operand by hand: crossing pages, in code pages, or outside RAM.
@@ -426,7 +430,7 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     access = user | (2 if kind & SLOW_WRITE else 0)
     vcpu.slow_address = address
     vcpu.slow_kind = kind
-    vcpu.slow_is_mmio = 0
+    vcpu.slow_outside = 0
     if size == 0:
         return OK
     start = vcpu.slow_pointer + vcpu.slow_skipped
@@ -439,15 +443,22 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     page = host_page(vcpu, address, access)
     if page == 0 and vcpu.status_word == FAULT:
         return stack_fault(vcpu, kind)
-    pa = vcpu.last_pa
+    if page == 0:
+        vcpu.slow_outside = FIRST_PART
+    vcpu.slow_pa = vcpu.last_pa
     second = 0
     if first < size:
         touched = first
         if kind & SLOW_MASKED:
             touched = first_touched(vcpu, first)
         second = host_page(vcpu, address + touched, access)
-        if second == 0 and vcpu.status_word == FAULT:
-            return stack_fault(vcpu, kind)
+        if second == 0:
+            if vcpu.status_word == FAULT:
+                return stack_fault(vcpu, kind)
+            vcpu.slow_outside = vcpu.slow_outside | SECOND_PART
+            vcpu.slow_second_pa = vcpu.last_pa
+        if kind & SLOW_MASKED:
+            vcpu.slow_outside = 0  # elements across RAM's edge read ones there, and vanish
     if page and first == size:
         vcpu.slow_pointer = page + offset - vcpu.slow_skipped
         return OK
@@ -455,14 +466,6 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
         take_split_lock(vcpu)
     if page:
         rep_movsb(start, page + offset, first)
-    elif first == size:
-        vcpu.slow_is_mmio = 1
-        vcpu.slow_pa = pa
-        if kind & SLOW_READ:
-            vcpu.exit_reason = EXIT_MMIO_READ
-            vcpu.exit_data[0] = pa
-            vcpu.exit_data[1] = size
-            return EXIT
     else:
         for i in range(first):
             store8(start + i, 0xFF)
@@ -471,7 +474,20 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     else:
         for i in range(first, size):
             store8(start + i, 0xFF)
+    if vcpu.slow_outside and kind & SLOW_READ:
+        return outside_parts(vcpu, EXIT_MMIO_READ, first, size - first)
     return OK
+
+
+@native
+def outside_parts(vcpu: Vcpu, reason: int, first: int, second: int) -> int:
+    """Leave for the VMM with the parts of a slow operand that are outside RAM, one in each page."""
+    vcpu.exit_reason = reason
+    vcpu.exit_data[0] = vcpu.slow_pa
+    vcpu.exit_data[1] = first if vcpu.slow_outside & FIRST_PART else 0
+    vcpu.exit_data[2] = vcpu.slow_second_pa
+    vcpu.exit_data[3] = second if vcpu.slow_outside & SECOND_PART else 0
+    return EXIT
 
 
 @native
@@ -481,17 +497,14 @@ def slow_commit(vcpu: Vcpu) -> int:
     address = vcpu.slow_address
     if size == 0:
         return OK
-    if vcpu.slow_is_mmio:
-        vcpu.exit_reason = EXIT_MMIO_WRITE
-        vcpu.exit_data[0] = vcpu.slow_pa
-        vcpu.exit_data[1] = size
-        return EXIT
     access = 6 if vcpu.cpl == 3 else 2
     offset = address & OFFSET_MASK
     first = size
     if offset + size > 4096:
         first = 4096 - offset
     if first == size:
+        if vcpu.slow_outside:
+            return outside_parts(vcpu, EXIT_MMIO_WRITE, size, 0)
         note_code_write(vcpu, vcpu.slow_pointer + vcpu.slow_skipped, size)
         return OK
     if vcpu.slow_kind & SLOW_MASKED:
@@ -505,6 +518,8 @@ def slow_commit(vcpu: Vcpu) -> int:
         rep_movsb(second, vcpu.slow_pointer + first, size - first)
         note_code_write(vcpu, second, size - first)
     release_split_lock(vcpu)
+    if vcpu.slow_outside:
+        return outside_parts(vcpu, EXIT_MMIO_WRITE, first, size - first)
     return OK
 
 
