@@ -18,8 +18,10 @@ from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
 from ringfence.paravirt import clock as pv
 from ringfence.paravirt import services
+from ringfence.paravirt.eoi import MSR_PV_EOI
 from ringfence.paravirt.hypercalls import Functions
 from ringfence.paravirt.services import Paravirtual
+from ringfence.paravirt.steal import MSR_STEAL_TIME
 
 SECOND = 1_000_000_000
 PAGE = 0x2000
@@ -257,6 +259,37 @@ def test_across_a_page(world: World, make: type[Guest]) -> None:
     guest = make(world)
     guest.services.vcpus[0].msr_write(pv.MSR_SYSTEM_TIME, 0x2FF0 | 1)
     assert struct.unpack("<Q", guest.memory.read(0x2FF0, 8))[0]
+
+
+def test_armed_anew_while_it_moves(world: World, make: type[Guest]) -> None:
+    """What the VMM writes is sent, across a page's end, too; then only the new place counts."""
+    here, there = make(world), make(world)
+    here.enable()
+    here.memory.dirty.enabled = True
+    here.memory.dirty.clear()
+    vcpu = here.services.vcpus[0]
+    vcpu.msr_write(pv.MSR_SYSTEM_TIME, 0x4FF0 | 1)
+    vcpu.msr_write(MSR_STEAL_TIME, 0x7000 | 1)
+    vcpu.msr_write(MSR_PV_EOI, 0x8FFF & ~3 | 1)
+    written = {
+        page for run in here.memory.dirty.take() for page in range(run.first, run.first + run.count)
+    }
+    assert {4, 5, 7} <= written
+    assert PAGE // 4096 not in written
+    here.time.pause()
+    there.memory.write(0, bytes(here.memory.view))
+    there.time.pause()
+    there.time.restore(here.time.save(1))
+    there.services.restore(here.services.save())
+    before = there.memory.read(PAGE, 32)
+    there.time.resume()
+    assert there.memory.read(PAGE, 32) == before
+    assert there.services.vcpus[0].msr_read(pv.MSR_SYSTEM_TIME) == 0x4FF0 | 1
+    version = struct.unpack("<I", there.memory.read(0x4FF0, 4))[0]
+    there.services.vcpus[0].msr_write(pv.MSR_SYSTEM_TIME, PAGE | 1)
+    there.time.pause()
+    there.time.resume()
+    assert struct.unpack("<I", there.memory.read(0x4FF0, 4))[0] == version
 
 
 def test_registers_that_are_not_offered(world: World, make: type[Guest]) -> None:

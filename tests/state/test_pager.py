@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -331,3 +332,34 @@ def test_others_go_on_while_somebody_waits(
     bring(lonely)
     device.join(20)
     assert got == [wanted]
+
+
+ORPHANED = """
+import os, signal, sys
+from ringfence.memory.dirty import PAGE, Run
+from ringfence.memory.ram import GuestMemory
+from ringfence.state.arrival import Arrival
+from ringfence.state.wire import parse_address
+memory = GuestMemory(1024 * PAGE)
+listener = parse_address("unix://" + sys.argv[1]).listen()
+arrival = Arrival(memory, listener.fileno(), "token")
+arrival.expect([Run(1, 1)])
+arrival.follow(lambda: None)
+os.kill(arrival._process.pid, signal.SIGKILL)
+memory.read(PAGE, 1)
+print("which was never sent")
+"""
+
+
+def test_a_pager_that_is_killed(tmp_path: Path) -> None:
+    """Nobody brings the missing pages any more: the machine ends, and says why."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ORPHANED, str(tmp_path / "socket")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert "the machine is lost: its pager has died" in ended.stderr
+    assert "never sent" not in ended.stdout
