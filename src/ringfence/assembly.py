@@ -560,6 +560,7 @@ def warm_up(config: MachineConfig) -> None:
     """Load all the code that `assemble` needs for such a machine."""
     from ringfence.boot import loader  # noqa: F401
     from ringfence.chipset import acpi, board, clock, timekeeping  # noqa: F401
+    from ringfence.devices import natives
     from ringfence.devices.e1000 import card  # noqa: F401
     from ringfence.devices.virtio import (  # noqa: F401
         balloon,
@@ -575,4 +576,5 @@ def warm_up(config: MachineConfig) -> None:
     from ringfence.paravirt import hypercalls, services  # noqa: F401
     from ringfence.sharing import session  # noqa: F401
 
+    natives.preload(config.engine_config.cache_dir)
     engines.preload(config.engine, config.engine_config).join()

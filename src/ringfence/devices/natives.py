@@ -53,6 +53,11 @@ def natives(cache: Path | None = None) -> Natives:
     return functools.partial(_function, cache)
 
 
+def preload(cache: Path | None) -> None:
+    """Load the library, or make it, ahead of the first device."""
+    _library(cache)
+
+
 @functools.cache
 def _function(cache: Path | None, name: str, long: bool = False) -> Any:
     return _library(cache).function(name, _FUNCTIONS[name][1], long=long)
