@@ -32,7 +32,6 @@ class DeviceAccesses:
 
     board: Any
     view: Any
-    _rouse: Callable[[], None]
     """The vCPU's block as a ctypes structure."""
     block: int
     """Its address."""
@@ -44,6 +43,7 @@ class DeviceAccesses:
     _services: Services | None
     _stop: bool
     _gather_timer: bool
+    _rouse: Callable[[], None]
     # Native functions, and places in the thunks where guest code goes on.
     _linear_read: Callable[..., int]
     _linear_write: Callable[..., int]

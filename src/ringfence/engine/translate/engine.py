@@ -19,8 +19,6 @@ from ringfence.cpu import components, cpuid, reset, state
 from ringfence.cpu import signals as cpu_signals
 from ringfence.cpu.debug import DR7_GD
 from ringfence.cpu.dump import dump
-from ringfence.cpu.registers import named_registers, set_named_register
-from ringfence.cpu.saved import State, restore_cpu, save_cpu
 from ringfence.cpu.tsc import MSRS as TSC_MSRS
 from ringfence.engine import EngineConfig, MsrDevice, Services, StopReason
 from ringfence.engine import exits as vocabulary
@@ -31,6 +29,7 @@ from ringfence.engine.translate.accesses import MASK64, DeviceAccesses
 from ringfence.engine.translate.block import GS_BIAS, Vcpu, bits_of
 from ringfence.engine.translate.owner import OwnerDebug
 from ringfence.engine.translate.siblings import Siblings
+from ringfence.engine.translate.standing import Standing
 from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
 from ringfence.errors import GuestCrash, HostError
@@ -39,7 +38,6 @@ from ringfence.memory.zeroed import ZeroedPages
 
 if TYPE_CHECKING:
     from ringfence.cpu.reset import EntryState
-    from ringfence.engine.debug import DebugPoints, DebugStop
     from ringfence.memory.ram import GuestMemory
     from ringfence.native.library import Library
 
@@ -60,7 +58,7 @@ def create_vcpus(memory: GuestMemory, board: Any, config: EngineConfig) -> list[
     return [TranslateEngine(memory, board, config, index, siblings) for index in range(config.cpus)]
 
 
-class TranslateEngine(DeviceAccesses):
+class TranslateEngine(DeviceAccesses, Standing):
     """One vCPU under binary translation; see ``engine.VirtualCpu`` for the protocol.
 
     Parameters
@@ -396,79 +394,9 @@ class TranslateEngine(DeviceAccesses):
         self.view.attention = 1
         self._rouse()
 
-    def registers(self) -> dict[str, int]:
-        """See ``VirtualCpu``."""
-        self.view.cr8 = self.board.read_cr8(self.index)
-        return named_registers(self.view)
-
-    def set_registers(self, values: dict[str, int]) -> None:
-        """See ``VirtualCpu``; general registers, ``rip`` and ``rflags``."""
-        for name, value in values.items():
-            set_named_register(self.view, name, value)
-        if "rip" in values:
-            self.view.halted = 0
-            self.view.jump_target = self._find
-
-    def arm(self, points: DebugPoints) -> None:
-        """See ``VirtualCpu``."""
-        self._owner.arm(points)
-
-    def step(self, wanted: bool) -> None:
-        """See ``VirtualCpu``."""
-        self._owner.step(wanted)
-
-    def debug_stop(self) -> DebugStop | None:
-        """See ``VirtualCpu``."""
-        return self._owner.stop
-
-    def vector_state(self) -> bytes:
-        """See ``VirtualCpu``."""
-        return bytes(self.view.xsave[: state.XSAVE_BYTES])
-
-    def set_vector_state(self, area: bytes) -> None:
-        """See ``VirtualCpu``."""
-        ctypes.memmove(self.view.xsave, area, min(len(area), state.XSAVE_BYTES))
-
-    def translate(self, address: int) -> int | None:
-        """See ``VirtualCpu``; as a supervisor would read, which sets accessed flags."""
-        view = self.view
-        saved = (view.exc_vector, view.exc_error, view.exc_address)
-        status = self._walk(self.block, address & MASK64, 0)
-        view.exc_vector, view.exc_error, view.exc_address = saved
-        return None if status else view.walk_pa
-
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
         """See ``VirtualCpu``."""
         self._trace = callback
-
-    def save(self) -> State:
-        """See ``VirtualCpu``."""
-        view = self.view
-        view.cr8 = self.board.read_cr8(self.index)
-        cpu = save_cpu(view)
-        if view.jump_target != self._deliver:
-            cpu["exc_vector"] = state.NO_EXCEPTION  # left over from one that was delivered
-        return {"cpu": cpu, "interrupt": -1}
-
-    def restore(self, saved: State) -> None:
-        """See ``VirtualCpu``."""
-        view = self.view
-        restore_cpu(view, saved["cpu"], view.xstate_mask)
-        self._start_anew()
-        pending = view.exc_vector != state.NO_EXCEPTION
-        view.jump_target = self._deliver if pending else self._find
-        view.irq_request = view.attention = 1  # who knows what came before it was saved
-        if saved["interrupt"] >= 0:
-            self._deliver_interrupt(self.block, saved["interrupt"])
-
-    def log_dirty(self, enabled: bool) -> None:
-        """See ``VirtualCpu``."""
-        self.view.dirty_map = self.memory.dirty.address if enabled else 0
-        self.fetch_dirty()
-
-    def fetch_dirty(self) -> None:
-        """See ``VirtualCpu``: a first write to a page misses the TLB from now on, and marks it."""
-        self.library.function("tlb_flush_all", 1)(self.block)
 
     def crash_dump(self) -> str:
         """See ``VirtualCpu``."""
