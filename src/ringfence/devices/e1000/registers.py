@@ -220,6 +220,8 @@ STATISTICS, STATISTICS_END = 0x4000, 0x4100
 MTA, RA, VFTA = 0x5200, 0x5400, 0x5600
 MTA_WORDS, RA_WORDS, VFTA_WORDS = 128, 32, 128
 WUC, WUFC, WUS, MANC, IPAV = 0x5800, 0x5808, 0x5810, 0x5820, 0x5838
+SWSM = 0x5B50
+"""Software semaphore of the chip's successors; some drivers (U-Boot's) take it on this one, too."""
 
 PLAIN = {
     CTRL_EXT: (0, 0x07FF_FFFF),
@@ -243,5 +245,6 @@ PLAIN = {
     WUFC: (0, 0x000F_00FF),
     MANC: (0, ALL),
     IPAV: (0, 0x0001_000F),
+    SWSM: (0, 0x3),
 }
 """Registers that only keep what is written: offset to (value after reset, writable bits)."""
