@@ -474,11 +474,13 @@ def _load(config: MachineConfig, memory: GuestMemory) -> EntryState | None:
         return None
     from ringfence.boot.bios import store_bios_remains
     from ringfence.boot.loader import load_guest
-    from ringfence.chipset import acpi, uart
+    from ringfence.chipset import acpi, mptable, uart
 
     assert config.kernel is not None
     hardware = acpi.Hardware(config.engine_config.cpus)
     memory.write(acpi.ADDRESS, acpi.build_tables(acpi.ADDRESS, hardware))
+    tables = mptable.build_mp_tables(mptable.ADDRESS, config.engine_config.cpus)
+    memory.write(mptable.ADDRESS, tables)
     store_bios_remains(memory, uart.BASE)
     entry = load_guest(
         memory,

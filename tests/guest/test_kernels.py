@@ -15,6 +15,7 @@ from ringfence.engine import StopReason
 from ringfence.engine.capabilities import Mode
 from ringfence.errors import HostError
 from ringfence.images.builtin import LOAD_ADDRESS, assemble, elf_kernel
+from ringfence.images.store import Image
 from ringfence.machine import Machine
 
 PRINT = """
@@ -129,3 +130,19 @@ def engine(request: pytest.FixtureRequest) -> str:
     if Mode.PROTECTED not in engines.capabilities(name).modes:
         pytest.xfail(f"engine {name} offers no protected mode")
     return name
+
+
+def test_linux_without_acpi(generic: Image, cache: Path) -> None:
+    """CPUs and interrupts by the MP tables; the keyboard controller resets."""
+    with Machine(
+        kernel=generic.kernel, initrd=generic.initrd, memory="256M", cpus=2, engine="translate",
+        append="console=ttyS0 quiet acpi=off reboot=k", cache_dir=cache,
+    ) as machine:  # fmt: skip
+        machine.start()
+        machine.console.wait_for("~ # ", support.BOOT)
+        machine.console.send("echo cpus $(nproc); grep ttyS0 /proc/interrupts\n")
+        said = machine.console.wait_for("ttyS0\r\n", support.BOOT)
+        assert "cpus 2" in said
+        assert "IO-APIC" in said
+        machine.console.send("reboot -f\n")
+        assert machine.wait(support.BOOT) is StopReason.RESET
