@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from conformance.support import DATA, PAGE, WINDOW, WINDOW_PT, Case, P, W, check
+from conformance.support import DATA, PAGE, WINDOW, WINDOW_PT, Case, P, W, check, fault
 
 APIC, IOAPIC = 0xFEE00000, 0xFEC00000
 TPR, VERSION, ICR_HIGH = 0x80, 0x30, 0x310
@@ -60,6 +60,24 @@ CASES: dict[str, Case] = {
     "a change in RAM and a device": Case(
         SEAM + f"mov byte ptr [{DATA + PAGE - 1}], 0xff\nmov byte ptr [rdi + 1], 1\n"
         "add word ptr [rdi], 1\nmovzx eax, word ptr [rdi]\nreport rax\n", [0x0200],
+    ),
+    "PUSH and POP on a device, by ENTER and LEAVE": Case(
+        f"mov ebx, {APIC}\nmov r9, rsp\nmov ebp, 0x60\nlea rsp, [rbx + {TPR + 8}]\n"
+        "enter 0, 0\nxchg r9, rsp\nsub r9, rbx\nreport r9\n"
+        f"mov eax, [rbx + {TPR}]\nreport rax\n", [TPR, 0x60],
+    ),
+    "SMSW to a device": Case(
+        f"mov ebx, {IOAPIC}\nmov byte ptr [rbx], 1\nsmsw word ptr [rbx]\n"
+        "mov eax, [rbx]\nreport rax\n", [0x33],
+    ),
+    "LMSW from a device": Case(
+        f"mov ebx, {APIC}\nmov dword ptr [rbx + {TPR}], 0x3b\nlmsw [rbx + {TPR}]\nsmsw eax\n"
+        "and eax, 0xf\nreport rax\nclts\n", [0xB],
+    ),
+    "a far jump through a device": Case(
+        f"mov ebx, {APIC}\nmov dword ptr [rbx + {ICR_HIGH}], 0x10000000\n"
+        f"lea rsi, [rbx + {ICR_HIGH - 4}]\ntry\njmp fword ptr [rsi]\ncaught\n",
+        fault(13),
     ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ringfence.cpu.debug import DR6_B, DR6_BS, data_hits
-from ringfence.cpu.state import FAULT, OK, PF_WRITE
+from ringfence.cpu.state import FAULT, NO_EXCEPTION, OK, PF_WRITE
 from ringfence.memory.coherence import Coherent, claim_write, note_code_write
 from ringfence.memory.walk import walk
 from ringfence.memory.walk_state import PAGE_WRITE, mark_dirty, ram_pointer, rom_pointer
@@ -132,6 +132,17 @@ class Mmu(Coherent):
     string_ready: Annotated[int, u8]
     """Accesses of the present element that the VMM has carried out, a bit each (see `strings`).
     Non-zero only while the VMM carries out that element."""
+    effect_devices: Annotated[int, u8]
+    """What an effect's access to a device does (`effect_read`): IGNORED, WANTED or CARRIED_OUT."""
+    effect_stopped: Annotated[int, u8]
+    """1: an effect has stopped at such an access, and returned FAULT without an exception."""
+    effect_read_next: Annotated[int, u64]
+    effect_read_count: Annotated[int, u64]
+    effect_reads: Annotated[Array, u64, 16]
+    """What devices have answered so far, in the order in which the effect asks."""
+    effect_write_count: Annotated[int, u64]
+    effect_writes: Annotated[Array, u64, 96]
+    """What is to be written when the effect is through: physical address, size, value."""
 
 
 assert Mmu.offset_of("stale_code") % 8 == 0
@@ -442,6 +453,50 @@ def store_sized(host: int, size: int, value: int) -> int:
     return 0
 
 
+IGNORED, WANTED, CARRIED_OUT = range(3)
+EFFECT_READS, EFFECT_WRITES = 16, 32
+"""Accesses to devices that one instruction is granted; more read ones, and vanish."""
+
+
+@native
+def effect_read(mmu: Mmu, size: int) -> int:
+    """Read at most 8 bytes outside RAM, at ``last_pa``, for an effect; FAULT stops it.
+
+    Effects are native code and devices are not. So an effect that comes to a device is given up,
+    as it may be at a page fault, and the VMM runs it again and again (CARRIED_OUT): up to the next
+    read whose answer it doesn't have yet, and then through. Whoever else reads here sees ones.
+    """
+    mmu.value = (1 << (8 * size)) - 1 if size < 8 else 0xFFFFFFFFFFFFFFFF
+    if mmu.effect_devices == IGNORED or mmu.effect_read_count >= EFFECT_READS:
+        return OK
+    if mmu.effect_read_next < mmu.effect_read_count:
+        mmu.value = mmu.effect_reads[mmu.effect_read_next] & mmu.value
+        mmu.effect_read_next += 1
+        return OK
+    mmu.exit_data[0] = mmu.last_pa
+    mmu.exit_data[1] = size
+    mmu.effect_stopped = 1
+    mmu.exc_vector = NO_EXCEPTION
+    return FAULT
+
+
+@native
+def effect_write(mmu: Mmu, physical: int, size: int, value: int) -> int:
+    """Write outside RAM for an effect: note it for its end, or stop the effect."""
+    if mmu.effect_devices == WANTED:
+        mmu.exit_data[1] = 0
+        mmu.effect_stopped = 1
+        mmu.exc_vector = NO_EXCEPTION
+        return FAULT
+    if mmu.effect_devices == CARRIED_OUT and mmu.effect_write_count < EFFECT_WRITES:
+        at = mmu.effect_write_count * 3
+        mmu.effect_writes[at] = physical
+        mmu.effect_writes[at + 1] = size
+        mmu.effect_writes[at + 2] = value
+        mmu.effect_write_count += 1
+    return OK
+
+
 @native
 def linear_read(mmu: Mmu, address: int, size: int, user: int) -> int:
     """See ``cpu.ports.linear_read``."""
@@ -455,7 +510,9 @@ def linear_read(mmu: Mmu, address: int, size: int, user: int) -> int:
     if host == 0:
         if mmu.status_word == FAULT:
             return FAULT
-        value = (1 << (8 * first)) - 1
+        if effect_read(mmu, first):
+            return FAULT
+        value = mmu.value
     else:
         value = load_sized(host + offset, first)
     if first < size:
@@ -463,7 +520,9 @@ def linear_read(mmu: Mmu, address: int, size: int, user: int) -> int:
         if host == 0:
             if mmu.status_word == FAULT:
                 return FAULT
-            value = value | (((1 << (8 * (size - first))) - 1) << (8 * first))
+            if effect_read(mmu, size - first):
+                return FAULT
+            value = value | mmu.value << (8 * first)
         else:
             value = value | (load_sized(host, size - first) << (8 * first))
     if mmu.watches:
@@ -483,12 +542,19 @@ def linear_write(mmu: Mmu, address: int, size: int, value: int, user: int) -> in
     host = host_page(mmu, address, access)
     if host == 0 and mmu.status_word == FAULT:
         return FAULT
+    physical = mmu.last_pa
     second = 0
     if first < size:
         second = host_page(mmu, address + first, access)
-        if second == 0 and mmu.status_word == FAULT:
+        if second == 0:
+            if mmu.status_word == FAULT:
+                return FAULT
+            if effect_write(mmu, mmu.last_pa, size - first, value >> (8 * first)):
+                return FAULT
+    if host == 0:
+        if effect_write(mmu, physical, first, value):
             return FAULT
-    if host:
+    else:
         store_sized(host + offset, first, value)
         note_code_write(mmu, host + offset, first)
     if second:

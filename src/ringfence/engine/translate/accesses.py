@@ -20,11 +20,13 @@ from ringfence.engine import exits as vocabulary
 from ringfence.engine.exits import ExitCounters, Reason
 from ringfence.engine.translate.block import SLOW_SIZE
 from ringfence.memory import strings
+from ringfence.memory.mmu import CARRIED_OUT, IGNORED
 from ringfence.memory.ram import HIGH_RAM_BASE
 
 GATHER_NS = 3_000_000
 """How long console output may wait for the guest to leave translated code by itself."""
 MASK64 = (1 << 64) - 1
+_EFFECT = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)
 
 
 class DeviceAccesses:
@@ -50,6 +52,7 @@ class DeviceAccesses:
     _walk: Callable[..., int]
     _string: Callable[..., int]
     _segment_linear: Callable[..., int]
+    _handlers: dict[int, Callable[[], StopReason | None]]
     _find: int
     _follow: int
     _resume: int
@@ -255,6 +258,37 @@ class DeviceAccesses:
             self._count(Reason.MMIO_WRITE, began, partial(vocabulary.MmioWrite, address, size, low))
         view.jump_target = self._resume
         return None  # its instruction is still under way: who wants the CPU waits for the next one
+
+    def _on_effect(self) -> StopReason | None:
+        """An effect that came to a device: run with the devices' answers until it is through."""
+        began = time.perf_counter_ns()
+        view = self.view
+        effect = _EFFECT(view.effects[view.effect_number])
+        view.effect_read_count = 0
+        view.effect_devices = CARRIED_OUT
+        while True:
+            view.effect_stopped = view.effect_read_next = view.effect_write_count = 0
+            status = effect(self.block)
+            if not view.effect_stopped:
+                break
+            address, size = view.exit_data[0], view.exit_data[1]
+            data = self._read_mmio(address, size)
+            view.effect_reads[view.effect_read_count] = int.from_bytes(data, "little")
+            view.effect_read_count += 1
+            self._count(Reason.MMIO_READ, began, partial(vocabulary.MmioRead, address, size))
+        view.effect_devices = IGNORED
+        if status == state.FAULT:
+            view.jump_target = self._deliver
+            return None
+        for n in range(view.effect_write_count):
+            address, size, value = view.effect_writes[3 * n : 3 * n + 3]
+            value &= (1 << 8 * size) - 1
+            self.board.mmio_write(address, size, value, self.index)
+            self._count(
+                Reason.MMIO_WRITE, began, partial(vocabulary.MmioWrite, address, size, value)
+            )
+        view.jump_target = self._find
+        return self._handlers[view.exit_reason]() if status == state.EXIT else self._stopped()
 
     def _on_mmio_string(self) -> StopReason | None:
         """An element in a device: carried to its end before the guest or an interrupt goes on."""

@@ -73,6 +73,8 @@ EXIT_DEBUG = 72
 PENDING_OWNER bits of watchpoints."""
 EXIT_DIRECT = 74
 """A process of user code is lost; ``exit_data`` = its space, whether registers went with it."""
+EXIT_EFFECT = 75
+"""An effect has come to a device (`mmu.effect_read`)."""
 RUN_DIRECT = 3
 """Status of a look-up, beside OK, FAULT and EXIT: the code at ``rip`` is to run directly."""
 STOP_BREAKPOINT, STOP_STEP = 1, 2
@@ -157,6 +159,8 @@ class Vcpu(Mmu):
     code_alias: Annotated[int, u64]
     """Writable address of a byte of the code cache minus its executable address."""
     thunks: Annotated[Array, u64, THUNKS_MAX]
+    effect_number: Annotated[int, u32]
+    """Which effect was called last."""
     effects: Annotated[Array, u64, EFFECTS_MAX]
     jump_current: Annotated[int, u64]
     """The jump table of the current privilege level."""

@@ -27,6 +27,7 @@ from ringfence.engine.direct.stub import KILL
 from ringfence.engine.translate.block import (
     ATTENTION_CLEAR,
     EXIT_ATTENTION,
+    EXIT_EFFECT,
     EXIT_FETCH_OUTSIDE,
     EXIT_MMIO_READ,
     EXIT_MMIO_WRITE,
@@ -560,6 +561,9 @@ def tlb_miss(vcpu: Vcpu, address: int, kind: int) -> int:
 @native
 def deliver_and_lookup(vcpu: Vcpu) -> int:
     """Deliver the pending exception and find the handler's code."""
+    if vcpu.effect_stopped:
+        vcpu.exit_reason = EXIT_EFFECT
+        return EXIT
     interrupted(vcpu)
     if deliver_exception(vcpu) != OK:
         return EXIT

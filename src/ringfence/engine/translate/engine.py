@@ -191,6 +191,7 @@ class TranslateEngine(DeviceAccesses, Standing):
             block.EXIT_HOST_FAULT: self._on_host_fault,
             block.EXIT_MMIO_READ: self._on_mmio_read,
             block.EXIT_MMIO_WRITE: self._on_mmio_write,
+            block.EXIT_EFFECT: self._on_effect,
             block.EXIT_FETCH_OUTSIDE: self._on_fetch_outside,
             block.EXIT_EMULATE: self._on_emulate,
             block.EXIT_DEBUG: self._on_debug,

@@ -15,6 +15,7 @@ from ringfence.cpu.components import MXCSR, XCOMP_BV
 from ringfence.cpu.state import EXIT, FAULT, OK, STATUS_FLAGS
 from ringfence.engine.translate.block import EXIT_HOST_FAULT, GS_BIAS, RUN_DIRECT, gs
 from ringfence.engine.translate.tables import ONWARD
+from ringfence.memory.mmu import IGNORED, WANTED
 
 HOST_OF_GUEST = {
     "rax": 0, "rcx": 1, "rdx": 2, "rbx": 3, "r11": 4, "rbp": 5, "rsi": 6, "rdi": 7, "r8": 8,
@@ -236,8 +237,11 @@ def assembly() -> str:
             "movzx eax, r10w",
             f"mov byte ptr gs:[{gs('interrupt_shadow')}], 0",  # one cast before ends here
             f"inc {_field('effect_calls')}",
+            f"mov {_field('effect_number', size='dword')}, eax",
+            f"mov {_field('effect_devices', size='byte')}, {WANTED}",
             f"mov rdi, {_field('self_address')}",
             f"call qword ptr [rdi + rax*8 + {gs('effects') + GS_BIAS}]",
+            f"mov {_field('effect_devices', size='byte')}, {IGNORED}",
             f"cmp eax, {EXIT}",
             "je rf_leave",
             f"cmp eax, {FAULT}",
