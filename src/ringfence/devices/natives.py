@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.devices.e1000 import landing
-from ringfence.devices.virtio import queue, transfer
+from ringfence.devices.virtio import queue, rules, transfer
 from ringfence.memory import reach
 from ringfence.native import hostcall
 from ringfence.native.library import (
@@ -26,7 +26,7 @@ from ringfence.native.library import (
     write_image,
 )
 
-_MODULES = (reach, hostcall, landing, queue, transfer)
+_MODULES = (reach, hostcall, landing, queue, rules, transfer)
 _FUNCTIONS: dict[str, tuple[Any, int]] = {
     "land": (landing.land, 1),
     "take": (queue.take, 1),
