@@ -26,7 +26,8 @@ from ringfence.memory.ram import HIGH_RAM_BASE
 GATHER_NS = 3_000_000
 """How long console output may wait for the guest to leave translated code by itself."""
 MASK64 = (1 << 64) - 1
-_EFFECT = ctypes.PYFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)
+_EFFECT = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64)
+"""Leaves Python's lock to others: an effect may have to wait for RAM that follows the guest."""
 
 
 class DeviceAccesses:
