@@ -27,7 +27,10 @@ TARGETS: Mapping[str, Callable[[int], Fuzzer]] = {
         for switches, pacing in SWITCHES.items()
     },
     **{
-        f"blkfile-split{switches}": partial(FileBlkFuzzer, packed=False, pacing=pacing)
+        f"blkfile-{layout}{switches}": partial(
+            FileBlkFuzzer, packed=layout == "packed", pacing=pacing
+        )
+        for layout in ("split", "packed")
         for switches, pacing in SWITCHES.items()
     },
     "e1000": CardFuzzer,

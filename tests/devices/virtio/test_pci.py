@@ -246,6 +246,24 @@ def test_restored_device_goes_on(drive: Drive, packed: bool) -> None:
         second.function.restore(damaged)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_positions_outside_their_ring_are_not_restored(drive: Drive, packed: bool) -> None:
+    """Native code goes by them, so a forged state must not bring them."""
+    driver = drive(Slow(), packed=packed)
+    driver.start(packed=packed, size=64)
+    names = ("next_avail", "next_used") if packed else ("last_avail", "used_index", "signalled")
+    for name in names:
+        for value in (64 if packed else 1 << 16, 1 << 40, -1, True, "1", None):
+            forged = driver.function.save()
+            forged["rings"][0][name] = value
+            with pytest.raises(ImageError):
+                driver.function.restore(forged)
+    if packed:
+        with pytest.raises(ImageError):
+            forged = driver.function.save()
+            driver.function.restore({**forged, "rings": [forged["rings"][0] | {"used_wrap": 2}]})
+
+
 def test_random_registers_are_borne(driver: Driver, device: Slow) -> None:
     chance = random.Random(5)
     for _ in range(20_000):

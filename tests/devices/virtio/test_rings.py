@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -264,6 +266,48 @@ def test_packed_crimes(drive: Drive, crime: str) -> None:
         driver.memory.write(DESC + 16 * n, struct.pack("<QIHH", *entry))
     driver.notify()
     after_the_crime(driver, device, 0)
+
+
+# Another process that has the guest's memory: swaps what it is given at all these places, for ever.
+SWAPPER = """
+import mmap, sys
+fd, size, first, step, *bodies = sys.argv[1:]
+memory = mmap.mmap(int(fd), int(size))
+places = range(int(first), int(first) + 64 * int(step), int(step))
+print(flush=True)
+while True:
+    for body in map(bytes.fromhex, bodies):
+        for at in places:
+            memory[at : at + len(body)] = body
+"""
+
+
+@LAYOUTS
+@pytest.mark.parametrize("indirect", [False, True], ids=["ring", "table"])
+def test_descriptors_that_change_while_they_are_read(
+    drive: Drive, packed: bool, indirect: bool
+) -> None:
+    """Good addresses become bad ones and good again, as another CPU might do it: both are borne."""
+    driver, device = echo(drive, packed)
+    first, step = (QUEUE_AREA + 0xC000, 0x100) if indirect else (DESC, 16)
+    bodies = [struct.pack("<QI", *each).hex() for each in ((RAM - 2, 1 << 20), (BUFFERS, 4))]
+    memory = [str(each) for each in (driver.memory.fd, RAM, first, step)]
+    with subprocess.Popen(
+        [sys.executable, "-c", SWAPPER, *memory, *bodies],
+        pass_fds=[driver.memory.fd],
+        stdout=subprocess.PIPE,
+    ) as swapper:
+        assert swapper.stdout is not None and swapper.stdout.readline()
+        resets = 0
+        for _ in range(1000):
+            if driver.status & 64:
+                resets += 1
+                driver.start(packed=packed)
+            driver.request(0, [(BUFFERS, 4, True)], indirect=indirect)
+        swapper.kill()
+    assert resets + device.chains >= 999
+    driver.start(packed=packed)
+    assert driver.request(0, [(BUFFERS, 4, True)])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Disks that are files, over split rings: small requests without Python, and what goes past it."""
+"""Disks that are files, over either ring: small requests without Python, and what goes past it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ringfence.storage.raw import RawDisk
 
 HEADER, STATUS, DATA = BUFFERS, BUFFERS + 0x800, BUFFERS + 0x1000
 FLUSH = 1 << 9
+LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 
 
 class Counted(Inline):
@@ -32,9 +33,9 @@ class Counted(Inline):
         super().submit(job)
 
 
-def brought(drive: Drive, disk: Filedisk, **options: object) -> Driver:
-    driver = drive(VirtioBlk(disk, Counted()))
-    driver.start(driver.offered() & 0xFFFFFF, messages=True, **options)
+def brought(drive: Drive, disk: Filedisk, *, packed: bool = False, **options: object) -> Driver:
+    driver = drive(VirtioBlk(disk, Counted()), packed=packed)
+    driver.start(driver.offered() & 0xFFFFFF, messages=True, packed=packed, **options)
     return driver
 
 
@@ -58,11 +59,12 @@ def offered(disk: Filedisk) -> None:
         pytest.skip("the file system of temporary files doesn't offer RWF_NOWAIT")
 
 
+@LAYOUTS
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_reads_come_without_python(drive: Drive, event_idx: bool) -> None:
+def test_reads_come_without_python(drive: Drive, event_idx: bool, packed: bool) -> None:
     disk = Filedisk()
     offered(disk)
-    driver = brought(drive, disk, event_idx=event_idx)
+    driver = brought(drive, disk, event_idx=event_idx, packed=packed)
     pieces = [(DATA, 512, True), (DATA + 0x3001, 1024, True), (DATA + 0x1000, 1, True)]
     for sector in (0, 7, SIZE // 512 - 4):
         driver.rings[0].interrupts(True)
@@ -76,15 +78,16 @@ def test_reads_come_without_python(drive: Drive, event_idx: bool) -> None:
     assert jobs(driver) == 1, "a flush may take long"
 
 
-def test_writes_may_wait_for_the_host(drive: Drive) -> None:
+@LAYOUTS
+def test_writes_may_wait_for_the_host(drive: Drive, packed: bool) -> None:
     disk = Filedisk()
-    driver = brought(drive, disk)
+    driver = brought(drive, disk, packed=packed)
     driver.memory.write(DATA, b"w" * 4096)
     assert ask(driver, 1, 3, [(DATA, 4096, False)]) == (0, 1)
     assert os.pread(disk.own, 4096, 1536) == b"w" * 4096
     with Path("/dev/null").open("r+b", buffering=0) as nothing:  # takes all, and at once
         disk.file, before = nothing.fileno(), jobs(driver)
-        driver.start(FLUSH)
+        driver.start(FLUSH, packed=packed)
         assert ask(driver, 1, 0, [(DATA, 4096, False)]) == (0, 1)
         assert jobs(driver) == before
         driver.put(32, 1, 0, DEVICE)
@@ -139,11 +142,12 @@ def test_files_that_fail_or_end_early_leave_it_to_the_pool(drive: Drive, file: s
         assert driver.memory.read(DATA, 1024) == disk.data[1024:2048]
 
 
-def test_one_turn_is_bounded(drive: Drive) -> None:
+@LAYOUTS
+def test_one_turn_is_bounded(drive: Drive, packed: bool) -> None:
     """More than may be moved at once: the rest is done by others, all of it comes back."""
     disk = Filedisk()
     offered(disk)
-    driver = brought(drive, disk, size=64)
+    driver = brought(drive, disk, size=64, packed=packed)
     ring, count = driver.rings[0], 12
     for number in range(count):
         driver.memory.write(HEADER + 32 * number, struct.pack("<IIQ", 0, 0, number))
@@ -206,9 +210,10 @@ def test_a_disk_that_fails_in_the_pool(drive: Drive) -> None:
     assert ask(driver, 0, 0, [(DATA, 512, True)]) == (0, 513)
 
 
-def test_all_that_is_filled_is_told(drive: Drive) -> None:
+@LAYOUTS
+def test_all_that_is_filled_is_told(drive: Drive, packed: bool) -> None:
     disk = Filedisk()
-    driver = brought(drive, disk, event_idx=True)
+    driver = brought(drive, disk, event_idx=True, packed=packed)
     memory, source = driver.memory, random.Random(5)
     told = bytearray(memory.size)
 
@@ -228,6 +233,7 @@ def test_all_that_is_filled_is_told(drive: Drive) -> None:
     driver.notify()
     driver.board.idle()
     assert len(ring.used()) == len(expected)
+    driver.function.ring(0).want_kicks(True)
     after = memory.read(0, memory.size)
     assert all(told[at] for at in range(memory.size) if before[at] != after[at])
     for sector, data in expected.values():

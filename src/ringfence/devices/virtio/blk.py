@@ -2,8 +2,8 @@
 
 A notification turns chains into requests; data move between the host's file and guest RAM without a
 copy. A small request that the host's page cache can serve is done on the spot: waking a thread
-would take longer. If the disk is a plain file and the ring a split one, that is native code from
-the descriptor to the used ring (`transfer`). All others go to the pool (`deferred`).
+would take longer. If the disk is a plain file, that is native code from taking the descriptors to
+giving them back (`transfer`). All others go to the pool (`deferred`).
 
 Where the driver has not accepted FLUSH, or has switched the write cache off, a write is on stable
 storage before it is given back (5.2.6.2).
@@ -17,8 +17,7 @@ from typing import Protocol
 
 from ringfence.devices.virtio import transfer
 from ringfence.devices.virtio.deferred import DeferringDevice, Workers
-from ringfence.devices.virtio.ring import Chain, Ring
-from ringfence.devices.virtio.split import PART, SplitChain, SplitRing
+from ringfence.devices.virtio.ring import PART, Chain, Ring
 from ringfence.devices.virtio.transfer import AT_ONCE, BlockQueue
 from ringfence.memory.buffers import Buffers, scatter, split, total
 
@@ -156,12 +155,12 @@ class VirtioBlk(DeferringDevice):
         ring = self.transport.ring(number)
         if ring is None:
             return
-        if isinstance(ring, SplitRing) and self._disk.file >= 0 and not ring.memory.incomplete:
+        if self._disk.file >= 0 and not ring.memory.incomplete:
             self._serve(number, ring)
         else:
             self.drain(number, lambda chain: self._begin(number, ring, chain))
 
-    def _serve(self, number: int, ring: SplitRing) -> None:
+    def _serve(self, number: int, ring: Ring) -> None:
         """As `drain`, where small requests are native code's affair (see `transfer`)."""
         queue = ring.queue
         queue.fd, queue.disk_size = self._disk.file, self._disk.size
@@ -186,7 +185,7 @@ class VirtioBlk(DeferringDevice):
             ring.settle()
             self.transport.publish(number)
 
-    def _hand_over(self, number: int, ring: SplitRing, length: int, offset: int) -> None:
+    def _hand_over(self, number: int, ring: Ring, length: int, offset: int) -> None:
         """Have the pool do the request taken last; of a plain one it is known what to move."""
         chain = ring.taken()
         ring.settle()
@@ -197,7 +196,7 @@ class VirtioBlk(DeferringDevice):
         else:
             self.defer(number, ring, chain, self._work)
 
-    def _transfer(self, chain: SplitChain, length: int, offset: int) -> int:
+    def _transfer(self, chain: Chain, length: int, offset: int) -> int:
         """Do a plain read or write (a worker's thread); what goes wrong is done by `_work`."""
         data = slice(PART.size * chain.boundary, -PART.size)
         write = data.start + PART.size == len(chain.parts)

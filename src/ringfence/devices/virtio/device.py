@@ -21,7 +21,7 @@ from typing import ClassVar, Protocol
 
 from ringfence.chipset.state import Saved
 from ringfence.devices.natives import Natives
-from ringfence.devices.virtio.queue import SplitQueue
+from ringfence.devices.virtio.queue import Queue
 from ringfence.devices.virtio.ring import Chain, Ring
 from ringfence.memory.ram import GuestMemory
 
@@ -82,8 +82,8 @@ class VirtioDevice(Saved):
         The device's number (5).
     CLASS_CODE : int
         What it is on a PCI bus.
-    QUEUE : type[SplitQueue]
-        What its split queues are to native code.
+    QUEUE : type[Queue]
+        What its queues are to native code.
     features : int
         Feature bits of the type that are offered.
     queue_sizes : tuple[int, ...]
@@ -94,7 +94,7 @@ class VirtioDevice(Saved):
 
     TYPE: ClassVar[int]
     CLASS_CODE: ClassVar[int]
-    QUEUE: ClassVar[type[SplitQueue]] = SplitQueue
+    QUEUE: ClassVar[type[Queue]] = Queue
 
     def __init__(self, features: int, queue_sizes: tuple[int, ...]) -> None:
         self.features = features

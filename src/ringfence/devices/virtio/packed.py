@@ -1,149 +1,160 @@
-"""The packed virtqueue (2.8): one ring of descriptors that both sides write.
+"""The packed virtqueue (2.8) in native code: one ring of descriptors that both sides write.
 
 Whether a descriptor is the driver's or the device's is told by two flags in it, compared with a
 wrap counter that each side flips when it passes the ring's end. A chain takes consecutive
 descriptors; the device gives it back by overwriting one of them with the chain's ID.
+
+A descriptor's second half (length, buffer ID, flags) is one aligned word: it is read in one piece,
+so that what the flags make ours is what was read, and written in one, so that the driver sees all
+of it or nothing. The same holds for the event suppression structures.
 """
 
 from __future__ import annotations
 
-from ringfence.devices.virtio.ring import DESCRIPTOR, Chain, Ring, RingError
-from ringfence.devices.virtio.rules import DESCRIPTOR_SIZE, INDIRECT, MAX_QUEUE, NEXT, WRITE
-from ringfence.memory.ram import GuestMemory
+from ringfence.devices.virtio.queue import (
+    CIRCLE,
+    FOUND,
+    INTERRUPT,
+    NESTED,
+    NOTHING,
+    SILENT,
+    UNCHANGED,
+    Queue,
+    add_part,
+    begin_chain,
+    broken,
+    fence,
+    indirect_table,
+)
+from ringfence.devices.virtio.rules import DESCRIPTOR_SIZE, INDIRECT, NEXT, WRITE
+from ringfence.native.dialect import load32, load64, native, native_inline, store32, store64
 
 AVAIL, USED = 1 << 7, 1 << 15
 """Descriptor flags (2.8.1)."""
-# Event suppression structures (2.8.14), in 16-bit items: offset and wrap counter, flags.
-OFFSET, FLAGS = 0, 1
-ENABLE, DISABLE, SPECIFIC = 0, 1, 2
+SECOND = 8
+"""Offset of a descriptor's second half (2.8.13): length, buffer ID, flags."""
+ID_SHIFT, FLAGS_SHIFT = 32, 48
+LENGTH_MASK, ID_MASK = 0xFFFFFFFF, 0xFFFF
+# Event suppression structures (2.8.14): offset and wrap counter, flags.
+EVENTS = 4
+"""Bytes of one."""
 WRAP = 1 << 15
-FLAGS_ITEM = 7
-"""Of the eight 16-bit items of a descriptor, its flags."""
+EVENT_FLAGS_SHIFT = 16
+ENABLE, DISABLE, SPECIFIC = 0, 1, 2
 
 
-class PackedRing(Ring):
-    """A packed virtqueue; see `ring.Ring`."""
+@native_inline
+def next_half(queue: Queue) -> int:
+    """The second half of the descriptor that is looked at next."""
+    return load64(queue.descriptors + queue.next_avail * DESCRIPTOR_SIZE + SECOND)
 
-    FIELDS = ("next_avail", "avail_wrap", "next_used", "used_wrap", "unsignalled")
 
-    def __init__(
-        self,
-        memory: GuestMemory,
-        size: int,
-        descriptors: int,
-        driver: int,
-        device: int,
-        features: int,
-    ) -> None:
-        super().__init__(memory, size, descriptors, driver, device, features)
-        if not 0 < size <= MAX_QUEUE:
-            raise RingError(f"a packed ring of {size} descriptors: expected 1 to {MAX_QUEUE}")
-        self._descriptors = self._area(0, DESCRIPTOR_SIZE * size, 16)
-        self._items = self._descriptors.cast("H")
-        self._words = self._descriptors.cast("I")
-        self._driver_events = self._area(1, 4, 4).cast("H")
-        self._device_events = self._area(2, 4, 4).cast("H")
-        self._given = 0
-        self.next_avail = 0
-        self.avail_wrap = True
-        self.next_used = 0
-        self.used_wrap = True
-        self.unsignalled = 0
-        """Used descriptors that `flush` has not told of yet."""
+@native_inline
+def is_available(queue: Queue, half: int) -> int:
+    """Whether a descriptor with this second half is the driver's offer (2.8.1)."""
+    flags = (half >> FLAGS_SHIFT) & (AVAIL | USED)
+    return 1 if flags == (AVAIL if queue.avail_wrap else USED) else 0
 
-    @property
-    def given(self) -> int:
-        """See `Ring.given`."""
-        return self._given
 
-    def _available(self) -> bool:
-        flags = self._items[8 * self.next_avail + FLAGS_ITEM]
-        return bool(flags & AVAIL) == self.avail_wrap != bool(flags & USED)
+@native
+def add_table(queue: Queue, address: int, length: int) -> int:
+    """Append all buffers of an indirect table (2.8.7), which has no links; a reason, or 0."""
+    table = indirect_table(queue, address, length)
+    if table == 0:
+        return queue.reason
+    for entry in range(length // DESCRIPTOR_SIZE):
+        at = table + entry * DESCRIPTOR_SIZE
+        half = load64(at + SECOND)
+        reason = add_part(queue, load64(at), half & LENGTH_MASK, half >> FLAGS_SHIFT)
+        if reason:
+            return reason
+    return 0
 
-    def pop(self) -> Chain | None:
-        """See `Ring.pop`."""
-        if not self._available():
-            return None
-        chain = Chain(0)
-        chain.count = 0
-        while True:
-            if chain.count == self.size:
-                raise RingError("a chain that is longer than its ring")
-            at = self.next_avail
-            address, length, identifier, flags = DESCRIPTOR.unpack_from(
-                self._descriptors, at * DESCRIPTOR_SIZE
-            )
-            chain.count += 1
-            self.next_avail = at + 1
-            if self.next_avail == self.size:
-                self.next_avail = 0
-                self.avail_wrap = not self.avail_wrap
-            if flags & INDIRECT:
-                if flags & NEXT or chain.count > 1:
-                    raise RingError("an indirect descriptor in a chain")
-                table = self._table(address, length)
-                for entry in range(0, length, DESCRIPTOR_SIZE):
-                    inner, part, _, inner_flags = DESCRIPTOR.unpack_from(table, entry)
-                    self._add(chain, inner, part, inner_flags)
-            else:
-                self._add(chain, address, length, flags)
-            if not flags & NEXT:
-                chain.identifier = identifier
-                return chain
 
-    def unpop(self, chain: Chain) -> None:
-        """See `Ring.unpop`."""
-        self.next_avail -= chain.count
-        if self.next_avail < 0:
-            self.next_avail += self.size
-            self.avail_wrap = not self.avail_wrap
-
-    def push(self, chain: Chain, written: int) -> None:
-        """See `Ring.push`; the guest sees it at once, `flush` decides about the interrupt."""
-        self._note_filled(chain, written)
-        self._given += 1
-        at = self.next_used
-        self._words[4 * at + 2] = written
-        self._items[8 * at + 6] = chain.identifier
-        flags = (AVAIL | USED if self.used_wrap else 0) | (WRITE if written else 0)
-        self._items[8 * at + FLAGS_ITEM] = flags
-        self._tell(0, DESCRIPTOR_SIZE * at, DESCRIPTOR_SIZE)
-        self.unsignalled += chain.count
-        self.next_used += chain.count
-        if self.next_used >= self.size:
-            self.next_used -= self.size
-            self.used_wrap = not self.used_wrap
-
-    def flush(self) -> bool:
-        """See `Ring.flush`."""
-        count, self.unsignalled = self.unsignalled, 0
-        if not count:
-            return False
-        self._fence()
-        flags = self._driver_events[FLAGS]
-        if flags == DISABLE:
-            return False
-        if flags != SPECIFIC or not self.event_idx:
-            return True
-        offset = self._driver_events[OFFSET]
-        event = offset & ~WRAP
-        if bool(offset & WRAP) != self.used_wrap:
-            event -= self.size
-        # The driver waits for the descriptor at `event`: was it among the last `count` used ones?
-        return 0 <= self.next_used - event - 1 < count
-
-    def want_kicks(self, wanted: bool) -> bool:
-        """See `Ring.want_kicks`."""
-        events = self._device_events
-        if not wanted:
-            events[FLAGS] = DISABLE
-            self._tell(2, 0, 4)
-            return False
-        if self.event_idx:
-            events[OFFSET] = self.next_avail | (WRAP if self.avail_wrap else 0)
-            events[FLAGS] = SPECIFIC
+@native
+def take_packed(queue: Queue) -> int:
+    """See `layouts.take`."""
+    half = next_half(queue)
+    if is_available(queue, half) == 0:
+        return NOTHING
+    fence(queue)
+    queue.count = 0
+    begin_chain(queue)
+    while queue.count < queue.entries:
+        address = load64(queue.descriptors + queue.next_avail * DESCRIPTOR_SIZE)
+        length = half & LENGTH_MASK
+        flags = half >> FLAGS_SHIFT
+        queue.count += 1
+        queue.next_avail += 1
+        if queue.next_avail == queue.entries:
+            queue.next_avail = 0
+            queue.avail_wrap ^= 1
+        reason = 0
+        if not flags & INDIRECT:
+            reason = add_part(queue, address, length, flags)
+        elif flags & NEXT or queue.count > 1:
+            reason = NESTED
         else:
-            events[FLAGS] = ENABLE
-        self._tell(2, 0, 4)
-        self._fence()
-        return self._available()
+            reason = add_table(queue, address, length)
+        if reason:
+            return broken(queue, reason)
+        if not flags & NEXT:
+            queue.identifier = (half >> ID_SHIFT) & ID_MASK
+            return FOUND
+        half = next_half(queue)
+    return broken(queue, CIRCLE)
+
+
+@native_inline
+def give_packed(queue: Queue, identifier: int, count: int, written: int) -> int:
+    """See `layouts.give`; the driver sees it at once (2.8.8)."""
+    flags = (AVAIL | USED if queue.used_wrap else 0) | (WRITE if written else 0)
+    half = written & LENGTH_MASK | identifier << ID_SHIFT | flags << FLAGS_SHIFT
+    fence(queue)
+    store64(queue.descriptors + queue.next_used * DESCRIPTOR_SIZE + SECOND, half)
+    queue.unsignalled += count
+    queue.next_used += count
+    if queue.next_used >= queue.entries:
+        queue.next_used -= queue.entries
+        queue.used_wrap ^= 1
+    return 0
+
+
+@native_inline
+def publish_packed(queue: Queue) -> int:
+    """See `layouts.publish` (2.8.10)."""
+    count = queue.unsignalled
+    if count == 0:
+        return UNCHANGED
+    queue.unsignalled = 0
+    fence(queue)
+    events = load32(queue.driver)
+    flags = events >> EVENT_FLAGS_SHIFT
+    if flags == DISABLE:
+        return SILENT
+    if flags != SPECIFIC or queue.event_idx == 0:
+        return INTERRUPT
+    event = events & (WRAP - 1)
+    if (1 if events & WRAP else 0) != queue.used_wrap:
+        event -= queue.entries
+    # The driver waits for the descriptor at `event`: was it among the last `count` used ones?
+    return INTERRUPT if queue.next_used - event - 1 < count else SILENT
+
+
+@native_inline
+def ask_packed(queue: Queue) -> int:
+    """See `layouts.ask_kicks` (2.8.14)."""
+    events = ENABLE << EVENT_FLAGS_SHIFT
+    if queue.event_idx:
+        wrap = WRAP if queue.avail_wrap else 0
+        events = SPECIFIC << EVENT_FLAGS_SHIFT | wrap | queue.next_avail
+    store32(queue.device, events)
+    fence(queue)
+    return is_available(queue, next_half(queue))
+
+
+@native_inline
+def refuse_packed(queue: Queue) -> int:
+    """See `layouts.refuse_kicks`."""
+    store32(queue.device, DISABLE << EVENT_FLAGS_SHIFT)
+    return 0

@@ -25,10 +25,8 @@ from ringfence.devices.gathering import Gatherer
 from ringfence.devices.natives import UNKEPT, Natives
 from ringfence.devices.virtio.device import VERSION_1, VirtioDevice
 from ringfence.devices.virtio.moderation import InterruptModerator, Poller
-from ringfence.devices.virtio.packed import PackedRing
-from ringfence.devices.virtio.ring import Chain, Ring, RingError
+from ringfence.devices.virtio.ring import Chain, PackedRing, Ring, RingError, SplitRing
 from ringfence.devices.virtio.rules import EVENT_IDX, INDIRECT_DESC, RING_PACKED
-from ringfence.devices.virtio.split import SplitRing
 from ringfence.errors import ImageError
 from ringfence.memory.ram import GuestMemory
 from ringfence.pacing import Pacing
@@ -362,9 +360,8 @@ class VirtioPci(PciDevice):
         if queue.size > queue.maximum:
             raise RingError(f"a queue of {queue.size}: expected at most {queue.maximum}")
         areas = (queue.descriptors, queue.driver, queue.device)
-        if self.driver_features & RING_PACKED:
-            return PackedRing(self._memory, queue.size, *areas, self.driver_features)
-        return SplitRing(
+        kind = PackedRing if self.driver_features & RING_PACKED else SplitRing
+        return kind(
             *(self._memory, queue.size, *areas, self.driver_features),
             natives=self.natives,
             layout=self.device.QUEUE,

@@ -1,13 +1,15 @@
-"""What all rings have in common: chains of buffers, and distrust.
+"""A virtqueue as Python sees it: chains of buffers, and distrust.
 
 A ring lies in guest memory, where the guest may change it at any time. So a descriptor is read
-once, into our own memory, checked there and turned into memoryview slices of RAM; the guest's copy
-is never looked at again. All that a device gets is a `Chain`: readable buffers, then writable ones,
-all wholly inside RAM. Whatever can't be made into that is a `RingError`, on which the transport
-asks the driver for a reset; the ring is not looked at again before.
+once, checked, and turned into a part of RAM; the guest's copy is never looked at again. All that a
+device gets is a `Chain`: readable buffers, then writable ones, all wholly inside RAM. Whatever
+can't be made into that is a `RingError`, on which the transport asks the driver for a reset; the
+ring is not looked at again before.
 
-Indices that both sides see are read and written through memoryviews of 16-bit items, which CPython
-accesses as a unit (``struct`` goes byte by byte, and the guest could see half of an index).
+What is done for each chain and each descriptor is native code (`layouts`), the same five functions
+for both layouts. Here a chain becomes an object, and the memory's observers hear of what was
+written to the ring. `SplitRing` and `PackedRing` know what is left to tell them apart: where their
+areas are, and which numbers say how far we are.
 
 Work is bounded: a chain has at most `MAX_CHAIN` buffers, and a device takes a limited number of
 chains per notification (see `device`).
@@ -17,21 +19,30 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from ringfence.chipset.state import Saved
-from ringfence.devices.virtio.rules import (
-    DESCRIPTOR_SIZE,
-    EVENT_IDX,
-    INDIRECT_DESC,
-    MAX_CHAIN,
-    MAX_QUEUE,
-    WRITE,
+from ringfence.chipset.state import Saved, State
+from ringfence.devices.natives import Natives
+from ringfence.devices.virtio.packed import EVENTS
+from ringfence.devices.virtio.queue import (
+    BROKEN,
+    INTERRUPT,
+    NOTHING,
+    REASONS,
+    UNCHANGED,
+    Queue,
 )
-from ringfence.errors import RingfenceError
+from ringfence.devices.virtio.rules import DESCRIPTOR_SIZE, EVENT_IDX, INDIRECT_DESC, MAX_QUEUE
+from ringfence.devices.virtio.split import ELEMENT, ENTRIES
+from ringfence.errors import ImageError, RingfenceError
 from ringfence.memory.buffers import scatter, total
 from ringfence.memory.ram import GuestMemory
+from ringfence.memory.reach import set_reach
+
+PART = struct.Struct("<QQ")
+"""Host address and length."""
 
 
 class RingError(RingfenceError):
@@ -47,24 +58,57 @@ class Chain:
         What the driver calls it: its head's index, or its buffer ID.
     count : int
         Descriptors that it takes in the ring.
+    parts : bytes
+        Host address and length of each buffer, as readv takes them (struct iovec).
+    runs : bytes
+        Offset into RAM and length of the writable ones.
+    boundary : int
+        How many are readable; the others are writable.
     readable, writable : list[memoryview]
-        Slices of guest RAM.
-    places : list[tuple[int, int]]
-        Offset into RAM's mapping and length of the writable ones.
+        Slices of guest RAM, made when somebody asks for them.
     """
 
-    __slots__ = ("count", "identifier", "places", "readable", "writable")
+    __slots__ = (
+        "_memory", "boundary", "count", "identifier", "parts", "readable", "runs", "writable",
+    )  # fmt: skip
 
-    def __init__(self, identifier: int) -> None:
+    readable: list[memoryview]
+    writable: list[memoryview]
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        identifier: int,
+        count: int,
+        parts: bytes,
+        runs: bytes,
+        boundary: int,
+    ) -> None:
+        self._memory = memory
         self.identifier = identifier
-        self.count = 1
-        self.readable: list[memoryview] = []
-        self.writable: list[memoryview] = []
-        self.places: list[tuple[int, int]] = []
+        self.count = count
+        self.parts = parts
+        self.runs = runs
+        self.boundary = boundary
+
+    def __getattr__(self, name: str) -> Any:
+        """Make the lists; this is called for attributes that have no value yet."""
+        if name not in ("readable", "writable"):
+            raise AttributeError(name)
+        base, part = self._memory.host_base, self._memory.part
+        outward = PART.iter_unpack(self.parts[: PART.size * self.boundary])
+        self.readable = [part(address - base, length) for address, length in outward]
+        self.writable = [part(*place) for place in self.places]
+        return getattr(self, name)
 
     def read(self) -> bytes:
         """Copy all that is readable."""
         return b"".join(self.readable)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Offset into RAM's mapping and length of each writable buffer."""
+        return list(PART.iter_unpack(self.runs))
 
     @property
     def readable_length(self) -> int:
@@ -81,6 +125,18 @@ class Chain:
         return scatter(data, self.writable)
 
 
+def _field(name: str, kind: Callable[[int], Any] = int) -> Any:
+    """A property that is a field of the queue."""
+
+    def read(ring: Ring) -> Any:
+        return kind(getattr(ring.queue, name))
+
+    def write(ring: Ring, value: int) -> None:
+        setattr(ring.queue, name, value)
+
+    return property(read, write)
+
+
 class Ring(Saved, ABC):
     """One queue in guest memory, of either layout.
 
@@ -94,12 +150,27 @@ class Ring(Saved, ABC):
         Guest-physical addresses of the three areas.
     features : int
         What was negotiated.
+    natives : Natives
+        Where native code is found.
+    layout : type[Queue]
+        What the queue is to native code; a device may have one with fields of its own.
+
+    Attributes
+    ----------
+    queue : Any
+        A view of the `Queue`.
+    at : int
+        Its host address.
 
     Raises
     ------
     RingError
         An area is not in RAM or not aligned, or the size is impossible.
     """
+
+    PACKED: ClassVar[bool]
+    ALIGNMENTS: ClassVar[tuple[int, int, int]]
+    """Of the three areas, in bytes."""
 
     def __init__(
         self,
@@ -109,102 +180,258 @@ class Ring(Saved, ABC):
         driver: int,
         device: int,
         features: int,
+        natives: Natives,
+        layout: type[Queue] = Queue,
     ) -> None:
         self.memory = memory
         self.size = size
         self.event_idx = bool(features & EVENT_IDX)
-        self.indirect = bool(features & INDIRECT_DESC)
         self._areas = (descriptors, driver, device)
-        self._fence_lock = threading.Lock()
+        if not self._possible(size):
+            raise RingError(f"a {self._name} of {size} descriptors")
+        self._place = ctypes.create_string_buffer(layout.size)
+        self.at = ctypes.addressof(self._place)
+        self._parts, self._runs = (self.at + layout.offset_of(name) for name in ("parts", "runs"))
+        queue = self.queue = layout.at(self.at)
+        set_reach(queue, memory)
+        queue.is_packed, queue.entries = self.PACKED, size
+        queue.event_idx, queue.indirect = self.event_idx, bool(features & INDIRECT_DESC)
+        places = map(self._host, self._areas, self.lengths(size), self.ALIGNMENTS)
+        queue.descriptors, queue.driver, queue.device = places
+        self._take_slowly = natives("take", True)
+        self._take, self._give, self._publish, self._ask, self._refuse = map(
+            natives, ("take", "give", "publish", "ask_kicks", "refuse_kicks")
+        )
 
     # ---- what devices call
 
     @property
-    @abstractmethod
     def given(self) -> int:
         """Chains given back so far."""
+        return int(self.queue.given)
 
-    @abstractmethod
     def pop(self) -> Chain | None:
         """Take the next chain that the driver has made available, or None."""
+        if self.memory.incomplete:
+            self._await_areas()
+            found = self._take_slowly(self.at)
+        else:
+            found = self._take(self.at)
+        if found == NOTHING:
+            return None
+        if found == BROKEN:
+            raise self.error()
+        return self.taken()
+
+    def taken(self) -> Chain:
+        """The chain that was taken last, as an object."""
+        queue = self.queue
+        used, readable = queue.parts_used, queue.readable
+        parts = ctypes.string_at(self._parts, PART.size * used)
+        runs = ctypes.string_at(
+            self._runs + PART.size * queue.runs_used, PART.size * (used - readable)
+        )
+        return Chain(self.memory, queue.identifier, queue.count, parts, runs, readable)
+
+    def error(self) -> RingError:
+        """What the driver has done wrong."""
+        return RingError(f"{self._name}: {REASONS[self.queue.reason]}")
+
+    def settle(self) -> None:
+        """Have the memory's observers hear of what native code has filled."""
+        queue = self.queue
+        if queue.runs_used:
+            self.memory.dma_written_runs(self._runs, queue.runs_used)
+            queue.runs_used = 0
 
     @abstractmethod
     def unpop(self, chain: Chain) -> None:
         """Put the chain that was popped last back, to be popped again."""
 
-    @abstractmethod
     def push(self, chain: Chain, written: int) -> None:
         """Give a chain back, its first ``written`` writable bytes filled; `flush` tells of it."""
+        if written and chain.runs:
+            runs = ctypes.cast(ctypes.c_char_p(chain.runs), ctypes.c_void_p)
+            self.memory.dma_written_runs(runs.value or 0, len(chain.runs) // PART.size)
+        self._give(self.at, chain.identifier, chain.count, written)
 
-    @abstractmethod
     def flush(self) -> bool:
         """Publish what was pushed; return whether the driver wants an interrupt for it."""
+        told = self._publish(self.at)
+        if told == UNCHANGED:
+            return False
+        self._tell_used()
+        return bool(told == INTERRUPT)
 
-    @abstractmethod
     def want_kicks(self, wanted: bool) -> bool:
         """Ask the driver for notifications, or not to bother.
 
         Returns whether there are chains nevertheless: asked for too late, they come without one.
         """
+        if self.memory.incomplete:
+            self._await_areas()
+        more = bool((self._ask if wanted else self._refuse)(self.at))
+        self._tell_kicks(wanted)
+        return more
 
-    # ---- what layouts share
+    # ---- what layouts know
 
-    def _area(self, number: int, length: int, alignment: int) -> memoryview:
-        """One of the three areas, checked."""
-        address = self._areas[number]
+    @staticmethod
+    @abstractmethod
+    def lengths(size: int) -> tuple[int, int, int]:
+        """Bytes of the three areas."""
+
+    @staticmethod
+    @abstractmethod
+    def _possible(size: int) -> bool:
+        """Whether a ring may have so many descriptors."""
+
+    @abstractmethod
+    def _limits(self) -> dict[str, int]:
+        """What the numbers that say how far we are stay below."""
+
+    @abstractmethod
+    def _tell_used(self) -> None:
+        """Have the memory's observers hear of chains that were given back."""
+
+    @abstractmethod
+    def _tell_kicks(self, wanted: bool) -> None:
+        """Have them hear that notifications were asked for, or not."""
+
+    # ---- what they share
+
+    @property
+    def _name(self) -> str:
+        return f"{'packed' if self.PACKED else 'split'} ring"
+
+    def _host(self, address: int, length: int, alignment: int) -> int:
+        """Host address of an area, checked."""
         if address % alignment:
             raise RingError(f"ring area at {address:#x}: expected a multiple of {alignment}")
-        return self._slice(address, length)
-
-    def _slice(self, address: int, length: int) -> memoryview:
         try:
-            return self.memory.slice(address, length)
+            offset = self.memory.offset(address, length)
         except IndexError as error:
             raise RingError(str(error)) from error
+        return self.memory.host_base + offset
 
-    def _add(self, chain: Chain, address: int, length: int, flags: int) -> None:
-        """Append one descriptor's buffer to a chain."""
-        if not length:
-            return
-        if flags & WRITE:
-            chain.writable.append(self._slice(address, length))
-            chain.places.append((self.memory.offset(address, length), length))
-        elif chain.writable:
-            raise RingError("a readable buffer behind a writable one")
-        else:
-            chain.readable.append(self._slice(address, length))
-        if len(chain.readable) + len(chain.writable) > MAX_CHAIN:
-            raise RingError(f"a chain of more than {MAX_CHAIN} buffers")
-
-    def _table(self, address: int, length: int) -> bytes:
-        """Copy an indirect table (2.7.5.3, 2.8.7)."""
-        if not self.indirect:
-            raise RingError("an indirect descriptor without that feature")
-        if not length or length % DESCRIPTOR_SIZE or length > MAX_QUEUE * DESCRIPTOR_SIZE:
-            raise RingError(f"an indirect table of {length} bytes")
-        return bytes(self._slice(address, length))
-
-    def _note_filled(self, chain: Chain, written: int) -> None:
-        """Have the memory's observers hear of what the device has filled."""
-        runs: list[int] = []
-        for offset, length in chain.places:
-            if written <= 0:
-                break
-            runs += offset, min(length, written)
-            written -= length
-        if runs:
-            table = (ctypes.c_uint64 * len(runs))(*runs)
-            self.memory.dma_written_runs(ctypes.addressof(table), len(runs) // 2)
+    def _await_areas(self) -> None:
+        """Where pages of RAM are to come, have the ring's; those of its tables come by use."""
+        queue, base = self.queue, self.memory.host_base
+        places = (queue.descriptors, queue.driver, queue.device)
+        for place, length in zip(places, self.lengths(self.size), strict=True):
+            self.memory.await_pages(place - base, length)
 
     def _tell(self, area: int, at: int, length: int) -> None:
         """Have the memory's observers hear of what we wrote ourselves to one of the areas."""
         self.memory.dma_written(self._areas[area] + at, length)
 
-    def _fence(self) -> None:
-        """Make our stores seen before anything is loaded: taking a lock is a full barrier."""
-        with self._fence_lock:
-            pass
+    def restore(self, state: State) -> None:
+        """See `Saved.restore`; native code trusts these numbers, so they are looked at."""
+        for name, limit in self._limits().items():
+            value = state.get(name)
+            if not isinstance(value, int) or not 0 <= value < limit:
+                raise ImageError(f"saved {self._name}: {name} is {value!r}, expected 0 to {limit}")
+        super().restore(state)
 
 
-DESCRIPTOR = struct.Struct("<QIHH")
-"""Address, length, then flags and next (split, 2.7.5) or buffer ID and flags (packed, 2.8.13)."""
+class SplitRing(Ring):
+    """A split virtqueue (2.7).
+
+    Attributes
+    ----------
+    last_avail : int
+        Index of the next available entry to look at.
+    used_index : int
+        Index of the next used entry to fill.
+    signalled : int
+        The used index that `flush` has published.
+    """
+
+    PACKED = False
+    ALIGNMENTS = (16, 2, 4)
+    FIELDS = ("last_avail", "used_index", "signalled")
+
+    last_avail: int = _field("last_avail")
+    used_index: int = _field("used_index")
+    signalled: int = _field("signalled")
+
+    @staticmethod
+    def lengths(size: int) -> tuple[int, int, int]:
+        """See `Ring.lengths`: the two rings end with an event each (2.7)."""
+        return DESCRIPTOR_SIZE * size, ENTRIES + 2 * size + 2, ENTRIES + ELEMENT * size + 2
+
+    @staticmethod
+    def _possible(size: int) -> bool:
+        return 0 < size <= MAX_QUEUE and not size & size - 1
+
+    def _limits(self) -> dict[str, int]:
+        return dict.fromkeys(self.FIELDS, 1 << 16)
+
+    def unpop(self, chain: Chain) -> None:
+        """See `Ring.unpop`."""
+        del chain
+        self.last_avail = self.last_avail - 1 & 0xFFFF
+
+    def _tell_used(self) -> None:
+        self._tell(2, 0, ENTRIES + ELEMENT * self.size)
+
+    def _tell_kicks(self, wanted: bool) -> None:
+        if not self.event_idx:
+            self._tell(2, 0, 2)
+        elif wanted:
+            self._tell(2, ENTRIES + ELEMENT * self.size, 2)
+
+
+class PackedRing(Ring):
+    """A packed virtqueue (2.8).
+
+    Attributes
+    ----------
+    next_avail, next_used : int
+        Index of the descriptor to look at next, and of the one to overwrite next.
+    avail_wrap, used_wrap : bool
+        The wrap counters that belong to them.
+    unsignalled : int
+        Used descriptors that `flush` has not told of yet.
+    """
+
+    PACKED = True
+    ALIGNMENTS = (16, 4, 4)
+    FIELDS = ("next_avail", "avail_wrap", "next_used", "used_wrap", "unsignalled")
+
+    next_avail: int = _field("next_avail")
+    avail_wrap: bool = _field("avail_wrap", bool)
+    next_used: int = _field("next_used")
+    used_wrap: bool = _field("used_wrap", bool)
+    unsignalled: int = _field("unsignalled")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.avail_wrap = self.used_wrap = True
+
+    @staticmethod
+    def lengths(size: int) -> tuple[int, int, int]:
+        """See `Ring.lengths`."""
+        return DESCRIPTOR_SIZE * size, EVENTS, EVENTS
+
+    @staticmethod
+    def _possible(size: int) -> bool:
+        return 0 < size <= MAX_QUEUE
+
+    def _limits(self) -> dict[str, int]:
+        return {"next_avail": self.size, "next_used": self.size, "unsignalled": 1 << 64}
+
+    def unpop(self, chain: Chain) -> None:
+        """See `Ring.unpop`."""
+        at = self.next_avail - chain.count
+        if at < 0:
+            at += self.size
+            self.avail_wrap = not self.avail_wrap
+        self.next_avail = at
+
+    def _tell_used(self) -> None:
+        self._tell(0, 0, DESCRIPTOR_SIZE * self.size)
+
+    def _tell_kicks(self, wanted: bool) -> None:
+        del wanted
+        self._tell(2, 0, EVENTS)

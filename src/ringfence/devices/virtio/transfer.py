@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ringfence.devices.virtio.queue import RUNS, SplitQueue, give, take
+from ringfence.devices.virtio.layouts import give, take
+from ringfence.devices.virtio.queue import RUNS, Queue
 from ringfence.devices.virtio.rules import MAX_CHAIN
 from ringfence.native.dialect import address_of, load32, load64, native, store8
 from ringfence.native.hostcall import host_call
 from ringfence.native.layout import u64
 
 NOTHING, _FOUND, BROKEN, OTHER, FULL, SPENT = range(6)
-"""Why `serve` ends: no more chains; one that breaks a rule (as `queue.take` says); one for Python,
-taken; runs have to be told before it goes on; the budget is used up."""
+"""Why `serve` ends: no more chains; one that breaks a rule (`layouts.take` says these two); one for
+Python, taken; runs have to be told before it goes on; the budget is used up."""
 
 SECTOR = 512
 HEADER = 16
@@ -37,7 +38,7 @@ _ENOSYS, _EINVAL, _EOPNOTSUPP = -38, -22, -95
 """What a kernel or a file system says that doesn't offer this."""
 
 
-class BlockQueue(SplitQueue):
+class BlockQueue(Queue):
     """A queue of a disk, and the disk."""
 
     fd: Annotated[int, u64]
@@ -122,13 +123,13 @@ def carry_out(queue: BlockQueue) -> int:
         if move(queue, _PREADV2, readable, last) == 0:
             return 0
         store8(queue.parts[2 * last], OK)
-        give(queue, queue.identifier, length_of(queue, readable, last) + 1)
+        give(queue, queue.identifier, queue.count, length_of(queue, readable, last) + 1)
         queue.runs_used = status + 1
     elif kind == T_OUT and queue.write_back:
         if move(queue, _PWRITEV2, 1, readable) == 0:
             return 0
         store8(queue.parts[2 * last], OK)
-        give(queue, queue.identifier, 1)
+        give(queue, queue.identifier, queue.count, 1)
         queue.runs[2 * queue.runs_used] = queue.runs[2 * status]
         queue.runs[2 * queue.runs_used + 1] = 1
         queue.runs_used += 1
