@@ -216,3 +216,37 @@ def test_msi(apic) -> None:
     assert apic.take() is None
     apic.board.send_msi(0xFEE00000, 0x4052)
     assert apic.take() == 0x52
+
+
+def test_messages_follow_logical_names(apic) -> None:
+    """Who is meant by an address is remembered, but not for longer than it is true."""
+    board, named_2 = apic.board, 0xFEE00000 | 2 << 12 | 4
+    apic.apic(0xD0, 2 << 24)
+    board.send_msi(named_2, 0x4053)
+    assert apic.take() == 0x53
+    apic.apic(0xB0, 0)
+    apic.apic(0xD0, 1 << 24)
+    board.send_msi(named_2, 0x4053)
+    assert apic.take() is None
+    saved = board.lapics[0].save()
+    apic.apic(0xD0, 2 << 24)
+    board.send_msi(named_2, 0x4053)
+    assert apic.take() == 0x53
+    board.lapics[0].restore(saved)
+    board.send_msi(named_2, 0x4054)
+    assert apic.take() is None
+    for destination in range(256):  # more than are remembered
+        board.send_msi(0xFEE00000 | destination << 12, 0x4055)
+    assert apic.take() == 0x55
+
+
+def test_next_interrupt(apic) -> None:
+    """What `interrupt_pending` and `acknowledge` say, in one call."""
+    board = apic.board
+    assert board.next_interrupt(0, allowed=True) == (-1, False)
+    board.send_msi(0xFEE00000, 0x4051)
+    assert board.next_interrupt(0, allowed=False) == (-1, True)
+    board.send_msi(0xFEE00000, 0x4062)
+    assert board.next_interrupt(0, allowed=True) == (0x62, False), "0x51 has a lower priority"
+    apic.apic(0xB0, 0)
+    assert board.next_interrupt(0, allowed=True) == (0x51, False)

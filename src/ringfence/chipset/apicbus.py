@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 BROADCAST = 0xFFFF_FFFF
 MSI_AREA = 0xFEE
 """Bits 20 and up of every message's address (SDM 3A 11.11.1)."""
+ROUTES = 64
+"""Addresses of messages whose targets are remembered."""
 BROADCAST_8 = 0xFF
 """Everybody, as an 8-bit destination field says it (xAPIC ICR, IOAPIC, MSI)."""
 
@@ -50,6 +52,8 @@ class ApicBus:
         self.lapics: list[Lapic] = []
         self.on_signal: Callable[[int, Delivery, int], None] = lambda cpu, mode, vector: None
         self.on_eoi: Callable[[int], None] = lambda vector: None
+        self._routes: dict[int, list[Lapic]] = {}
+        """By the address of messages, whom it means now."""
 
     def targets(self, destination: int, logical: bool) -> list[Lapic]:
         """Return the local APICs that a destination (`BROADCAST` for all) means."""
@@ -67,13 +71,19 @@ class ApicBus:
         """Deliver a message-signalled interrupt (SDM 3A 11.11); other addresses hear nothing."""
         if address >> 20 != MSI_AREA:
             return
-        self.send(
-            address >> 12 & 0xFF,
-            logical=bool(address & 4),
-            mode=data >> 8 & 7,
-            vector=data & 0xFF,
-            level=bool(data & 0x8000),
-        )
+        targets = self._routes.get(address)
+        if targets is None:
+            destination = address >> 12 & 0xFF
+            if destination == BROADCAST_8:
+                destination = BROADCAST
+            if len(self._routes) == ROUTES:
+                self._routes.clear()
+            targets = self._routes[address] = self.targets(destination, bool(address & 4))
+        self.deliver(targets, data >> 8 & 7, data & 0xFF, bool(data & 0x8000))
+
+    def renamed(self) -> None:
+        """Hear that a local APIC may answer to other destinations than before."""
+        self._routes.clear()
 
     def deliver(self, targets: Iterable[Lapic], mode: int, vector: int, level: bool) -> bool:
         """Hand a message to ``targets``; return whether anybody took it."""

@@ -222,7 +222,7 @@ class Board:
         """Write ``size`` bytes at guest-physical ``pa``, as CPU ``cpu``."""
         with self.lock:
             lapic = self.lapics[cpu]
-            if pa & ~PAGE_MASK == lapic.mmio_base:
+            if pa >> 12 == lapic.base >> 12 and lapic.mmio_base is not None:
                 lapic.write(pa & PAGE_MASK, size, value)
             else:
                 self.mmio.write(pa, size, value)
@@ -271,6 +271,25 @@ class Board:
             if lapic.pending_vector() is None and self._extint(cpu):
                 return self.pic.acknowledge()
             return lapic.acknowledge()
+
+    def next_interrupt(self, cpu: int, *, allowed: bool) -> tuple[int, bool]:
+        """The vector to deliver now, -1 for none, and whether another one is pending then.
+
+        What `interrupt_pending` and `acknowledge` say, in one call; ``allowed``: the CPU takes one.
+        """
+        with self.lock:
+            lapic = self.lapics[cpu]
+            vector = -1
+            if lapic.irr:
+                lapic.reclaim_eoi()
+                if allowed and lapic.pending_vector() is not None:
+                    vector = lapic.acknowledge()
+            if self.pic.output:
+                if allowed and vector < 0 and self._extint(cpu):
+                    vector = self.pic.acknowledge()
+                if self._extint(cpu):
+                    return vector, True
+            return vector, lapic.irr != 0 and lapic.pending_vector() is not None
 
     def idle(self) -> None:
         """Hear that a vCPU is about to sleep: what was put off until then is done."""

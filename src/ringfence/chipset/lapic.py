@@ -182,6 +182,7 @@ class Lapic(Saved):
         """Take the registers' power-up values (SDM 3A 11.4.7.1), but stay enabled as is."""
         self.tpr = self.ppr = 0
         self.ldr, self.dfr = 0, 0xFFFF_FFFF
+        self._bus.renamed()
         self.svr = 0xFF
         self.irr = self.isr = self.tmr = 0
         self.lent = False
@@ -437,6 +438,7 @@ class Lapic(Saved):
         if illegal or value & _BASE_RESERVED:
             raise GeneralProtection(f"wrmsr IA32_APIC_BASE {value:#x}, was {self.base:#x}")
         self.base = value
+        self._bus.renamed()
         if was and not now:
             self.reset()
         elif now & BASE_EXTD and not was & BASE_EXTD:
@@ -463,9 +465,11 @@ class Lapic(Saved):
 
     def _write_ldr(self, value: int) -> None:
         self.ldr = value & 0xFF00_0000
+        self._bus.renamed()
 
     def _write_dfr(self, value: int) -> None:
         self.dfr = value | 0x0FFF_FFFF
+        self._bus.renamed()
 
     def _write_svr(self, value: int) -> None:
         self.svr = value & 0x1FF
@@ -529,4 +533,5 @@ class Lapic(Saved):
         """See `Saved.restore`; clock and TSC must have been restored before."""
         check_version("Lapic", state, self.VERSION)
         super().restore(state)
+        self._bus.renamed()
         self.timer.restore(state["timer"])

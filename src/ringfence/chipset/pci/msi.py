@@ -102,9 +102,9 @@ class MsiX(Saved):
 
     FIELDS = ("table", "pending")
     ID = 0x11
-    # Message Control (6.8.2.3)
-    FUNCTION_MASK = 1 << 14
-    ENABLE = 1 << 15
+    # Message Control (6.8.2.3), its upper byte
+    FUNCTION_MASK = 1 << 6
+    ENABLE = 1 << 7
     # A table entry (6.8.2.6 to 6.8.2.9): message address, upper address, data, vector control.
     ENTRY = struct.Struct("<QII")
     VECTOR_CONTROL_MASK = 1 << 0
@@ -121,8 +121,8 @@ class MsiX(Saved):
         self._pba = self.bar_size // 2
         at = config.add_capability(self.ID, struct.pack("<HII", vectors - 1, bar, self._pba | bar))
         self.span = Register(at, 12)
-        self._control = Register(at + 2, 2)
-        config.allow(self._control, self.FUNCTION_MASK | self.ENABLE)
+        self._control = at + 3
+        config.allow(Register(self._control, 1), self.FUNCTION_MASK | self.ENABLE)
         self.table = bytearray(self.ENTRY.pack(0, 0, self.VECTOR_CONTROL_MASK) * vectors)
         self.pending = 0
         """One bit per vector."""
@@ -130,14 +130,15 @@ class MsiX(Saved):
     @property
     def enabled(self) -> bool:
         """Whether the guest has switched MSI-X on (and thereby INTx off)."""
-        return bool(self._control_value() & self.ENABLE)
+        return bool(self._config.raw[self._control] & self.ENABLE)
 
     def signal(self, vector: int) -> None:
         """Send a vector's message, or remember that it is pending; there may be no such vector."""
         if not 0 <= vector < self._vectors:
             return
         address, data, control = self.ENTRY.unpack_from(self.table, vector * self.ENTRY.size)
-        if control & self.VECTOR_CONTROL_MASK or self._control_value() & self.FUNCTION_MASK:
+        masked = self._config.raw[self._control] & self.FUNCTION_MASK
+        if masked or control & self.VECTOR_CONTROL_MASK:
             self.pending |= 1 << vector
         else:
             self.pending &= ~(1 << vector)
@@ -167,6 +168,3 @@ class MsiX(Saved):
             value &= (self.VECTOR_CONTROL_MASK + 1 << 8 * (size - 4)) - 1
         self.table[offset : offset + size] = value.to_bytes(size, "little")
         self.written()
-
-    def _control_value(self) -> int:
-        return self._config.get(self._control)

@@ -248,6 +248,16 @@ class DeviceAccesses:
     def _on_mmio_write(self) -> StopReason | None:
         began = time.perf_counter_ns()
         view = self.view
+        address, size, _, second = view.exit_data[:4]
+        if size <= 8 and not second:  # a register, in one piece: all but odd ones are
+            place = view.slow_pointer + view.slow_skipped
+            value = int.from_bytes(ctypes.string_at(place, size), "little")
+            self.board.mmio_write(address, size, value, self.index)
+            self._count(
+                Reason.MMIO_WRITE, began, partial(vocabulary.MmioWrite, address, size, value)
+            )
+            view.jump_target = self._resume
+            return None
         for place, address, size in self._outside_parts():
             data = ctypes.string_at(place, size)
             for at in range(0, size, 8):

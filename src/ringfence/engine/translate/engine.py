@@ -173,6 +173,8 @@ class TranslateEngine(DeviceAccesses, Standing):
         view.code_alias = (self.translator.cache.alias - self.translator.cache.base) & MASK64
         library.function("tlb_reset", 1)(self.block)
         self._wake = threading.Event()
+        self._thread = 0
+        """Which thread runs it, as `threading.get_ident` says; 0: none."""
         board.set_wake(index, self._woken)
         self._stop = self._pause = False
         self._services: Services | None = None
@@ -277,6 +279,7 @@ class TranslateEngine(DeviceAccesses, Standing):
     def run(self) -> StopReason:
         """Run until the machine ends, or the owner wants the CPU."""
         self._owner.begin()
+        self._thread = threading.get_ident()
         self._set_gs(self.block + GS_BIAS)
         signals.install(self.library.address("rf_signal_handler"))
         if self._services is not None:
@@ -309,6 +312,7 @@ class TranslateEngine(DeviceAccesses, Standing):
             return outcome
         finally:
             self.inside = False
+            self._thread = 0
             self._direct.close()
             self._tell_awaiting()
             self._set_gs(0)
@@ -391,9 +395,11 @@ class TranslateEngine(DeviceAccesses, Standing):
 
     def _woken(self) -> None:
         """The board has an interrupt for us (any thread, the board's lock held)."""
-        self.view.irq_request = 1
-        self.view.attention = 1
-        self._rouse()
+        view = self.view
+        view.irq_request = 1
+        view.attention = 1
+        if threading.get_ident() != self._thread:  # who handles its own exit is awake
+            self._rouse()
 
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
         """See ``VirtualCpu``."""
@@ -462,23 +468,24 @@ class TranslateEngine(DeviceAccesses, Standing):
         stopped = self._stopped_between()
         if stopped is not None:
             return stopped
-        vector = -1
+        allowed, nmi = bool(view.flag_if), False
         view.service_request = 0
         with self.board.lock:
             view.attention = 0
             if view.init_pending:
                 self._initialize()
+                allowed = False
             elif view.owner_step:
-                pass  # events wait for its end
+                allowed = False  # events wait for its end
             elif view.nmi_pending and not view.nmi_blocked:
                 view.nmi_pending -= 1
+                allowed, nmi = False, True
+            vector, pending = self.board.next_interrupt(self.index, allowed=allowed)
+            if nmi:
                 vector = state.NMI
-            elif self.board.interrupt_pending(self.index) and view.flag_if:
-                vector = self.board.acknowledge(self.index)
-            if self.board.interrupt_pending(self.index):
-                view.irq_request = view.attention = 1
-            else:
-                view.irq_request = 0
+            view.irq_request = pending
+            if pending:
+                view.attention = 1
         if view.stop_request or view.service_request or view.stale_code:
             view.attention = 1
         if vector >= 0 and self._services is not None:
