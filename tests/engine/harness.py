@@ -144,6 +144,11 @@ class Board:
         """Whether a test has queued a vector."""
         return bool(self.pending)
 
+    def next_interrupt(self, cpu: int, *, allowed: bool) -> tuple[int, bool]:
+        """The same, and take it."""
+        vector = self.acknowledge(cpu) if self.pending and allowed else -1
+        return vector, bool(self.pending)
+
     def acknowledge(self, cpu: int) -> int:
         """Take the queued vector; not twice at one place, or nothing else would ever run."""
         view = self.engine.view
