@@ -50,6 +50,7 @@ from ringfence.engine import EngineConfig
 from ringfence.engine.translate import natives
 from ringfence.engine.translate.engine import TranslateEngine
 from ringfence.memory.ram import GuestMemory
+from ringfence.memory.registers import RegisterMap
 
 RAM = 16 << 20
 GDT, LDT_AT, IDT, TSS, HANDLERS, STACK_TOP = 0x1000, 0x1800, 0x2000, 0x3000, 0x4000, 0x8000
@@ -98,6 +99,10 @@ class Board:
         self.taken_at = 0
         self.mmio: dict[int, int] = {}
         self.mmio_writes: list[tuple[int, int, int]] = []
+        self.registers = RegisterMap()
+
+    def settle(self) -> None:
+        """No device has anything left to do."""
 
     def on_input(self) -> None:
         """Nobody types."""

@@ -26,6 +26,7 @@ from ringfence.chipset.ioapic import LENGTH as IOAPIC_LENGTH
 from ringfence.chipset.ioapic import IoApic
 from ringfence.chipset.lapic import (
     APIC_BASE,
+    PAGE,
     TSC_DEADLINE,
     X2APIC_FIRST,
     X2APIC_LAST,
@@ -52,6 +53,7 @@ from ringfence.chipset.uart import LENGTH as UART_LENGTH
 from ringfence.chipset.uart import LSR, Uart
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.errors import ImageError, UsageError
+from ringfence.memory.registers import RegisterMap
 
 MAXIMUM_CPUS = 64
 PAGE_MASK = 0xFFF
@@ -126,6 +128,8 @@ class Board:
         self.spare = SpareTime(self.timers)
         self.ports = PortBus()
         self.mmio = MmioBus()
+        self.registers = RegisterMap()
+        """Which registers of devices an engine may access by itself (`memory.registers`)."""
         self.on_power_off = on_power_off
         self.on_reset = on_reset
         self.on_signal: Callable[[int, Delivery, int], None] = lambda cpu, mode, vector: None
@@ -186,6 +190,7 @@ class Board:
         self.mmio.register(GENERATION_BASE, GENERATION_LENGTH, self.generation)
         self.pic.write(1, 1, 1 << SCI_IRQ - 8)  # ELCR: the SCI is level-triggered
         self.lapics[0].set_virtual_wire()
+        self.mmio.map.on_change = self._show_registers
 
     # ---- what a vCPU's loop calls
 
@@ -238,6 +243,8 @@ class Board:
         self._check_msr(index)
         with self.lock:
             self.lapics[cpu].msr_write(index, value)
+            if index == APIC_BASE:
+                self._show_registers()
 
     def apic_enabled(self, cpu: int) -> bool:
         """Tell whether a local APIC is there (IA32_APIC_BASE.EN), as CPUID shows."""
@@ -296,6 +303,11 @@ class Board:
         if self.spare.waiting:
             with self.lock:
                 self.spare.begin()
+
+    def settle(self) -> None:
+        """Do what accesses by `registers` have left to do; before anything else of the board's."""
+        with self.lock:
+            self.registers.settle()
 
     def set_wake(self, cpu: int, callback: Callable[[], None]) -> None:
         """Have ``callback`` called, the lock held, when ``cpu`` gets something to deliver."""
@@ -430,6 +442,7 @@ class Board:
                 device.restore(state[name])
             for lapic, saved in zip(self.lapics, state["lapics"], strict=True):
                 lapic.restore(saved)
+            self._show_registers()
             if self.generation.changed:  # behind the APICs, which take the interrupt
                 self.pm.raise_event(Gpe.GENERATION)
             self.timers.kick()
@@ -457,6 +470,17 @@ class Board:
         if asserted:
             for cpu in range(len(self.lapics)):
                 self._notify(cpu)
+
+    def _show_registers(self) -> None:
+        """Follow what is seen where: the local APICs' pages come before all devices."""
+        pages = [lapic.mmio_base for lapic in self.lapics]
+        self.registers.show(
+            place
+            for place in self.mmio.map.banks()
+            if not any(
+                page is not None and place[0] < page + PAGE and page < place[1] for page in pages
+            )
+        )
 
     def _extint(self, cpu: int) -> bool:
         """Tell whether an 8259 interrupt awaits this CPU."""

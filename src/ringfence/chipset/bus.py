@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from ringfence.errors import UsageError
+from ringfence.memory.registers import RegisterBank
 
 
 class Device(Protocol):
@@ -42,12 +43,16 @@ BOARD = 0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """``length`` addresses from ``base`` that ``device`` answers; the lowest ``rank`` is seen."""
+    """``length`` addresses from ``base`` that ``device`` answers; the lowest ``rank`` is seen.
+
+    Some of the device's registers may be in a ``bank``, which an engine may access by itself.
+    """
 
     base: int
     length: int
     device: Device
     rank: int = BOARD
+    bank: RegisterBank | None = None
 
     @property
     def end(self) -> int:
@@ -67,9 +72,20 @@ class AddressMap:
         self._windows: list[Window] = []
         self._starts: list[int] = []
         self._runs: list[tuple[int, int, Device] | None] = []
+        self._seen: list[tuple[int, int, Window]] = []
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when other windows are seen than before."""
 
     def __iter__(self) -> Iterator[Window]:
         return iter(tuple(self._windows))
+
+    def banks(self) -> list[tuple[int, int, int, RegisterBank]]:
+        """Where banks of registers are seen: start and end, base of the window, bank."""
+        return [
+            (start, end, window.base, window.bank)
+            for start, end, window in self._seen
+            if window.bank is not None
+        ]
 
     def add(self, window: Window) -> None:
         """Map a window."""
@@ -89,19 +105,23 @@ class AddressMap:
     def _flatten(self) -> None:
         ranked = sorted(self._windows, key=lambda window: window.rank)
         edges = sorted({edge for window in ranked for edge in (window.base, window.end)})
-        self._starts, self._runs = [], []
+        self._starts, self._runs, self._seen = [], [], []
         last: Window | None = None
         for start, end in pairwise(edges):
             seen = next((each for each in ranked if each.base <= start < each.end), None)
             if seen is not None and seen is last:
                 self._runs[-1] = (end, seen.base, seen.device)
+                self._seen[-1] = (self._starts[-1], end, seen)
                 continue
             self._starts.append(start)
             self._runs.append(None if seen is None else (end, seen.base, seen.device))
+            if seen is not None:
+                self._seen.append((start, end, seen))
             last = seen
         if edges:
             self._starts.append(edges[-1])
             self._runs.append(None)
+        self.on_change()
 
 
 class PortBus:

@@ -9,6 +9,7 @@ has to build a `PortOut`.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import ClassVar, TypeAlias
@@ -233,10 +234,20 @@ class ExitCounters:
         self.counts[reason] += count
         self.nanoseconds[reason] += nanoseconds
 
-    def by_reason(self) -> dict[str, dict[str, int]]:
-        """Plain data for statistics: label to ``{"count": n, "ns": n}``, zeros left out."""
-        return {
+    def by_reason(self, inside: Mapping[Reason, int] | None = None) -> dict[str, dict[str, int]]:
+        """Plain data for statistics: label to ``{"count": n, "ns": n}``, zeros left out.
+
+        ``inside``: exits that were handled without leaving guest code. They are counted, too, and
+        once more as ``native``; their time is the guest's.
+        """
+        found = {
             reason.label: {"count": self.counts[reason], "ns": self.nanoseconds[reason]}
             for reason in Reason
             if self.counts[reason]
         }
+        for reason, count in (inside or {}).items():
+            if count:
+                one = found.setdefault(reason.label, {"count": 0, "ns": 0})
+                one["count"] += count
+                one["native"] = count
+        return found

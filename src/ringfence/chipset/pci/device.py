@@ -30,6 +30,7 @@ from ringfence.chipset.pci.msi import Msi, MsiX
 from ringfence.chipset.spare import Waiting
 from ringfence.chipset.state import Saved, State
 from ringfence.errors import ImageError, UsageError
+from ringfence.memory.registers import RegisterBank
 
 
 class Space(Enum):
@@ -51,6 +52,8 @@ class Bar:
     space: Space
     size: int
     device: Device
+    bank: RegisterBank | None = None
+    """Registers of its that an engine may access by itself."""
 
     @property
     def words(self) -> int:
@@ -160,14 +163,15 @@ class PciDevice(Saved):
         *,
         device: Device | None = None,
         prefetchable: bool = False,
+        bank: RegisterBank | None = None,
     ) -> None:
         """Ask for ``size`` bytes (a power of two; at least 16, ports 4) through BAR ``index``.
 
-        ``device`` answers it, by default `bar_read` and `bar_write`. A 64-bit BAR takes the next
-        register, too.
+        ``device`` answers it, by default `bar_read` and `bar_write`; ``bank`` has those of its
+        registers that don't always need the device. A 64-bit BAR takes the next register, too.
         """
         floor, ceiling = (4, 256) if space is Space.IO else (16, 1 << 31)
-        bar = Bar(index, space, size, device or _BarAccess(self, index))
+        bar = Bar(index, space, size, device or _BarAccess(self, index), bank)
         wanted = set(range(index, index + bar.words))
         taken = {at for each in self._bars for at in range(each.index, each.index + each.words)}
         if size & size - 1 or not floor <= size <= ceiling:
@@ -282,7 +286,7 @@ class PciDevice(Saved):
             if mapped is not None:
                 where.remove(self._mapped.pop(bar.index))
             if base is not None:
-                window = Window(base, bar.size, bar.device, self._socket.rank)
+                window = Window(base, bar.size, bar.device, self._socket.rank, bar.bank)
                 where.add(window)
                 self._mapped[bar.index] = window
         self._drive()

@@ -4,6 +4,9 @@ Every register is a pair of functions in two tables by offset; those that only k
 (`registers.PLAIN`) share one. Registers take words of 32 bits: a narrower read gives its part of
 the word, a narrower write is lost (13.1). Offsets without a register read as 0.
 
+Those that a driver touches at each interrupt and each batch of frames are in a bank that an engine
+may access without us (`memory.registers`); we find their values there, too.
+
 The same registers are reached through memory (BAR 0) and through two ports, address and data
 (BAR 2), which drivers use for resets.
 
@@ -47,7 +50,18 @@ from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
 from ringfence.devices.e1000.transmit import Transmitter
 from ringfence.devices.natives import UNKEPT, Natives
+from ringfence.memory.causes import CauseWord
 from ringfence.memory.ram import GuestMemory
+from ringfence.memory.registers import (
+    MASK,
+    POST,
+    READ,
+    STORE,
+    TAKE,
+    UNMASK,
+    RegisterBank,
+    place_of,
+)
 from ringfence.network.backend import NetworkBackend
 
 IDENTITY = Identity(0x8086, 0x100E, 0x020000, 2, 0x8086, 0x001E)
@@ -84,30 +98,43 @@ class E1000(PciDevice):
         code: Natives = UNKEPT,
     ) -> None:
         super().__init__(IDENTITY)
-        self.add_bar(MEMORY_BAR, MEMORY_SIZE)
+        bank = RegisterBank(lambda: self.interrupts.update())
+        causes = bank.add(ICR.OFFSET, read=TAKE)
+        self._status = bank.add(STATUS.OFFSET, read=READ)
+        word = place_of(causes)
+        bank.add(ICR.IMC, write=MASK, writable=ICR.IMPLEMENTED, place=word)
+        bank.add(ICR.IMS, write=UNMASK, writable=ICR.IMPLEMENTED, place=word)
+        transmit_tail, receive_tail = (
+            bank.add(ring + Ring.TAIL, read=READ, write=POST, writable=Ring.INDEX)
+            for ring in (Ring.TRANSMIT, Ring.RECEIVE)
+        )
+        throttle = bank.add(ITR.OFFSET, read=READ, write=STORE, writable=ITR.INTERVAL)
+        self._ctrl = bank.add(CTRL.OFFSET, read=READ)
+        self.add_bar(MEMORY_BAR, MEMORY_SIZE, bank=bank)
         self.add_bar(IO_BAR, IO_SIZE, Space.IO)
         self.mac = mac
         self.backend = backend
-        self.ctrl = CTRL.DEFAULT
         self.ioaddr = 0
         self.plain: dict[int, int] = {}
         self.eeprom = Eeprom(mac)
         self.phy = Phy()
         self.filters = Filters()
         self.statistics = Statistics()
-        self.interrupts = Interrupts(timers, self.set_intx)
+        self.interrupts = Interrupts(timers, self.set_intx, CauseWord(word), throttle)
         self.transmitter = Transmitter(
             *(memory, timers, self.interrupts, self.statistics, self._transmit),
             vlan=self._vlan,
             master=lambda: self.bus_master,
             takes_large=lambda: self.backend.takes_large and not self._loops,
             put_off=self.put_off,
+            tail=transmit_tail,
         )
         self.receiver = Receiver(
             *(memory, self.interrupts, self.statistics, self.filters),
             resume=backend.resume,
             vlan=self._vlan,
             natives=code,
+            tail=receive_tail,
         )
         self._parts = {
             "eeprom": self.eeprom,
@@ -126,6 +153,7 @@ class E1000(PciDevice):
     def reset(self) -> None:
         """Be as after power-on (CTRL.RST, 14.2); the PHY and PCI configuration stay."""
         self.ctrl = CTRL.DEFAULT
+        self._show_link()
         self.plain.update({offset: value for offset, (value, _) in PLAIN.items()})
         self.eeprom.reset()
         self.filters.reset(self.mac)
@@ -138,6 +166,15 @@ class E1000(PciDevice):
     # ---- the owner's side
 
     @property
+    def ctrl(self) -> int:
+        """CTRL."""
+        return int(self._ctrl.value)
+
+    @ctrl.setter
+    def ctrl(self, value: int) -> None:
+        self._ctrl.value = value & at.ALL
+
+    @property
     def link(self) -> bool:
         """Whether the cable is plugged in."""
         return self.phy.link
@@ -147,6 +184,7 @@ class E1000(PciDevice):
         with self.lock:
             if up != self.phy.link:
                 self.phy.link = up
+                self._show_link()
                 self.interrupts.cause(ICR.LSC)
 
     # ---- frames
@@ -225,7 +263,7 @@ class E1000(PciDevice):
         for offset in (CTRL.OFFSET, CTRL.DUPLICATE):
             readers[offset] = lambda: self.ctrl
             writers[offset] = self._write_ctrl
-        readers[STATUS.OFFSET] = self._read_status
+        readers[STATUS.OFFSET] = lambda: int(self._status.value)
         self._both(EECD.OFFSET, self.eeprom.read_eecd, self.eeprom.write_eecd)
         self._both(EERD.OFFSET, self.eeprom.read_eerd, self.eeprom.write_eerd)
         self._both(MDIC.OFFSET, self.phy.read_mdic, self._write_mdic)
@@ -281,9 +319,10 @@ class E1000(PciDevice):
     def _write_plain(self, offset: int, mask: int, value: int) -> None:
         self.plain[offset] = value & mask
 
-    def _read_status(self) -> int:
+    def _show_link(self) -> None:
+        """Have STATUS say what the cable is."""
         link = STATUS.LU if self.phy.link else 0
-        return STATUS.FD | STATUS.SPEED_1000 | STATUS.ASDV_1000 | link
+        self._status.value = STATUS.FD | STATUS.SPEED_1000 | STATUS.ASDV_1000 | link
 
     def _write_ctrl(self, value: int) -> None:
         if value & CTRL.PHY_RST:
@@ -308,4 +347,5 @@ class E1000(PciDevice):
         super().restore(state)
         for name, part in self._parts.items():
             part.restore(state[name])
+        self._show_link()
         self._tell_backend()

@@ -1,17 +1,21 @@
 """Interrupt causes, mask, throttling and delay timers (3.2.7, 3.4.3, 13.4.17 to 13.4.21).
 
-Causes gather in ICR, which reading clears. The pin is asserted while a cause is not masked, but no
-sooner than ITR's interval after it was asserted last. What arrives or was sent may be told later:
-each such event restarts the packet timer, and the absolute timer bounds the wait.
+Causes gather in ICR, which reading clears. They, the mask and the pin are one word, which native
+code changes for the driver (`memory.causes`): what it can't finish comes here. The pin is asserted
+while a cause is not masked, but no sooner than ITR's interval after it was asserted last. What
+arrives or was sent may be told later: each such event restarts the packet timer, and the absolute
+timer bounds the wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ringfence.chipset.clock import Deadline, TimerQueue
 from ringfence.chipset.state import Saved, State
 from ringfence.devices.e1000.registers import ICR, ITR, Delay
+from ringfence.memory.causes import CauseWord, unmasked
 
 _NEVER = -1
 
@@ -105,86 +109,125 @@ class Interrupts(Saved):
         The board's timers.
     pin : Callable[[bool], None]
         Drives INTA#.
+    word : CauseWord
+        ICR, the mask, and how the pin is driven.
+    throttle : view of `memory.registers.Register`
+        ITR.
     """
 
     FIELDS = ("icr", "ims", "itr", "asserted", "earliest")
 
-    def __init__(self, queue: TimerQueue, pin: Callable[[bool], None]) -> None:
+    def __init__(
+        self, queue: TimerQueue, pin: Callable[[bool], None], word: CauseWord, throttle: Any
+    ) -> None:
         self._clock = queue.clock
         self._pin = pin
-        self._throttle = Deadline(queue, self._update)
+        self._word = word
+        self._itr = throttle
+        self._throttle = Deadline(queue, self.update)
         self.received = DelayedCause(queue, lambda: self.cause(ICR.RXT0))
         self.transmitted = DelayedCause(queue, lambda: self.cause(ICR.TXDW))
-        self.icr = self.ims = self.itr = 0
-        self.asserted = False
         self.earliest = 0
         """Before this time ITR forbids the next interrupt."""
 
+    @property
+    def itr(self) -> int:
+        """ITR; what is written holds from the next interrupt on."""
+        return int(self._itr.value)
+
+    @itr.setter
+    def itr(self, value: int) -> None:
+        self._itr.value = value & ITR.INTERVAL
+
+    @property
+    def icr(self) -> int:
+        """The causes."""
+        return self._word.causes
+
+    @icr.setter
+    def icr(self, value: int) -> None:
+        self._word.put(value & ICR.IMPLEMENTED, self._word.mask, self._word.line)
+
+    @property
+    def ims(self) -> int:
+        """The mask: causes that interrupt."""
+        return self._word.mask
+
+    @ims.setter
+    def ims(self, value: int) -> None:
+        self._word.put(self._word.causes, value & ICR.IMPLEMENTED, self._word.line)
+
+    @property
+    def asserted(self) -> bool:
+        """How the pin is driven."""
+        return self._word.line
+
+    @asserted.setter
+    def asserted(self, value: bool) -> None:
+        self._word.put(self._word.causes, self._word.mask, value)
+
     def reset(self) -> None:
         """Be as after power-on."""
-        self.icr = self.ims = self.itr = 0
-        self.earliest = 0
+        self.icr = self.ims = self.itr = self.earliest = 0
         for delayed in (self.received, self.transmitted):
             delayed.packet = delayed.absolute = 0
             delayed.stop()
-        self._update()
+        self.update()
 
     def cause(self, bits: int) -> None:
         """Note causes, and interrupt if one is wanted."""
-        self.icr |= bits & ICR.IMPLEMENTED
-        self._update()
+        self._word.note(bits & ICR.IMPLEMENTED)
+        self.update()
 
     def read_icr(self) -> int:
         """Read ICR, which clears it."""
-        value, self.icr = self.icr, 0
-        self._update()
+        value = self._word.forget(ICR.IMPLEMENTED)
+        self.update()
         return value
 
     def write_icr(self, value: int) -> None:
         """Write ICR: ones clear."""
-        self.icr &= ~value
-        self._update()
+        self._word.forget(value)
+        self.update()
 
     def read_ims(self) -> int:
         """Read IMS: the mask."""
-        return self.ims
+        return self._word.mask
 
     def write_ims(self, value: int) -> None:
         """Write IMS: ones unmask."""
-        self.ims |= value & ICR.IMPLEMENTED
-        self._update()
+        self._word.want(value & ICR.IMPLEMENTED)
+        self.update()
 
     def write_imc(self, value: int) -> None:
         """Write IMC: ones mask."""
-        self.ims &= ~value
-        self._update()
+        self._word.refuse(value)
+        self.update()
 
     def read_itr(self) -> int:
         """Read ITR."""
         return self.itr
 
     def write_itr(self, value: int) -> None:
-        """Write ITR; it holds from the next interrupt on."""
-        self.itr = value & ITR.INTERVAL
+        """Write ITR."""
+        self.itr = value
 
-    def _update(self) -> None:
+    def update(self) -> None:
         """Drive the pin, or wait until throttling permits it."""
-        if not self.icr & self.ims:
+        word, now = self._word, 0
+        if not unmasked(word.value):
             self._throttle.set(None)
-            if self.asserted:
-                self.asserted = False
-                self._pin(False)
-            return
-        if self.asserted:
-            return
-        now = self._clock.now()
-        if now < self.earliest:
-            if not self._throttle.armed:
-                self._throttle.set(self.earliest)
-            return
-        self.asserted = True
-        self.earliest = now + self.itr * ITR.UNIT_NS
-        self._pin(True)
+        elif not word.line:
+            now = self._clock.now()
+            if now < self.earliest:
+                if not self._throttle.armed:
+                    self._throttle.set(self.earliest)
+                return
+        driven = word.drive()
+        if driven:
+            self.earliest = now + self.itr * ITR.UNIT_NS
+        if driven is not None:
+            self._pin(driven)
 
     def save(self) -> State:
         """See `Saved.save`."""
@@ -197,4 +240,4 @@ class Interrupts(Saved):
         self.received.set_values(state["received"])
         self.transmitted.set_values(state["transmitted"])
         self._throttle.set(None)
-        self._update()
+        self.update()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 from ringfence.chipset.state import Saved, State
 from ringfence.devices.e1000 import statistics as counter
@@ -26,6 +27,7 @@ from ringfence.devices.e1000.statistics import Statistics
 from ringfence.devices.natives import Natives
 from ringfence.memory.ram import GuestMemory
 from ringfence.memory.reach import set_reach
+from ringfence.memory.registers import RegisterBank
 from ringfence.network.offload import TCP_HEADER, WIRE_MSS, tcp_over_ipv4
 
 MINIMUM, FCS, TAG = 60, 4, 4
@@ -48,6 +50,8 @@ class Receiver(Saved):
         The Ethernet type of VLAN tags to take off, or 0.
     natives : Natives
         Where native code is found.
+    tail : view of `memory.registers.Register`
+        RDT, which is open to writes that nobody hears of while no frame waits for descriptors.
     """
 
     FIELDS = ("rctl", "rxcsum", "refused")
@@ -61,6 +65,7 @@ class Receiver(Saved):
         resume: Callable[[], None],
         vlan: Callable[[], int],
         natives: Natives,
+        tail: Any,
     ) -> None:
         self._memory = memory
         self._natives = natives
@@ -73,9 +78,9 @@ class Receiver(Saved):
         self._filters = filters
         self._resume = resume
         self._vlan = vlan
-        self.ring = DescriptorRing(memory, Ring.RECEIVE)
+        self._tail = tail
+        self.ring = DescriptorRing(memory, Ring.RECEIVE, tail)
         self.refused = False
-        """A frame waits for descriptors."""
         self.reset()
 
     def reset(self) -> None:
@@ -108,9 +113,21 @@ class Receiver(Saved):
         """Whether TCP segments that are larger than the wire's may come: cut, they find room."""
         return self.ring.count >= LARGE_COUNT
 
+    @property
+    def refused(self) -> bool:
+        """A frame waits for descriptors."""
+        return not self._tail.open
+
+    @refused.setter
+    def refused(self, waits: bool) -> None:
+        if waits:
+            RegisterBank.close(self._tail)
+        else:
+            self._tail.open = 1
+
     def write_tail(self, value: int) -> None:
         """Write RDT: there are descriptors."""
-        self.ring.tail = value & Ring.INDEX
+        self.ring.tail = value
         self._wake()
 
     def _wake(self) -> None:
@@ -157,10 +174,13 @@ class Receiver(Saved):
             if needed >= self.ring.count > 0:
                 counters[counter.MPC] += 1
                 return True
-            if not self.refused:
-                counters[counter.RNBC] += 1
-                self.refused = True
-            return False
+            if self.refused:
+                return False
+            counters[counter.RNBC] += 1
+            self.refused = True
+            if needed > self.ring.available:  # from here on we hear of it
+                return False
+            self.refused = False
         # What is true of the large segment's checksums is true of all that it is cut into.
         status, errors = self._judge(frame, RxDescriptor.VP if tagged else 0)
         stored = self._land(data, header, fcs, status | errors << 8 | tag << 16)

@@ -1,11 +1,14 @@
 """A descriptor ring: base, length, head and tail (3.2.6, 3.4), and when they make no sense.
 
 Software owns the tail, hardware the head; the ring is empty when they are equal. Software may write
-anything into all of these registers at any time: `ready` and `pending` say whether there is work
-that can be done, with the values as they are now.
+anything into all of these registers at any time, the tail even while descriptors are worked on, as
+native code stores to it (`memory.registers`): `ready`, `available` and `pending` say whether there
+is work that can be done, each by one look at it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from ringfence.chipset.state import Saved
 from ringfence.devices.e1000.registers import ALL, Ring
@@ -15,20 +18,39 @@ DESCRIPTOR = 16
 
 
 class DescriptorRing(Saved):
-    """One ring; ``registers`` is the offset of its registers."""
+    """One ring.
+
+    Parameters
+    ----------
+    registers : int
+        The offset of its registers.
+    tail : view of `memory.registers.Register`
+        The tail's.
+    """
 
     FIELDS = ("base", "length", "head", "tail", "failed")
 
-    def __init__(self, memory: GuestMemory, registers: int) -> None:
+    def __init__(self, memory: GuestMemory, registers: int, tail: Any) -> None:
         self._memory = memory
+        self._tail = tail
         self.registers = registers
         self.reset()
 
     def reset(self) -> None:
         """Be as after power-on."""
-        self.base = self.length = self.head = self.tail = 0
+        self.base = self.length = self.head = 0
+        self.tail = 0
         self.failed = False
         """A master abort has stopped the engine."""
+
+    @property
+    def tail(self) -> int:
+        """Behind the last descriptor that is the card's, as software has it."""
+        return int(self._tail.value)
+
+    @tail.setter
+    def tail(self, value: int) -> None:
+        self._tail.value = value & Ring.INDEX
 
     @property
     def count(self) -> int:
@@ -36,27 +58,20 @@ class DescriptorRing(Saved):
         return self.length // DESCRIPTOR
 
     @property
-    def sound(self) -> bool:
-        """Whether head and tail lie in the ring."""
-        count = self.count
-        return self.head < count and self.tail < count and not self.failed
-
-    @property
     def ready(self) -> bool:
         """Whether there is something to do."""
-        return self.head != self.tail and self.sound
+        return bool(self.available)
 
     @property
     def available(self) -> int:
-        """Descriptors from head to tail; 0 if head or tail lie outside the ring."""
-        return (self.tail - self.head) % self.count if self.ready else 0
+        """Descriptors from head to tail; 0 if either lies outside the ring, or it has failed."""
+        head, tail, count = self.head, self.tail, self.count
+        return (tail - head) % count if head < count > tail and not self.failed else 0
 
     def pending(self, most: int) -> int:
         """Return how many descriptors, up to ``most``, are there to be done in a row."""
-        if not self.ready:
-            return 0
-        end = self.tail if self.tail > self.head else self.count
-        return min(most, end - self.head)
+        available = self.available
+        return min(most, available, self.count - self.head) if available else 0
 
     @property
     def address(self) -> int:

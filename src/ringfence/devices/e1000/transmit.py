@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from ringfence.chipset.clock import Deadline, TimerQueue
 from ringfence.chipset.state import Saved, State
@@ -25,6 +26,7 @@ from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
 from ringfence.devices.gathering import Gatherer, PutOff
 from ringfence.memory.ram import GuestMemory
+from ringfence.memory.registers import RegisterBank
 from ringfence.network.backend import MINIMUM_FRAME
 
 DESCRIPTORS, FRAMES, BYTES = 256, 128, 1 << 18
@@ -58,6 +60,8 @@ class Transmitter(Saved):
         Whether ``send`` takes TCP segments of any size.
     put_off : PutOff
         Has something done in a moment; see `devices.gathering`.
+    tail : view of `memory.registers.Register`
+        TDT, which is open to writes that nobody hears of while the ring will be looked at anyway.
     """
 
     FIELDS = ("tctl", "options", "special", "flags", "segment", "overrun")
@@ -73,6 +77,7 @@ class Transmitter(Saved):
         master: Callable[[], bool],
         takes_large: Callable[[], bool],
         put_off: PutOff,
+        tail: Any,
     ) -> None:
         self._memory = memory
         self._clock = queue.clock
@@ -84,12 +89,14 @@ class Transmitter(Saved):
         self._master = master
         self._takes_large = takes_large
         self._gatherer = Gatherer(GATHER_NS, put_off, self.run)
-        self.ring = DescriptorRing(memory, Ring.TRANSMIT)
+        self._tail = tail
+        self.ring = DescriptorRing(memory, Ring.TRANSMIT, tail)
         self.reset()
 
     def reset(self) -> None:
         """Be as after power-on."""
         self._gatherer.forget()
+        RegisterBank.close(self._tail)
         self.ring.reset()
         self._next.set(None)
         self.tctl = 0
@@ -121,8 +128,10 @@ class Transmitter(Saved):
 
     def write_tail(self, value: int) -> None:
         """Write TDT: there is something to do, at once or together with what comes soon."""
-        self.ring.tail = value & Ring.INDEX
-        if not (self.ring.ready and self._gatherer.notified()):
+        self.ring.tail = value
+        if self.ring.ready and self._gatherer.notified():
+            self._tail.open = 1
+        else:
             self.run()
 
     # ---- one turn
@@ -130,6 +139,7 @@ class Transmitter(Saved):
     def run(self) -> None:
         """Do a turn; arm the next one if something is left."""
         self._next.set(None)
+        RegisterBank.close(self._tail)
         if not self.tctl & TCTL.EN or not self._master():
             return
         self._frames, self._bytes = FRAMES, BYTES

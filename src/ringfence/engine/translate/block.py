@@ -145,6 +145,11 @@ class Vcpu(Mmu):
     slow_second_pa: Annotated[int, u64]
     """Of the part in the following page."""
     slow_outside: Annotated[int, u8]
+    registers: Annotated[int, u64]
+    """Host address of the board's `memory.registers.Places`; 0: every access leaves."""
+    answered_reads: Annotated[int, u64]
+    answered_writes: Annotated[int, u64]
+    """Accesses to devices that were done without leaving guest code."""
     shared: Annotated[Array, u64, 16]
     """Host minus linear address of pages that several accesses of a trace share."""
     displaced: Annotated[Array, u64, 16]

@@ -78,6 +78,7 @@ from ringfence.memory.mmu import (
     tlb_fill,
     tlb_flush_all,
 )
+from ringfence.memory.registers import Places, read_register, write_register
 from ringfence.memory.walk import walk
 from ringfence.memory.walk_state import code_pointer
 from ringfence.native.dialect import (
@@ -411,13 +412,39 @@ FIRST_PART, SECOND_PART = 1, 2
 """Which parts of a slow operand are outside RAM (``Vcpu.slow_outside``)."""
 
 
+@native_inline
+def answered(vcpu: Vcpu, size: int) -> int:
+    """Whether a device's register was read into the operand, here and now."""
+    if vcpu.registers == 0 or vcpu.slow_kind & SLOW_MASKED:
+        return 0
+    registers: Places = cast(Places, vcpu.registers)
+    if read_register(registers, vcpu.slow_pa, size, vcpu.slow_pointer) == 0:
+        return 0
+    vcpu.answered_reads += 1
+    return 1
+
+
+@native_inline
+def accepted(vcpu: Vcpu, size: int) -> int:
+    """Whether the operand was written to a device's register, here and now."""
+    if vcpu.registers == 0 or vcpu.slow_kind & SLOW_MASKED:
+        return 0
+    registers: Places = cast(Places, vcpu.registers)
+    value = load32(vcpu.slow_pointer)
+    if write_register(registers, vcpu.slow_pa, size, value) == 0:
+        return 0
+    vcpu.answered_writes += 1
+    return 1
+
+
 @native
 def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
     """Prepare one memory operand by hand: crossing pages, in code pages, or outside RAM.
 
     In one page of RAM the instruction works on the operand itself, so that a locked one stays
     locked. Else the operand's bytes are gathered in ``bounce``, and nothing is written before
-    ``slow_commit``. OK, FAULT, or EXIT_MMIO_READ for the VMM to fill it.
+    ``slow_commit``. Some registers of devices are read here (`memory.registers`). OK, FAULT, or
+    EXIT_MMIO_READ for the VMM to fill it.
     """
     release_split_lock(vcpu)
     # As far from a 64-byte boundary as the operand is, for instructions that want it aligned.
@@ -476,6 +503,8 @@ def slow_access(vcpu: Vcpu, address: int, kind: int) -> int:
         for i in range(first, size):
             store8(start + i, 0xFF)
     if vcpu.slow_outside and kind & SLOW_READ:
+        if first == size and answered(vcpu, size):
+            return OK
         return outside_parts(vcpu, EXIT_MMIO_READ, first, size - first)
     return OK
 
@@ -505,6 +534,8 @@ def slow_commit(vcpu: Vcpu) -> int:
         first = 4096 - offset
     if first == size:
         if vcpu.slow_outside:
+            if accepted(vcpu, size):
+                return OK
             return outside_parts(vcpu, EXIT_MMIO_WRITE, size, 0)
         note_code_write(vcpu, vcpu.slow_pointer + vcpu.slow_skipped, size)
         return OK

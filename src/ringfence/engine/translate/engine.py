@@ -108,6 +108,7 @@ class TranslateEngine(DeviceAccesses, Standing):
         self._segment_linear = library.function("segment_linear", 5)
         self._natives.use(self._adopt)
         view.gather_write, view.gather_read = board.gathered.write, board.gathered.read
+        view.registers = board.registers.address
         self._gather_timer = False
         self._find_code = library.function("find_code", 2)
         self._find = library.address("rf_find")
@@ -284,7 +285,7 @@ class TranslateEngine(DeviceAccesses, Standing):
         signals.install(self.library.address("rf_signal_handler"))
         if self._services is not None:
             self._services.begin()
-        view = self.view
+        view, registers = self.view, self.board.registers
         enter, handlers, block, clock = (
             self._enter,
             self._handlers,
@@ -305,6 +306,8 @@ class TranslateEngine(DeviceAccesses, Standing):
                 self._guest_ns += left - entered
                 if view.gathered_count:
                     self._hand_over()
+                if registers.posted:
+                    self.board.settle()
                 self.inside = False
                 if self._awaited:
                     self._tell_awaiting()
@@ -404,6 +407,8 @@ class TranslateEngine(DeviceAccesses, Standing):
     def set_trace(self, callback: Callable[[vocabulary.TraceRecord], None] | None) -> None:
         """See ``VirtualCpu``."""
         self._trace = callback
+        # Whoever traces sees every exit: none is handled inside.
+        self.view.registers = 0 if callback else self.board.registers.address
 
     def crash_dump(self) -> str:
         """See ``VirtualCpu``."""
@@ -420,7 +425,7 @@ class TranslateEngine(DeviceAccesses, Standing):
         }
         ticks, direct = self.translator.writer.translation_ticks, self._direct.statistics()
         return {
-            "exits": self.counters.by_reason(),
+            "exits": self.counters.by_reason(statistics.answered(self.view)),
             **statistics.events(self.view),
             "translation": self.translator.statistics(),
             "dispatch": statistics.dispatch(self.view),

@@ -37,7 +37,7 @@ from ringfence.engine.translate import (
     thunks,
     writer,
 )
-from ringfence.memory import coherence, mmu, strings, walk, walk_state, xstate
+from ringfence.memory import causes, coherence, mmu, registers, strings, walk, walk_state, xstate
 from ringfence.native import hostcall
 from ringfence.native.library import (
     Library,
@@ -61,8 +61,10 @@ EFFECT_NUMBERS = {name: number for number, name in enumerate(sorted(EFFECTS))}
 
 _MODULES = (
     *cpu_library.MODULES,
+    causes,
     coherence,
     mmu,
+    registers,
     strings,
     walk,
     walk_state,

@@ -6,6 +6,7 @@ from typing import Any
 
 from ringfence.cpu import state
 from ringfence.cpu.tsc import host_hz
+from ringfence.engine.exits import Reason
 
 
 def events(view: Any) -> dict[str, dict[str, int]]:
@@ -17,6 +18,14 @@ def events(view: Any) -> dict[str, dict[str, int]]:
         if count
     }
     return {"interrupts": vectors, "exceptions": exceptions}
+
+
+def answered(view: Any) -> dict[Reason, int]:
+    """Accesses to devices that native code has done."""
+    return {
+        Reason.MMIO_READ: view.answered_reads,
+        Reason.MMIO_WRITE: view.answered_writes,
+    }
 
 
 def dispatch(view: Any) -> dict[str, int]:
