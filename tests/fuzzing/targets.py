@@ -34,5 +34,6 @@ TARGETS: Mapping[str, Callable[[int], Fuzzer]] = {
         for switches, pacing in SWITCHES.items()
     },
     "e1000": CardFuzzer,
+    "e1000-native": lambda seed: CardFuzzer(seed | 1),
     **{name: partial(ChipFuzzer, chip=chip) for name, chip in CHIPS.items()},
 }

@@ -190,7 +190,8 @@ class VirtualCpu(Protocol):
     def stats(self) -> dict[str, Any]:
         """Counters as nested plain data (any thread).
 
-        ``exits`` (reason to count and ns), ``interrupts`` (vector to count), ``translation``,
+        ``exits`` (reason to count and ns, and ``native``: how many of them were handled without
+        leaving guest code), ``interrupts`` (vector to count), ``translation``,
         ``tlb`` and ``time`` (guest, vmm, translation, idle; nanoseconds).
         """
 

@@ -1,7 +1,8 @@
 """What a hostile driver does to the card, replayable from a seed (see `fuzzing.harness`).
 
 An input is one access of a register, one descriptor or packet of descriptors, one frame from the
-wire, or some time that passes. Values are drawn from those that hurt: ends of ranges, ring sizes,
+wire, or some time that passes. Every other seed accesses registers as an engine does that answers
+some of them in native code. Values are drawn from those that hurt: ends of ranges, ring sizes,
 addresses at RAM's ends and outside it, descriptors of all kinds. After each run the card is reset
 and has to pass a frame either way.
 """
@@ -28,6 +29,8 @@ class CardFuzzer(Fuzzer):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.driver = Driver()
+        if seed & 1:
+            self.driver.go_native()
         self.registers = sorted({*self.driver.card._readers, *self.driver.card._writers})
         self.steps = (self.register, self.ring, self.descriptor, self.descriptor, self.packet,
                       self.packet, self.frame, self.frame, self.time, self.odd)  # fmt: skip
@@ -48,6 +51,12 @@ class CardFuzzer(Fuzzer):
         assert driver.card.restore(driver.card.save()) is None
         driver.card.config_write(4, 2, 7)
         driver.card.set_link(True)
+        if driver.native is not None:
+            driver.native.places.settle()
+        interrupts = driver.card.interrupts
+        wanted = bool(interrupts.icr & interrupts.ims)
+        throttled = driver.clock.now() < interrupts.earliest
+        assert interrupts.asserted == wanted or (wanted and throttled)
         driver.write(CTRL.OFFSET, CTRL.RST | CTRL.PHY_RST)
         driver.clock.advance(1_000_000_000)
         assert driver.queue.next_deadline() is None
