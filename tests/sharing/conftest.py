@@ -26,14 +26,15 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.fixture
-def serve(folder: Path) -> Iterator[MakeServer]:
-    """Make a server: ``serve(read_only=True)``."""
+@pytest.fixture(params=["hasty", "patient"])
+def serve(folder: Path, request: pytest.FixtureRequest) -> Iterator[MakeServer]:
+    """Make a server: ``serve(read_only=True)``; one may answer at once, and one may not."""
     with ExitStack() as opened:
 
         def make(**options: object) -> FolderServer:
             server = FolderServer(ShareOptions(folder, "tag", **options))
             opened.callback(server.close)
+            server._tree.remembers &= request.param == "hasty"
             return server
 
         yield make

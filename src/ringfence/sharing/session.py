@@ -2,7 +2,8 @@
 
 `FolderServer.handle` takes a request and fills its answer, straight between the guest's buffers
 and the host's files where data are moved. Requests are carried out one after another, by one thread
-(the device's), so whoever waits for a FLUSH has the flushed request's answer already.
+(the device's), so whoever waits for a FLUSH has the flushed request's answer already. While none is
+under way, `FolderServer.handle_now` may be asked for an answer that needs no waiting (`cached`).
 
 A guest says what it likes. Each byte of a request is read once and bounded before it is used; work
 is bounded by the message's size, memory by the numbers of handles and open files. Whatever the host
@@ -26,6 +27,7 @@ from typing import Any
 
 from ringfence.errors import ImageError
 from ringfence.memory.buffers import Buffers, scatter, split, total
+from ringfence.sharing import cached
 from ringfence.sharing.attributes import Attributes, Valid, file_system
 from ringfence.sharing.files import OPEN_FLAGS, FidTable, entries
 from ringfence.sharing.messages import (
@@ -51,6 +53,8 @@ MAX_OPEN = 1 << 14
 """Files that one guest may have open; less where the process may have less."""
 AT_REMOVEDIR = 0x200
 LOCK_SUCCESS, UNLOCKED = b"\0", 2
+AT_ONCE = (Kind.WALK, Kind.GETATTR, Kind.CLUNK, Kind.READ, Kind.FLUSH, Kind.XATTRWALK)
+"""What may be answered without waiting: it changes nothing on the host."""
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _Handler = Callable[..., bytes]
 
@@ -112,21 +116,38 @@ class FolderServer:
 
     def handle(self, request: Buffers, reply: Buffers) -> int:
         """Carry out a request; return how much of ``reply`` was filled."""
+        with self._lock:
+            return self._carry_out(request, reply)
+
+    def handle_now(self, request: Buffers, reply: Buffers) -> int | None:
+        """As `handle`, if that needs no waiting for the host; else None, and nothing is done."""
+        if not self._tree.remembers or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            with self._tree.from_memory():
+                return self._carry_out(request, reply)
+        except cached.NotNow:
+            return None
+        finally:
+            self._lock.release()
+
+    def _carry_out(self, request: Buffers, reply: Buffers) -> int:
         head, data = split(request, WRITE_HEADER)
         message = b"".join(head)
         if len(message) < HEADER.size:
             return 0
         size, kind, tag = HEADER.unpack_from(message)
+        if self._tree.hasty and kind not in AT_ONCE:
+            raise cached.NotNow
         try:
-            with self._lock:
-                if kind == Kind.READ:
-                    return self._read(message, tag, reply)
-                if kind == Kind.WRITE:
-                    body = self._write(message, data)
-                else:
-                    rest = min(size, MAX_BODY) - len(message)
-                    message += b"".join(split(data, max(rest, 0))[0])
-                    body = self._perform(kind, message[HEADER.size : max(size, HEADER.size)])
+            if kind == Kind.READ:
+                return self._read(message, tag, reply)
+            if kind == Kind.WRITE:
+                body = self._write(message, data)
+            else:
+                rest = min(size, MAX_BODY) - len(message)
+                message += b"".join(split(data, max(rest, 0))[0])
+                body = self._perform(kind, message[HEADER.size : max(size, HEADER.size)])
             if HEADER.size + len(body) > total(reply):
                 raise OSError(errno.ENOBUFS, "no room for the answer")
         except (OSError, OverflowError) as error:
@@ -234,6 +255,8 @@ class FolderServer:
         return place if name == b"." else place.child(name)
 
     def _clunk(self, number: int) -> bytes:
+        if self._tree.hasty and self._fids[number].file >= 0:
+            raise cached.NotNow  # the last one to close a file that was removed frees its blocks
         self._fids.drop(number)
         return b""
 
@@ -270,7 +293,8 @@ class FolderServer:
         if total(head) < READ_HEADER.size:
             raise OSError(errno.ENOBUFS, "no room for the answer")
         file = self._fids[number].descriptor()
-        done = os.preadv(file, split(room, self._bounded(count))[0], offset)
+        read = cached.read if self._tree.hasty else os.preadv
+        done = read(file, split(room, self._bounded(count))[0], offset)
         scatter(READ_HEADER.pack(READ_HEADER.size + done, Kind.READ + 1, tag, done), head)
         return READ_HEADER.size + done
 

@@ -11,6 +11,9 @@ is swapped under way by others, no step leads out. (openat2 with RESOLVE_BENEATH
 in one call; but old kernels and many containers don't have it, and one way is enough.) What may be
 opened, regular files and folders, is opened again by that descriptor, so that it is the very file
 that was looked at: nothing is called on devices, FIFOs and sockets.
+
+Where nobody may wait (`Tree.from_memory`), the whole way is one openat2 of what the kernel has
+cached, or none (`cached.NotNow`).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from ringfence.errors import HostError, UsageError
+from ringfence.sharing import cached
 
 MAX_PATH = 4096
 """Bytes of a path beneath the folder."""
@@ -129,10 +133,20 @@ class Tree:
     ------
     UsageError, HostError
         It is no folder, or can't be opened.
+
+    Attributes
+    ----------
+    root : Place
+        The folder itself.
+    remembers : bool
+        Whether `from_memory` can be had on this host.
+    hasty : bool
+        Whether `from_memory` holds.
     """
 
     def __init__(self, path: Path) -> None:
         self.root = Place(None, b"")
+        self.hasty = False
         try:
             self._descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -145,20 +159,34 @@ class Tree:
         except OSError as error:
             os.close(self._descriptor)
             raise HostError(f"sharing a folder needs /proc: {error.strerror}") from error
+        self.remembers = cached.offered(self._descriptor)
 
     def close(self) -> None:
         """Let go of the folder."""
         os.close(self._descriptor)
 
     @contextmanager
+    def from_memory(self) -> Iterator[None]:
+        """Have nothing waited for meanwhile: what that takes is `cached.NotNow`."""
+        self.hasty = True
+        try:
+            yield
+        finally:
+            self.hasty = False
+
+    @contextmanager
     def reached(self, place: Place) -> Iterator[int]:
         """A descriptor (O_PATH) of what is at a place, for a while."""
+        names = place.names()
         at = self._descriptor
         try:
-            for name in place.names():
-                before, at = at, os.open(name, _LOOK, dir_fd=at)
-                if before != self._descriptor:
-                    os.close(before)
+            if self.hasty and names:
+                at = cached.look(at, b"/".join(names))
+            else:
+                for name in names:
+                    before, at = at, os.open(name, _LOOK, dir_fd=at)
+                    if before != self._descriptor:
+                        os.close(before)
             yield at
         finally:
             if at != self._descriptor:

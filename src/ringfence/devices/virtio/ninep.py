@@ -1,15 +1,19 @@
 """The device for shared folders: type 9 (5), which carries 9P messages.
 
 There is one queue. A chain has a request, then room for its answer; both are handed to the
-folder's server as they are (`sharing.session`), by one thread, in order. The configuration is the
-tag that the guest mounts the folder by: its length in two bytes, and its bytes (struct
-virtio_9p_config of Linux, whose transport is the reference here: the standard only reserves the
-number).
+folder's server as they are (`sharing.session`), by one thread, in order. What the server can answer
+without waiting for the host is answered on the spot, unless others are being worked on: changing
+threads takes longer than most requests.
+
+The configuration is the tag that the guest mounts the folder by: its length in two bytes, and its
+bytes (struct virtio_9p_config of Linux, whose transport is the reference here: the standard only
+reserves the number).
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from ringfence.chipset.state import State
 from ringfence.devices.virtio.deferred import DeferringDevice, Workers
@@ -17,9 +21,12 @@ from ringfence.devices.virtio.ring import Chain
 from ringfence.errors import ImageError
 from ringfence.memory.buffers import Buffers
 
+T = TypeVar("T")
 MOUNT_TAG = 1 << 0
 """Feature: the configuration has a tag."""
 QUEUE_SIZE = 128
+TURN = 2 << 20
+"""Bytes of answers that may be made on the spot in one turn; others are left to the thread."""
 
 
 class FileServer(Protocol):
@@ -29,6 +36,9 @@ class FileServer(Protocol):
 
     def handle(self, request: Buffers, reply: Buffers) -> int:
         """Carry out a request; return how much of ``reply`` was filled."""
+
+    def handle_now(self, request: Buffers, reply: Buffers) -> int | None:
+        """As `handle`, if that needs no waiting for the host; else None, and nothing is done."""
 
     def reset(self) -> None:
         """End the session."""
@@ -68,18 +78,23 @@ class Virtio9p(DeferringDevice):
         ring = self.transport.ring(number)
         if ring is None:
             return
+        left = 0 if ring.memory.incomplete else TURN
 
-        def begin(chain: Chain) -> None:
-            self.defer(number, ring, chain, self._perform)
+        def begin(chain: Chain) -> int | None:
+            nonlocal left
+            written = None
+            if left > 0 and not self.busy:
+                written = _answered(self._server.handle_now, chain)
+            if written is None:
+                self.defer(number, ring, chain, self._perform)
+            else:
+                left -= written
+            return written
 
         self.drain(number, begin)
 
     def _perform(self, chain: Chain) -> int:
-        try:
-            return self._server.handle(chain.readable, chain.writable)
-        except Exception:
-            # A bug of ours costs the guest this answer, and not the thread for all others.
-            return 0
+        return _answered(self._server.handle, chain)
 
     def reset(self) -> None:
         """See `VirtioDevice.reset`: the session ends behind the requests that are under way."""
@@ -95,3 +110,11 @@ class Virtio9p(DeferringDevice):
         if not isinstance(state.get("session"), dict):
             raise ImageError("saved shared folder has no session: take the snapshot anew")
         self._server.restore(state["session"])
+
+
+def _answered(answer: Callable[[Buffers, Buffers], T], chain: Chain) -> T | int:
+    """What comes of a chain's request; a bug of ours costs the guest just this answer."""
+    try:
+        return answer(chain.readable, chain.writable)
+    except Exception:
+        return 0
