@@ -32,7 +32,7 @@ TAG, WHERE = "bench", "/mnt/bench"
 FOLDERS, FILES = 40, 25
 LARGE = 128 << 20
 TIMEOUT = 120.0
-PART = "tree/1 tree/2 tree/3 tree/4"
+EXTRACT = "tar xf /tmp/tar tree/1 tree/2 tree/3 tree/4"
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,9 @@ WORKLOADS = (
     ),
     Workload("stat", "`find -newer`, 1000 files", "find tree -newer tree/0/0"),
     Workload("cat", "`cat` of 1000 files of 2 KiB", "cat tree/*/*"),
-    Workload("tar", "`tar x` of 100 files of 2 KiB", f"tar xf /tmp/tar {PART}", before="cp tar /tmp"),
-    Workload(
-        "tar-loose", "the same, cache=loose", f"tar xf /tmp/tar {PART}", "loose", before="cp tar /tmp"
-    ),
-    Workload("remove", "`rm -r` of 1000 files", "rm -r tree", before="true"),
+    Workload("tar", "`tar x` of 100 files of 2 KiB", EXTRACT, before="cp tar /tmp"),
+    Workload("tar-loose", "the same, cache=loose", EXTRACT, "loose", "cp tar /tmp"),
+    Workload("remove", "`rm -r` of 1000 files", "rm -r tree"),
     Workload("write-4k", "8000 writes of 4 KiB", "dd if=/dev/zero of=new bs=4k count=8000"),
     Workload("read-4k", "8000 reads of 4 KiB", "dd if=large of=/dev/null bs=4k count=8000"),
     Workload("write-1m", "128 MiB written, 1 MiB each", "dd if=/dev/zero of=new bs=1M count=128"),
