@@ -75,6 +75,7 @@ def measure() -> dict[Kind, Sample]:
                 before = network.stats()["sent"]
                 for at in range(0, len(data), length):
                     network.transmit(data[at : at + length])
+                network.carry()
                 taken[count] += network.stats()["sent"] - before
                 return 0
 

@@ -39,6 +39,8 @@ class Echo:
     def transmit(self, data: bytes) -> None:
         self.sent.append(data)
 
+    def carry(self) -> None: ...
+
     def stats(self) -> dict[str, int]:
         return {"sent": len(self.sent)}
 
@@ -65,9 +67,11 @@ def test_what_goes_through_is_recorded(tmp_path) -> None:
     wire = Capture(inner, tmp_path / "f.pcap")
     wire.attach(card.receive)
     wire.transmit(frame(1))
+    wire.carry()
     assert inner.receive(frame(2))
     assert not inner.receive(frame(3)), "refused: not on the wire yet"
     wire.transmit(frame(4, 1514))
+    wire.carry()
     wire.resume()
     wire.bring_large(True)
     assert wire.takes_large
@@ -92,21 +96,25 @@ def test_a_full_disk_costs_frames_only(tmp_path) -> None:
     wire = Capture(inner, target)
     wire.attach(card.receive)
     wire.transmit(frame(1))
+    wire.carry()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (target.stat().st_size + 30, limit[1]))
         wire.transmit(frame(2))
+        wire.carry()
         assert inner.receive(frame(3))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     wire.transmit(frame(4))
+    wire.carry()
     assert (inner.sent, card.frames) == ([frame(1), frame(2), frame(4)], [frame(3)])
     assert wire.stats()["not_captured"] == 2
     assert records(target.read_bytes()) == [frame(1), frame(4)]
     wire.close()
     wire.transmit(frame(5))
+    wire.carry()
     assert wire.stats()["not_captured"] == 3
 
 

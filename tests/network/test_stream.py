@@ -57,10 +57,13 @@ def test_three_on_a_wire(join) -> None:
     (first, one), (second, two), (third, three) = join(), join(), join()
     assert [end.hub for end in (first, second, third)] == [True, False, False]
     second.transmit(frame(2))
+    second.carry()
     until(lambda: one.frames and three.frames)
     first.transmit(frame(1))
+    first.carry()
     until(lambda: two.frames and len(three.frames) == 2)
     third.transmit(frame(3))
+    third.carry()
     until(lambda: len(one.frames) == 2 and len(two.frames) == 2)
     assert one.frames == [frame(2), frame(3)]
     assert two.frames == [frame(1), frame(3)]
@@ -74,7 +77,9 @@ def test_much_traffic_comes_whole(join) -> None:
     frames = [frame(number, source.randrange(60, 9000)) for number in range(500)]
     for each in frames:
         first.transmit(each)
+        first.carry()
         second.transmit(each)
+        second.carry()
     until(lambda: len(one.frames) == 500 and len(two.frames) == 500)
     assert one.frames == two.frames == frames
     assert first.stats()["dropped_sending"] == 0
@@ -90,6 +95,7 @@ def test_the_format(join, path) -> None:
     until(lambda: len(card.frames) == 2)
     assert card.frames == [frame(1), frame(2, 1514)]
     end.transmit(frame(3))
+    end.carry()
     assert peer.recv(100) == packed(frame(3))
     peer.close()
 
@@ -142,6 +148,7 @@ def test_a_peer_that_does_not_read_costs_itself_only(join, path) -> None:
     until(lambda: len(end._peers) == 2)
     for number in range(3000):
         end.transmit(frame(number, 1514))
+        end.carry()
         until(lambda sent=number: sent - len(card.frames) < 300)
     until(lambda: other.stats()["received"] == 3000)
     assert end.stats()["dropped_sending"] > 0
@@ -157,7 +164,9 @@ def test_when_the_hub_goes_another_becomes_it(join, monkeypatch) -> None:
     until(lambda: second._peers and third._peers)
     assert second.hub != third.hub
     second.transmit(frame(1))
+    second.carry()
     third.transmit(frame(2))
+    third.carry()
     until(lambda: two.frames and three.frames)
     assert (two.frames, three.frames) == ([frame(2)], [frame(1)])
 
@@ -195,6 +204,7 @@ def test_many_at_once(path) -> None:
         hub = next(end for end in ends if end.hub)
         until(lambda: len(hub._peers) == 7)
         ends[0].transmit(frame(1))
+        ends[0].carry()
         until(lambda: sum(len(card.frames) for card in cards) == 7)
     finally:
         for end in ends:
@@ -252,6 +262,7 @@ def test_qemu_s_stream(join, path) -> None:
                 "ffffffffffff020000000001080600010800060400010200000000010a00020f"
             )
             end.transmit((request + bytes(6) + bytes([10, 0, 2, 2])).ljust(60, b"\0"))
+            end.carry()
             until(lambda: card.frames)
         finally:
             process.kill()

@@ -37,6 +37,7 @@ def test_an_interface_that_is_down(tap) -> None:
     assert Path(f"/sys/class/net/{NAME}").exists()
     tap.attach(Card().receive)
     tap.transmit(frame(1))
+    tap.carry()
     until(lambda: tap.stats()["dropped_sending"] == 1)
     tap.close()
     assert not Path(f"/sys/class/net/{NAME}").exists()
@@ -52,6 +53,7 @@ def test_both_ways(tap) -> None:
         host.settimeout(20)
         tap.attach(card.receive)
         tap.transmit(frame(1, 1514))
+        tap.carry()
         assert host.recv(2000) == frame(1, 1514)
         for number in range(200):
             host.send(frame(number))

@@ -10,7 +10,8 @@ import threading
 import pytest
 
 from network.support import Card, frame, until
-from ringfence.network.backend import MAXIMUM_FRAME
+from ringfence.network import threaded
+from ringfence.network.backend import FEW, MAXIMUM_FRAME, SHORT
 from ringfence.network.threaded import QUEUE, ThreadedBackend
 
 
@@ -56,6 +57,7 @@ def test_both_ways(pair) -> None:
     for number in range(200):
         pair.outer.send(frame(number))
         pair.transmit(frame(number, 1514))
+    pair.carry()
     assert [pair.outer.recv(2000) for _ in range(200)] == [frame(n, 1514) for n in range(200)]
     until(lambda: len(card.frames) == 200)
     assert card.frames == [frame(number) for number in range(200)]
@@ -71,11 +73,74 @@ def test_both_ways(pair) -> None:
     }
 
 
+class Mirror(Pair):
+    """What is sent comes back, too, in the same turn."""
+
+    def _send(self, sent: bytes) -> None:
+        super()._send(sent)
+        self._deliver(sent)
+
+
+@pytest.fixture
+def mirror():
+    made = Mirror()
+    yield made
+    made.close()
+
+
+def test_a_few_short_frames_are_dealt_with_at_once(mirror) -> None:
+    card = Card()
+    mirror.attach(card.receive)
+    for number in range(FEW):
+        mirror.transmit(frame(number))
+    assert card.frames == []
+    mirror.carry()
+    assert card.frames == [frame(number) for number in range(FEW)]
+    assert card.thread == threading.current_thread().name
+
+
+@pytest.mark.parametrize(("count", "length"), [(FEW + 1, 60), (1, SHORT + 1)])
+def test_many_and_long_ones_are_the_threads(mirror, count, length) -> None:
+    card = Card()
+    mirror.attach(card.receive)
+    for number in range(count):
+        mirror.transmit(frame(number, length))
+    mirror.carry()
+    until(lambda: len(card.frames) == count)
+    assert card.frames == [frame(number, length) for number in range(count)]
+    assert card.thread == "ringfence-pair"
+
+
+def test_nobody_waits_for_a_turn_with_the_cards_lock_held(mirror) -> None:
+    """The thread waits for the card's lock in its turn; who has it ends a batch."""
+    card = Card()
+    lock, waiting = threading.Lock(), threading.Event()
+
+    def receive(data: bytes) -> bool:
+        if threading.current_thread().name == "ringfence-pair":
+            waiting.set()
+            with lock:
+                return card.receive(data)
+        return card.receive(data)
+
+    mirror.attach(receive)
+    with lock:
+        mirror.outer.send(frame(1))
+        assert waiting.wait(20)
+        mirror.transmit(frame(2))
+        mirror.carry()
+        assert card.frames == []
+    until(lambda: len(card.frames) == 2)
+    assert card.frames == [frame(1), frame(2)]
+
+
 @pytest.mark.parametrize("length", [0, 1, 13, MAXIMUM_FRAME + 1, 1 << 20])
 def test_frames_of_absurd_lengths_are_dropped(pair, length) -> None:
     pair.attach(Card().receive)
     pair.transmit(bytes(length))
+    pair.carry()
     pair.transmit(frame(1))
+    pair.carry()
     assert pair.outer.recv(1 << 21) == frame(1)
     assert pair.stats()["dropped_sending"] == 1
 
@@ -84,6 +149,7 @@ def test_a_flood_is_bounded(pair) -> None:
     """Nobody takes the frames away before something is attached."""
     for number in range(3 * QUEUE):
         pair.transmit(frame(number))
+    pair.carry()
     assert pair.stats()["dropped_sending"] == 2 * QUEUE
     pair.attach(Card().receive)
     assert [pair.outer.recv(100) for _ in range(QUEUE)] == [frame(n) for n in range(QUEUE)]
@@ -127,17 +193,22 @@ def test_a_frame_in_the_moment_of_waking_up(pair, monkeypatch, moment) -> None:
     def read(descriptor: int) -> int:
         if moment == "before" and waiting:
             pair.transmit(waiting.pop())
+            pair.carry()
         value = real(descriptor)
         if waiting:
             pair.transmit(waiting.pop())
+            pair.carry()
         return value
 
+    monkeypatch.setattr(threaded, "FEW", 0)
     monkeypatch.setattr(os, "eventfd_read", read)
     pair.outer.settimeout(20)
     pair.attach(Card().receive)
     pair.transmit(frame(1))
+    pair.carry()
     received = {pair.outer.recv(100), pair.outer.recv(100)}
     pair.transmit(frame(3))
+    pair.carry()
     assert pair.outer.recv(100) == frame(3)
     assert received == {frame(1), frame(2)}
 
@@ -173,6 +244,7 @@ def test_close_twice_and_use_afterwards() -> None:
     made.close()
     made.close()
     made.transmit(frame(1))
+    made.carry()
     made.resume()
     made.attach(Card().receive)
     made.detach()

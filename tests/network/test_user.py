@@ -54,6 +54,7 @@ def packet(protocol: int, body: bytes, source=GUEST, target=GATEWAY, mac=HOST) -
 def test_arp(net) -> None:
     backend, card = net
     backend.transmit(arp(1, GATEWAY))
+    backend.carry()
     until(lambda: card.frames)
     assert card.frames[0][20:32] == b"\x00\x02" + HOST + GATEWAY
 
@@ -63,7 +64,9 @@ def test_the_gateway_answers_pings(net) -> None:
     body = struct.pack(">BBHHH", 8, 0, 0, 7, 1) + b"hello"
     body = body[:2] + slow_checksum(body).to_bytes(2, "big") + body[4:]
     backend.transmit(arp(1, GATEWAY))
+    backend.carry()
     backend.transmit(packet(1, body))
+    backend.carry()
     until(
         lambda: any(frame[23] == 1 and frame[34] == 0 for frame in card.frames if len(frame) > 42)
     )
@@ -76,6 +79,7 @@ def test_dhcp(net) -> None:
     body += options
     datagram = struct.pack(">HHHH", 68, 67, 8 + len(body), 0) + body
     backend.transmit(packet(17, datagram, bytes(4), b"\xff" * 4, BROADCAST))
+    backend.carry()
     until(lambda: card.frames)
     offer = card.frames[0]
     assert offer[58:62] == GUEST
@@ -90,6 +94,7 @@ def test_a_forward_reaches_the_guest() -> None:
     try:
         backend.attach(card.receive)
         backend.transmit(arp(1, GATEWAY))
+        backend.carry()
         until(lambda: card.frames)
         with socket.create_connection(("127.0.0.1", port), 10):
             until(lambda: any(frame[36:38] == b"\0P" for frame in card.frames))
@@ -116,8 +121,10 @@ def test_the_host_s_loopback_is_closed_unless_asked_for() -> None:
             backend, card = UserNetwork(loopback=loopback), Card()
             backend.attach(card.receive)
             backend.transmit(arp(1, GATEWAY))
+            backend.carry()
             datagram = struct.pack(">HHHH", 1000, server.getsockname()[1], 12, 0) + b"ping"
             backend.transmit(packet(17, datagram))
+            backend.carry()
             try:
                 heard.append(server.recv(100))
             except TimeoutError:
@@ -135,19 +142,24 @@ def test_hostile_frames(net) -> None:
         noise = source.randbytes(source.randrange(0, 1500))
         if kind == 0:
             backend.transmit(noise)
+            backend.carry()
         elif kind == 1:
             backend.transmit(HOST + MAC + b"\x08\x00" + b"\x45" + noise)
+            backend.carry()
         elif kind == 2:
             backend.transmit(packet(source.choice([1, 6, 17, 99]), noise))
+            backend.carry()
         else:
             cut = bytearray(packet(17, noise))
             cut[20:22] = source.randrange(1 << 16).to_bytes(2, "big")
             cut[24:26] = b"\0\0"
             cut[24:26] = slow_checksum(bytes(cut[14:34])).to_bytes(2, "big")
             backend.transmit(bytes(cut))
+            backend.carry()
         until(lambda: len(backend._outgoing) < 500)
     card.frames.clear()
     backend.transmit(arp(1, GATEWAY))
+    backend.carry()
     until(lambda: any(frame[12:14] == b"\x08\x06" for frame in card.frames))
 
 
@@ -181,6 +193,7 @@ class Peer(Card):
                 self.sizes.append(len(frame))
                 self.next += len(frame) - 54
                 self.backend.transmit(tcp(self.port, 0x10, 51_001, self.next))
+                self.backend.carry()
         return super().receive(frame)
 
 
@@ -193,11 +206,14 @@ def test_segments_are_large_for_a_card_that_takes_them(large: bool) -> None:
         backend.attach(peer.receive)
         backend.bring_large(large)
         backend.transmit(arp(1, GATEWAY))
+        backend.carry()
         backend.transmit(tcp(peer.port, 0x02, 1000, 0))
+        backend.carry()
         connection, _ = server.accept()
         with connection:
             until(lambda: peer.next)
             backend.transmit(tcp(peer.port, 0x10, 1001, peer.next, data[:50_000]))
+            backend.carry()
             received = b""
             while len(received) < 50_000:
                 received += connection.recv(1 << 16)
@@ -213,10 +229,12 @@ def test_large_datagrams_come_in_fragments(net) -> None:
     backend, card = net
     data = random.Random(5).randbytes(9000)
     backend.transmit(arp(1, GATEWAY))
+    backend.carry()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
         datagram = struct.pack(">HHHH", 1000, server.getsockname()[1], 12, 0) + b"ping"
         backend.transmit(packet(17, datagram))
+        backend.carry()
         _, sender = server.recvfrom(100)
         server.sendto(data, sender)
 
@@ -232,10 +250,12 @@ def test_a_flood_waits_in_the_host_s_buffers(net) -> None:
     """While the card has no room, what comes is not dropped by us."""
     backend, card = net
     backend.transmit(arp(1, GATEWAY))
+    backend.carry()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
         datagram = struct.pack(">HHHH", 1000, server.getsockname()[1], 12, 0) + b"ping"
         backend.transmit(packet(17, datagram))
+        backend.carry()
         _, sender = server.recvfrom(100)
         until(lambda: card.frames)
         card.room = len(card.frames)
@@ -255,6 +275,7 @@ def test_two_at_once_and_many_in_a_row() -> None:
             backend, card = UserNetwork(), Card()
             backend.attach(card.receive)
             backend.transmit(arp(1, GATEWAY))
+            backend.carry()
             until(lambda card=card: card.frames)
             backend.close()
 

@@ -21,7 +21,7 @@ PROBE = 64
 SMALL = 8192
 """Bytes of a request: larger ones cost so much themselves that an exit more doesn't matter."""
 PATIENCE = 2
-"""Requests that came alone, one after the other, before each is taken to come alone."""
+"""Looks that found no more than a few, one after the other, before the wait is given up."""
 
 PutOff = Callable[[Callable[[], None], int], Waiting | None]
 """Has something done when a vCPU sleeps, or in so many nanoseconds."""
@@ -38,10 +38,15 @@ class Gatherer:
         Has the queue looked at.
     look : Callable[[], None]
         Looks.
+    few : int
+        Requests that may come together without being worth a wait.
     """
 
-    def __init__(self, longest: int, put_off: PutOff, look: Callable[[], None]) -> None:
+    def __init__(
+        self, longest: int, put_off: PutOff, look: Callable[[], None], *, few: int = 1
+    ) -> None:
         self._longest = longest
+        self._few = few
         self._put_off = put_off
         self._look = look
         self._waiting: Waiting | None = None
@@ -50,7 +55,7 @@ class Gatherer:
         self._seen = 0
         """Notifications since the last one that was put off to see."""
         self._alone = 0
-        """Looks in a row that have found one request."""
+        """Looks in a row that have found only a few requests."""
 
     def notified(self) -> bool:
         """Hear of a notification; return whether it is put off."""
@@ -69,7 +74,7 @@ class Gatherer:
         if not self._looking:
             return
         self._looking = False
-        together = chains > 1 and size <= SMALL
+        together = chains > self._few and size <= SMALL
         self._alone = 0 if together else self._alone + 1
         self._gathering = together or (self._gathering and self._alone < PATIENCE)
 

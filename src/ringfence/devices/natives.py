@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.devices.e1000 import landing
-from ringfence.devices.virtio import layouts, packed, queue, rules, split, transfer
+from ringfence.devices.virtio import frames, layouts, packed, queue, rules, split, transfer
 from ringfence.memory import reach
 from ringfence.native import hostcall
 from ringfence.native.library import (
@@ -26,7 +26,7 @@ from ringfence.native.library import (
     write_image,
 )
 
-_MODULES = (reach, hostcall, landing, rules, queue, split, packed, layouts, transfer)
+_MODULES = (reach, hostcall, landing, rules, queue, split, packed, layouts, frames, transfer)
 _FUNCTIONS: dict[str, tuple[Any, int]] = {
     "land": (landing.land, 1),
     "take": (layouts.take, 1),
@@ -34,6 +34,8 @@ _FUNCTIONS: dict[str, tuple[Any, int]] = {
     "publish": (layouts.publish, 1),
     "ask_kicks": (layouts.ask_kicks, 1),
     "refuse_kicks": (layouts.refuse_kicks, 1),
+    "store": (frames.store, 1),
+    "fetch": (frames.fetch, 1),
     "serve": (transfer.serve, 1),
 }
 """What Python calls, and with how many arguments."""

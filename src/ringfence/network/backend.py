@@ -7,7 +7,10 @@ its length is whatever the sender made it, so both sides check.
 
 Flow: a card that has no room answers False, keeps nothing of the frame, and says `resume` as soon
 as it has room again. The backend then offers that frame once more, or counts it as dropped. A
-card never waits: `transmit` queues or drops.
+card never waits: `transmit` queues or drops, and `carry`, which ends a batch of them, sees to what
+was queued. A few short frames are mostly acknowledgements and questions, for which somebody waits:
+those a backend may deal with at once, on the card's thread, and hand the answers over while
+it is at it. Waking another thread for them takes longer than they do.
 
 Large frames: a frame costs about the same whatever its length. A backend that ends TCP connections
 itself may take, and bring, TCP segments larger than the wire's frames, with all checksums right.
@@ -22,6 +25,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from ringfence.network.peer import Peer
 
+FEW, SHORT = 4, 4096
+"""Frames, and bytes of them together, that may be dealt with on the card's thread."""
 HEADER = 14
 """Bytes of an Ethernet header: destination, source, type."""
 MINIMUM_FRAME = HEADER
@@ -42,7 +47,8 @@ class NetworkCard(Protocol):
 class NetworkBackend(Protocol):
     """One end of a wire. All methods may be called from any thread, and none of them blocks long.
 
-    `transmit` and `resume` are called with the card's locks held, and never call the card.
+    `transmit`, `carry` and `resume` are called with the card's locks held. Of these only `carry`
+    may call the card, which therefore calls it with nothing half done.
     """
 
     @property
@@ -65,7 +71,13 @@ class NetworkBackend(Protocol):
         """Offer frames again: the card, which was without room, has some."""
 
     def transmit(self, frame: bytes) -> None:
-        """Take a frame from the card; one that is too short, too long or too much is dropped."""
+        """Take a frame from the card; one that is too short, too long or too much is dropped.
+
+        Nothing need happen to it before `carry`.
+        """
+
+    def carry(self) -> None:
+        """See to the frames that `transmit` took since the last time, now or soon."""
 
     def stats(self) -> dict[str, int]:
         """Return counters by name: frames and bytes either way, and what was dropped."""

@@ -95,6 +95,10 @@ class Capture:
         self._record(frame)
         self._backend.transmit(frame)
 
+    def carry(self) -> None:
+        """See `NetworkBackend.carry`."""
+        self._backend.carry()
+
     def stats(self) -> dict[str, int]:
         """See `NetworkBackend.stats`."""
         return {**self._backend.stats(), "not_captured": self._lost}

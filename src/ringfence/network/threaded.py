@@ -1,9 +1,15 @@
 """What backends with file descriptors share: one thread, one poll, two bounded queues.
 
-``_outgoing`` has frames from the card on their way to the thread. Appending to it is all that the
-card's thread does; an eventfd wakes the poller, once for many frames. ``_held`` has frames that
-the card had no room for. A subclass says what to poll, and is told what is ready; while frames are
-held it should not ask for input, so that the kernel's or the peer's own flow control takes over.
+``_outgoing`` has frames from the card on their way to the thread; an eventfd wakes the poller, once
+for many frames. ``_held`` has frames that the card had no room for. A subclass says what to poll,
+and is told what is ready; while frames are held it should not ask for input, so that the kernel's
+or the peer's own flow control takes over.
+
+**Whose turn it is.** Whoever works on the subclass's state holds ``_turn``: the thread, but for its
+sleep, or a card's thread that ends a small batch (`carry`). The latter only tries to get it: its
+board's lock is what the thread may be waiting for, in the middle of its turn, to deliver a frame.
+Then the batch is the thread's. What the subclass waits for may have changed by a turn, so the
+thread is woken after it all the same; but nobody waits for that.
 
 The eventfd is written with Python's global lock held. Were the lock given away for the call, as
 `os.eventfd_write` does, the thread that it wakes would take it and go to work, and the vCPU, which
@@ -23,7 +29,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ringfence.errors import HostError
-from ringfence.network.backend import MAXIMUM_FRAME, MINIMUM_FRAME, Receive
+from ringfence.network.backend import FEW, MAXIMUM_FRAME, MINIMUM_FRAME, SHORT, Receive
 
 QUEUE = 1024
 """Frames that may wait in either direction; what comes on top is dropped and counted."""
@@ -40,6 +46,7 @@ class ThreadedBackend:
 
     def __init__(self) -> None:
         self._receive: Receive | None = None
+        self._turn = threading.Lock()
         self._delivering = threading.Lock()
         self._outgoing: deque[bytes] = deque()
         self._held: deque[bytes] = deque()
@@ -97,6 +104,19 @@ class ThreadedBackend:
         counters["sent"] += 1
         counters["sent_bytes"] += len(frame)
         self._outgoing.append(frame)
+
+    def carry(self) -> None:
+        """See `NetworkBackend.carry`."""
+        outgoing = self._outgoing
+        if not outgoing:
+            return
+        short = len(outgoing) <= FEW and sum(map(len, tuple(outgoing))) <= SHORT
+        if short and self._thread is not None and self._turn.acquire(blocking=False):
+            try:
+                if not self._closing:
+                    self._send_outgoing()
+            finally:
+                self._turn.release()
         self._notify()
 
     def stats(self) -> dict[str, int]:
@@ -139,7 +159,7 @@ class ThreadedBackend:
         if failed:
             raise failed[0]
 
-    # ---- what a subclass implements; called in the thread
+    # ---- what a subclass implements; called by whose turn it is
 
     def _interest(self) -> tuple[list[tuple[int, int]], float | None]:
         """Return (descriptor, poll(2) events) to wait for, and seconds at most (None: forever)."""
@@ -162,7 +182,7 @@ class ThreadedBackend:
         """True while frames of the card's had better wait in the queue."""
         return False
 
-    # ---- what a subclass calls, in the thread
+    # ---- what a subclass calls, in its turn
 
     @property
     def _stalled(self) -> bool:
@@ -198,19 +218,24 @@ class ThreadedBackend:
     def _run(self) -> None:
         while True:
             ready = self._sleep()
-            while self._jobs:
-                self._jobs.popleft()()
-            if self._closing:
-                return
-            self._offer()
-            self._handle(ready)
-            for _ in range(len(self._outgoing)):
-                if self._jammed:
-                    break
-                self._send(self._outgoing.popleft())
+            with self._turn:
+                while self._jobs:
+                    self._jobs.popleft()()
+                if self._closing:
+                    return
+                self._offer()
+                self._handle(ready)
+                self._send_outgoing()
+
+    def _send_outgoing(self) -> None:
+        for _ in range(len(self._outgoing)):
+            if self._jammed:
+                break
+            self._send(self._outgoing.popleft())
 
     def _sleep(self) -> dict[int, int]:
-        listed, timeout = self._interest()
+        with self._turn:
+            listed, timeout = self._interest()
         wanted = dict(listed)
         if wanted != self._registered:
             for descriptor in self._registered.keys() - wanted.keys():

@@ -8,7 +8,8 @@ needed, and nobody outside reaches the guest but through forwards.
 The host's own loopback interface is not the guest's business: services that listen there trust
 whoever can connect. ``loopback=True`` opens it, as 10.0.2.2.
 
-All calls of libslirp are made by the backend's thread; those of `__init__` come before it starts.
+All calls of libslirp are made by whose turn it is (see `threaded`); those of `__init__` come before
+there is a thread.
 While the card has no room, nothing is read from sockets: what is meant for the guest waits in the
 host's buffers, where TCP slows its sender down and a flood of datagrams is dropped at its own cost.
 

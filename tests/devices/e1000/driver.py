@@ -56,6 +56,8 @@ class Wire:
     def transmit(self, frame: bytes) -> None:
         self.frames.append(frame)
 
+    def carry(self) -> None: ...
+
     def stats(self) -> dict[str, int]:
         return {}
 

@@ -116,6 +116,8 @@ class Wire:
     def transmit(self, frame: bytes) -> None:
         self.frames.append(frame)
 
+    def carry(self) -> None: ...
+
 
 class Note:
     """A host's end that notes what it is told."""

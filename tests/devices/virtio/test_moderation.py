@@ -12,7 +12,7 @@ from devices.virtio.driver import BUFFERS, Driver
 from ringfence.chipset.state import State
 from ringfence.devices.gathering import PROBE
 from ringfence.devices.virtio import net
-from ringfence.devices.virtio.net import VirtioNet
+from ringfence.devices.virtio.net import FEW, VirtioNet
 from ringfence.devices.virtio.rules import EVENT_IDX
 from ringfence.pacing import Pacing
 
@@ -208,10 +208,10 @@ def test_requests_that_come_together_wait(card: Make, packed: bool, event_idx: b
     driver = card(Pacing(), packed, event_idx)
     probe(driver)
     for _ in range(5):
-        assert not send(driver, 3)
+        assert not send(driver, FEW)
         assert sent(driver) == 0
         driver.board.idle()
-        assert sent(driver) == 4
+        assert sent(driver) == FEW + 1
         assert send(driver)
     assert sent(driver) == 0
     driver.board.idle()

@@ -122,7 +122,7 @@ class E1000(PciDevice):
         self.statistics = Statistics()
         self.interrupts = Interrupts(timers, self.set_intx, CauseWord(word), throttle)
         self.transmitter = Transmitter(
-            *(memory, timers, self.interrupts, self.statistics, self._transmit),
+            *(memory, timers, self.interrupts, self.statistics, self._transmit, backend.carry),
             vlan=self._vlan,
             master=lambda: self.bus_master,
             takes_large=lambda: self.backend.takes_large and not self._loops,

@@ -27,7 +27,7 @@ from ringfence.devices.e1000.statistics import Statistics
 from ringfence.devices.gathering import Gatherer, PutOff
 from ringfence.memory.ram import GuestMemory
 from ringfence.memory.registers import RegisterBank
-from ringfence.network.backend import MINIMUM_FRAME
+from ringfence.network.backend import FEW, MINIMUM_FRAME
 
 DESCRIPTORS, FRAMES, BYTES = 256, 128, 1 << 18
 """What one turn does at most."""
@@ -52,6 +52,8 @@ class Transmitter(Saved):
     ----------
     send : Callable[[bytes], None]
         Takes finished frames.
+    carry : Callable[[], None]
+        Hears that there are no more for now.
     vlan : Callable[[], int]
         The Ethernet type of VLAN tags, or 0 if tags are not the card's affair.
     master : Callable[[], bool]
@@ -73,6 +75,7 @@ class Transmitter(Saved):
         interrupts: Interrupts,
         statistics: Statistics,
         send: Callable[[bytes], None],
+        carry: Callable[[], None],
         vlan: Callable[[], int],
         master: Callable[[], bool],
         takes_large: Callable[[], bool],
@@ -85,10 +88,11 @@ class Transmitter(Saved):
         self._interrupts = interrupts
         self._statistics = statistics
         self._send = send
+        self._carry = carry
         self._vlan = vlan
         self._master = master
         self._takes_large = takes_large
-        self._gatherer = Gatherer(GATHER_NS, put_off, self.run)
+        self._gatherer = Gatherer(GATHER_NS, put_off, self.run, few=FEW)
         self._tail = tail
         self.ring = DescriptorRing(memory, Ring.TRANSMIT, tail)
         self.reset()
@@ -161,6 +165,7 @@ class Transmitter(Saved):
         self._gatherer.found(self._packets, (BYTES - self._bytes) // max(self._packets, 1))
         if causes:
             self._interrupts.cause(causes)
+        self._carry()
         if self.segment >= 0 or ring.ready:
             self._next.set(self._clock.now() + PAUSE_NS)
 

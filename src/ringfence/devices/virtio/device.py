@@ -56,6 +56,9 @@ class Transport(Protocol):
     def publish(self, number: int) -> None:
         """Publish what was pushed to a queue; interrupt the driver if it wants that."""
 
+    def broken(self) -> None:
+        """Hear that a queue can't be worked on: the driver is asked for a reset."""
+
     def config_changed(self) -> None:
         """Tell the driver that the configuration structure has changed."""
 
@@ -84,6 +87,8 @@ class VirtioDevice(Saved):
         What it is on a PCI bus.
     QUEUE : type[Queue]
         What its queues are to native code.
+    FEW : int
+        Chains that may come together without being worth a wait; see `devices.gathering`.
     features : int
         Feature bits of the type that are offered.
     queue_sizes : tuple[int, ...]
@@ -95,6 +100,7 @@ class VirtioDevice(Saved):
     TYPE: ClassVar[int]
     CLASS_CODE: ClassVar[int]
     QUEUE: ClassVar[type[Queue]] = Queue
+    FEW: ClassVar[int] = 1
 
     def __init__(self, features: int, queue_sizes: tuple[int, ...]) -> None:
         self.features = features

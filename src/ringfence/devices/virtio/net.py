@@ -16,14 +16,19 @@ spread by a hash of their addresses, so that a conversation stays on one queue.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import struct
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ringfence.devices.virtio.device import Transport, VirtioDevice
+from ringfence.devices.virtio.frames import MAX_FRAME, QUEUE_SIZE, RECORD, ROOM, SPENT, FrameQueue
+from ringfence.devices.virtio.queue import BROKEN, FOUND, NOTHING
 from ringfence.devices.virtio.ring import Chain
-from ringfence.memory.buffers import scatter, split
+from ringfence.memory.buffers import split
+from ringfence.network.backend import FEW
 from ringfence.network.offload import (
     MTU,
     TCP_CHECKSUM,
@@ -35,11 +40,8 @@ from ringfence.network.offload import (
     uncut,
 )
 
-QUEUE_SIZE = 256
 CONTROL_QUEUE_SIZE = 64
 ETHERNET = 14
-MAX_FRAME = 65535 + ETHERNET
-"""The largest frame that either side may send."""
 
 # Feature bits (5.1.3)
 CSUM, GUEST_CSUM, CTRL_GUEST_OFFLOADS, MTU_FEATURE, MAC, GUEST_TSO4, HOST_TSO4, HOST_TSO6 = (
@@ -88,6 +90,9 @@ class NetworkBackend(Protocol):
     def transmit(self, frame: bytes) -> None:
         """Take a frame of the guest's; must not block and must not call ``receive`` itself."""
 
+    def carry(self) -> None:
+        """See to the frames taken so far; may call ``receive``."""
+
 
 class VirtioNet(VirtioDevice):
     """A network card.
@@ -105,6 +110,8 @@ class VirtioNet(VirtioDevice):
 
     TYPE = 1
     CLASS_CODE = 0x020000
+    QUEUE = FrameQueue
+    FEW = FEW
     FIELDS = ("active_pairs", "offloads", "received", "sent", "dropped")
 
     def __init__(self, backend: NetworkBackend, mac: bytes, *, pairs: int = 1) -> None:
@@ -122,6 +129,9 @@ class VirtioNet(VirtioDevice):
         self.sent = 0
         self.dropped = 0
         """Frames that were malformed, or too large for the driver's buffers."""
+        self._room = mmap.mmap(-1, ROOM, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """Where frames are fetched to and stored from; memory of the host's once it is used."""
+        self._room_at = ctypes.addressof(ctypes.c_char.from_buffer(self._room))
         self._starved = False
         """Whether the backend waits for `resume`."""
 
@@ -156,7 +166,7 @@ class VirtioNet(VirtioDevice):
         if number == self._control_queue:
             self.drain(number, self._command)
         elif number % 2:
-            self.drain(number, self._transmit)
+            self._transmit(number)
         else:
             ring = self.transport.ring(number)
             if ring is not None:
@@ -180,19 +190,52 @@ class VirtioNet(VirtioDevice):
 
     # ---- from the driver
 
-    def _transmit(self, chain: Chain) -> int:
-        head, body = split(chain.readable, HEADER.size)
-        raw, frame = b"".join(head), b"".join(body)
-        if len(raw) == HEADER.size and ETHERNET <= len(frame) <= MAX_FRAME:
-            try:
-                for each in self._finished(raw, frame):
-                    self.sent += 1
-                    self._backend.transmit(each)
-                return 0
-            except Malformed:
-                pass
-        self.dropped += 1
-        return 0
+    def _transmit(self, number: int) -> None:
+        """Hand the frames of a queue to the backend."""
+        ring = self.transport.ring(number)
+        if ring is None:
+            return
+        queue = ring.queue
+        queue.data, queue.budget = self._room_at, ring.size + 1
+        found = size = 0
+        ring.want_kicks(False)
+        try:
+            while (end := ring.work("fetch")) != SPENT:
+                found += queue.frames
+                first = self._hand_over(queue.length)
+                size = size or first
+                if end == BROKEN:
+                    raise ring.error()
+                if end == NOTHING:
+                    quiet = self.transport.polls(number, found, size)
+                    if quiet or not ring.want_kicks(True):
+                        return
+            self._hand_over(queue.length)
+            self.transport.again(number)
+        finally:
+            self.transport.publish(number)
+            self._backend.carry()
+
+    def _hand_over(self, end: int) -> int:
+        """Hand fetched frames to the backend; the length of the first."""
+        at = first = 0
+        while at < end:
+            length = int.from_bytes(self._room[at : at + RECORD], "little")
+            first = first or length
+            start = at + RECORD
+            header = self._room[start : start + HEADER.size]
+            frame = self._room[start + HEADER.size : start + length]
+            at = start + length + 7 & ~7
+            if len(header) == HEADER.size and ETHERNET <= len(frame) <= MAX_FRAME:
+                try:
+                    for each in self._finished(header, frame):
+                        self.sent += 1
+                        self._backend.transmit(each)
+                    continue
+                except Malformed:
+                    pass
+            self.dropped += 1
+        return first
 
     def _finished(self, raw: bytes, frame: bytes) -> Iterable[bytes]:
         """Do what the header asks for (5.1.6.2)."""
@@ -246,50 +289,40 @@ class VirtioNet(VirtioDevice):
         if ring is None:
             self._starved = True
             return False
-        mergeable = self.transport.features & MRG_RXBUF
-        needed = HEADER.size + len(frame)
-        chains: list[Chain] = []
-        room = 0
-        while room < needed:
-            chain = self.transport.take(number)
-            if chain is None:
-                if self.transport.ring(number) is ring and ring.want_kicks(True):
-                    continue
-                for each in reversed(chains):
-                    ring.unpop(each)
-                self._starved = True
-                return False
-            chains.append(chain)
-            room += chain.writable_length
-            if not mergeable or len(chains) == ring.size:
-                break
-        fits = room >= needed and chains[0].writable_length >= HEADER.size
-        data = memoryview(self._with_header(frame, len(chains)))
-        for chain in chains:
-            done = scatter(data, chain.writable) if fits else 0
-            data = data[done:]
-            ring.push(chain, done)
+        self._put(frame)
+        queue = ring.queue
+        queue.data, queue.length = self._room_at, HEADER.size + len(frame)
+        queue.mergeable = bool(self.transport.features & MRG_RXBUF)
+        end = ring.work("store")
+        if end == BROKEN:
+            self.transport.broken()
+        if end in (BROKEN, NOTHING):
+            self._starved = True
+            return False
+        ring.settle()
         self.transport.publish(number)
-        if fits:
+        if end == FOUND:
             self.received += 1
         else:
             self.dropped += 1
         return True
 
-    def _with_header(self, frame: bytes, buffers: int) -> bytes:
-        """Return a frame as the driver wants to see it (5.1.6.4)."""
+    def _put(self, frame: bytes) -> None:
+        """Put a frame where it is stored from, as the driver wants to see it (5.1.6.4)."""
+        room = self._room
+        room[HEADER.size : HEADER.size + len(frame)] = frame
         offloads = self.offloads
+        tcp = None
         if len(frame) > ETHERNET + MTU and offloads & GUEST_TSO4:
             tcp = tcp_over_ipv4(frame)
-            if tcp is not None:
-                start = min(tcp + 4 * (frame[tcp + 12] >> 4), len(frame))
-                header = HEADER.pack(
-                    *(NEEDS_CSUM, GSO_TCPV4, start, max(ETHERNET + MTU - start, 1)),
-                    *(tcp, TCP_CHECKSUM, buffers),
-                )
-                field = tcp + TCP_CHECKSUM
-                partial = pseudo_sum(frame, tcp).to_bytes(2, "big")
-                rest = memoryview(frame)
-                return b"".join((header, rest[:field], partial, rest[field + 2 :]))
-        valid = DATA_VALID if offloads & GUEST_CSUM else 0
-        return HEADER.pack(valid, 0, 0, 0, 0, 0, buffers) + frame
+        if tcp is None:
+            valid = DATA_VALID if offloads & GUEST_CSUM else 0
+            room[: HEADER.size] = HEADER.pack(valid, 0, 0, 0, 0, 0, 0)
+            return
+        start = min(tcp + 4 * (frame[tcp + 12] >> 4), len(frame))
+        segment = max(ETHERNET + MTU - start, 1)
+        room[: HEADER.size] = HEADER.pack(
+            NEEDS_CSUM, GSO_TCPV4, start, segment, tcp, TCP_CHECKSUM, 0
+        )
+        field = HEADER.size + tcp + TCP_CHECKSUM
+        room[field : field + 2] = pseudo_sum(frame, tcp).to_bytes(2, "big")

@@ -12,6 +12,7 @@ of it or nothing. The same holds for the event suppression structures.
 from __future__ import annotations
 
 from ringfence.devices.virtio.queue import (
+    CHAIN,
     CIRCLE,
     FOUND,
     INTERRUPT,
@@ -106,18 +107,59 @@ def take_packed(queue: Queue) -> int:
 
 
 @native_inline
-def give_packed(queue: Queue, identifier: int, count: int, written: int) -> int:
-    """See `layouts.give`; the driver sees it at once (2.8.8)."""
-    flags = (AVAIL | USED if queue.used_wrap else 0) | (WRITE if written else 0)
-    half = written & LENGTH_MASK | identifier << ID_SHIFT | flags << FLAGS_SHIFT
-    fence(queue)
-    store64(queue.descriptors + queue.next_used * DESCRIPTOR_SIZE + SECOND, half)
+def position_packed(queue: Queue) -> int:
+    """See `layouts.position`."""
+    return queue.next_avail << 1 | queue.avail_wrap
+
+
+@native_inline
+def rewind_packed(queue: Queue, before: int) -> int:
+    """See `layouts.rewind`."""
+    queue.next_avail = before >> 1
+    queue.avail_wrap = before & 1
+    return 0
+
+
+@native_inline
+def pass_used(queue: Queue, count: int) -> int:
+    """Go on behind the descriptors of a chain that is given back."""
     queue.unsignalled += count
     queue.next_used += count
     if queue.next_used >= queue.entries:
         queue.next_used -= queue.entries
         queue.used_wrap ^= 1
     return 0
+
+
+@native
+def write_used(queue: Queue, at: int, wrap: int, identifier: int, written: int) -> int:
+    """Mark a chain as used in its first descriptor."""
+    flags = (AVAIL | USED if wrap else 0) | (WRITE if written else 0)
+    half = written & LENGTH_MASK | identifier << ID_SHIFT | flags << FLAGS_SHIFT
+    fence(queue)
+    store64(queue.descriptors + at * DESCRIPTOR_SIZE + SECOND, half)
+    return 0
+
+
+@native
+def give_packed(queue: Queue, identifier: int, count: int, written: int) -> int:
+    """See `layouts.give`; the driver sees it at once (2.8.8)."""
+    at = queue.next_used
+    wrap = queue.used_wrap
+    pass_used(queue, count)
+    return write_used(queue, at, wrap, identifier, written)
+
+
+@native_inline
+def give_all_packed(queue: Queue, chains: int, number: int) -> int:
+    """See `layouts.give_all`: the driver goes on from the first, which comes last."""
+    at = queue.next_used
+    wrap = queue.used_wrap
+    pass_used(queue, load64(chains + 8))
+    for n in range(1, number):
+        chain = chains + n * CHAIN
+        give_packed(queue, load64(chain), load64(chain + 8), load64(chain + 16))
+    return write_used(queue, at, wrap, load64(chains), load64(chains + 16))
 
 
 @native_inline

@@ -154,6 +154,7 @@ class VirtioPci(PciDevice):
                 0 if pacing.poll else 1000 * pacing.gather,
                 self.put_off,
                 partial(self._notify, number),
+                few=device.FEW,
             )
             for number in range(len(self.queues))
         ]
@@ -234,7 +235,7 @@ class VirtioPci(PciDevice):
         try:
             return None if ring is None else ring.pop()
         except RingError:
-            self._break()
+            self.broken()
             return None
 
     def publish(self, number: int) -> None:
@@ -308,10 +309,10 @@ class VirtioPci(PciDevice):
         try:
             self.device.notified(number)
         except RingError:
-            self._break()
+            self.broken()
 
-    def _break(self) -> None:
-        """The driver can't be understood: ask it for a reset (2.1.2)."""
+    def broken(self) -> None:
+        """See `Transport.broken` (2.1.2)."""
         if not self.status & DeviceStatus.DEVICE_NEEDS_RESET:
             self.status |= DeviceStatus.DEVICE_NEEDS_RESET
             self.config_changed()
@@ -354,7 +355,7 @@ class VirtioPci(PciDevice):
         try:
             queue.ring = self._make_ring(queue)
         except RingError:
-            self._break()
+            self.broken()
 
     def _make_ring(self, queue: QueueRegisters) -> Ring:
         if queue.size > queue.maximum:

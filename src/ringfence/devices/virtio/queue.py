@@ -35,6 +35,8 @@ REASONS = (
     f"a chain of more than {MAX_CHAIN} buffers",
 )
 JUMP, OUTSIDE, CIRCLE, NESTED, FEATURE, TABLE, NO_RAM, ORDER, LONG = range(1, len(REASONS))
+CHAIN = 24
+"""Bytes of what is kept of a chain that is to be given back: identifier, count, bytes written."""
 RUNS = 2 * MAX_CHAIN
 """Changes of RAM that may be noted before somebody is told."""
 

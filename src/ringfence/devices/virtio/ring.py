@@ -198,9 +198,9 @@ class Ring(Saved, ABC):
         queue.event_idx, queue.indirect = self.event_idx, bool(features & INDIRECT_DESC)
         places = map(self._host, self._areas, self.lengths(size), self.ALIGNMENTS)
         queue.descriptors, queue.driver, queue.device = places
-        self._take_slowly = natives("take", True)
-        self._take, self._give, self._publish, self._ask, self._refuse = map(
-            natives, ("take", "give", "publish", "ask_kicks", "refuse_kicks")
+        self._natives = natives
+        self._give, self._publish, self._ask, self._refuse = map(
+            natives, ("give", "publish", "ask_kicks", "refuse_kicks")
         )
 
     # ---- what devices call
@@ -212,16 +212,19 @@ class Ring(Saved, ABC):
 
     def pop(self) -> Chain | None:
         """Take the next chain that the driver has made available, or None."""
-        if self.memory.incomplete:
-            self._await_areas()
-            found = self._take_slowly(self.at)
-        else:
-            found = self._take(self.at)
+        found = self.work("take")
         if found == NOTHING:
             return None
         if found == BROKEN:
             raise self.error()
         return self.taken()
+
+    def work(self, name: str) -> int:
+        """Have native code work on the queue; it may wait for pages of RAM that are to come."""
+        incomplete = self.memory.incomplete
+        if incomplete:
+            self._await_areas()
+        return int(self._natives(name, incomplete)(self.at))
 
     def taken(self) -> Chain:
         """The chain that was taken last, as an object."""
@@ -243,10 +246,6 @@ class Ring(Saved, ABC):
         if queue.runs_used:
             self.memory.dma_written_runs(self._runs, queue.runs_used)
             queue.runs_used = 0
-
-    @abstractmethod
-    def unpop(self, chain: Chain) -> None:
-        """Put the chain that was popped last back, to be popped again."""
 
     def push(self, chain: Chain, written: int) -> None:
         """Give a chain back, its first ``written`` writable bytes filled; `flush` tells of it."""
@@ -367,11 +366,6 @@ class SplitRing(Ring):
     def _limits(self) -> dict[str, int]:
         return dict.fromkeys(self.FIELDS, 1 << 16)
 
-    def unpop(self, chain: Chain) -> None:
-        """See `Ring.unpop`."""
-        del chain
-        self.last_avail = self.last_avail - 1 & 0xFFFF
-
     def _tell_used(self) -> None:
         self._tell(2, 0, ENTRIES + ELEMENT * self.size)
 
@@ -420,14 +414,6 @@ class PackedRing(Ring):
 
     def _limits(self) -> dict[str, int]:
         return {"next_avail": self.size, "next_used": self.size, "unsignalled": 1 << 64}
-
-    def unpop(self, chain: Chain) -> None:
-        """See `Ring.unpop`."""
-        at = self.next_avail - chain.count
-        if at < 0:
-            at += self.size
-            self.avail_wrap = not self.avail_wrap
-        self.next_avail = at
 
     def _tell_used(self) -> None:
         self._tell(0, 0, DESCRIPTOR_SIZE * self.size)
