@@ -10,6 +10,7 @@ import pytest
 from devices.virtio.backends import Inline
 from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, Driver
+from ringfence.devices.virtio import ninep
 from ringfence.devices.virtio.ninep import Virtio9p
 from ringfence.errors import ImageError
 from ringfence.sharing.messages import HEADER, NO_FID, VERSION, Kind
@@ -73,6 +74,61 @@ def test_on_a_thread(drive: Drive, server: FolderServer, packed: bool) -> None:
         data = driver.memory.read(ANSWER + 0x1000 * number + 11, 3000)
         assert data == expected[100 * number :][:3000]
     pool.close()
+
+
+def test_on_the_spot(drive: Drive, server: FolderServer) -> None:
+    """What needs no waiting has its answer with the notification, unless others are before it."""
+    if not server._tree.remembers:
+        pytest.skip("the host offers no paths from its cache for temporary files")
+    pool = Inline()
+    driver = drive(Virtio9p(server, pool))
+    driver.start(1)
+    begin(driver)
+    ring = driver.rings[0]
+    assert len(ring.used()) == 4
+    pool.held = []
+    for number, kind, body in (
+        (4, Kind.GETATTR, pack("48", 1, 0x7FF)),
+        (5, Kind.READ, pack("484", 1, 0, 3000)),
+        (6, Kind.WRITE, pack("484", 1, 0, 4) + b"new!"),
+        (7, Kind.GETATTR, pack("48", 1, 0x7FF)),
+        (8, Kind.READ, pack("484", 1, 0, 4)),
+    ):
+        send(driver, number, kind, body)
+        driver.notify()
+    assert [length for _, length in ring.used()] == [160, 3011]
+    assert len(pool.held) == 3, "a read behind a write comes after it"
+    held, pool.held = pool.held, None
+    for job in held:
+        job()
+    assert [length for _, length in ring.used()] == [11, 160, 15]
+    assert driver.memory.read(ANSWER + 0x8000 + 11, 4) == b"new!"
+    send(driver, 9, Kind.GETATTR, pack("48", 1, 0x7FF))
+    driver.notify()
+    assert len(ring.used()) == 1
+
+
+def test_one_turn_on_the_spot_is_bounded(
+    drive: Drive, server: FolderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not server._tree.remembers:
+        pytest.skip("the host offers no paths from its cache for temporary files")
+    monkeypatch.setattr(ninep, "TURN", 7000)
+    pool = Inline()
+    driver = drive(Virtio9p(server, pool))
+    driver.start(1)
+    begin(driver)
+    driver.rings[0].used()
+    pool.held = []
+    for number in range(4, 10):
+        send(driver, number, Kind.READ, pack("484", 1, 0, 3000))
+    driver.notify()
+    assert len(driver.rings[0].used()) == 3
+    assert len(pool.held) == 3
+    held, pool.held = pool.held, None
+    for job in held:
+        job()
+    assert len(driver.rings[0].used()) == 3
 
 
 def test_reset_in_flight(drive: Drive, server: FolderServer) -> None:
