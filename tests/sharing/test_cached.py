@@ -14,6 +14,8 @@ from ringfence.sharing.session import AT_ONCE, FolderServer
 from sharing.client import Client, pack
 from sharing.conftest import MakeServer
 
+hasty = pytest.mark.parametrize("serve", ["hasty"], indirect=True)
+
 
 @pytest.fixture
 def server(serve: MakeServer) -> FolderServer:
@@ -32,6 +34,7 @@ def ask(server: FolderServer, kind: int, body: bytes, room: int = 8192) -> bytes
     return None if done is None else bytes(reply[:done])
 
 
+@hasty
 def test_what_was_just_seen_is_answered_at_once(server: FolderServer, folder: Path) -> None:
     """And as it would be otherwise."""
     (folder / "link").symlink_to("sub")
@@ -55,6 +58,7 @@ def test_what_was_just_seen_is_answered_at_once(server: FolderServer, folder: Pa
         assert answers[0] == answers[1] != b"", kind
 
 
+@hasty
 def test_what_changes_something_waits(server: FolderServer, folder: Path) -> None:
     client = Client(server)
     opened = client.walk(b"file")
@@ -68,6 +72,7 @@ def test_what_changes_something_waits(server: FolderServer, folder: Path) -> Non
     assert not (folder / "new").exists()
 
 
+@hasty
 def test_a_session_at_work_is_not_waited_for(server: FolderServer) -> None:
     Client(server)
     with server._lock:
