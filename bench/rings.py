@@ -98,10 +98,11 @@ class Guest:
 
     def fill(self) -> None:
         """Make a ring full of chains available."""
-        if self._packed:
-            self._memory.write(self._base, self._images[self._filled % 2])
+        turn = self._filled
         self._filled += 1
-        if not self._packed:
+        if self._packed:
+            self._memory.write(self._base, self._images[turn % 2])
+        else:
             index = struct.pack("<H", self._filled * self.chains & 0xFFFF)
             self._memory.write(self._base + RING + 2, index)
 

@@ -128,7 +128,10 @@ def test_nobody_waits_for_a_turn_with_the_cards_lock_held(mirror) -> None:
         mirror.outer.send(frame(1))
         assert waiting.wait(20)
         mirror.transmit(frame(2))
-        mirror.carry()
+        carrying = threading.Thread(target=mirror.carry, daemon=True)
+        carrying.start()
+        carrying.join(20)
+        assert not carrying.is_alive()
         assert card.frames == []
     until(lambda: len(card.frames) == 2)
     assert card.frames == [frame(1), frame(2)]

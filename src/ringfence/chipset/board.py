@@ -217,7 +217,7 @@ class Board:
         """Read ``size`` bytes at guest-physical ``pa``, as CPU ``cpu``."""
         with self.lock:
             lapic = self.lapics[cpu]
-            if pa & ~PAGE_MASK != lapic.mmio_base:
+            if pa >> 12 != lapic.base >> 12 or lapic.mmio_base is None:
                 return self.mmio.read(pa, size)
             if (pa & 0xF) + size <= 16:
                 return lapic.read(pa & PAGE_MASK, size)

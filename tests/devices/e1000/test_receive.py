@@ -116,15 +116,21 @@ def test_a_ring_that_runs_empty_warns(driver) -> None:
 
 
 def test_delayed_report(driver) -> None:
-    driver.write(Delay.RDTR, 10)
+    driver.write(Delay.RDTR, 100)
     driver.card.receive(frame_of(60))
     assert not driver.asserted
-    driver.clock.advance(9 * 1024)
+    driver.clock.advance(90 * 1024)
     driver.card.receive(frame_of(60))
-    driver.clock.advance(9 * 1024)
+    driver.clock.advance(90 * 1024)
     assert not driver.asserted, "each frame starts the packet timer anew"
-    driver.write(Delay.RDTR, 10 | Delay.FPD)
+    driver.write(Delay.RDTR, 100 | Delay.FPD)
     assert driver.asserted, "flushed"
+
+
+def test_a_delay_that_is_over_at_once_is_none(driver) -> None:
+    driver.write(Delay.RDTR, 8)
+    driver.card.receive(frame_of(60))
+    assert driver.asserted
 
 
 # ---- filters

@@ -4,7 +4,7 @@ Causes gather in ICR, which reading clears. They, the mask and the pin are one w
 code changes for the driver (`memory.causes`): what it can't finish comes here. The pin is asserted
 while a cause is not masked, but no sooner than ITR's interval after it was asserted last. What
 arrives or was sent may be told later: each such event restarts the packet timer, and the absolute
-timer bounds the wait. That a single frame was sent is told with the next interrupt, or still later.
+timer bounds the wait.
 """
 
 from __future__ import annotations
@@ -17,27 +17,17 @@ from ringfence.chipset.state import Saved, State
 from ringfence.devices.e1000.registers import ICR, ITR, Delay
 from ringfence.memory.causes import LINE, CauseWord, unmasked
 
+WORTHWHILE_NS = 20_000
+"""A shorter wait costs more than it saves: it is over before a thread of the host's is awake."""
 _NEVER = -1
-TRANSMIT_SLACK_NS = 500_000
-"""How much later than asked for a driver may hear that a single frame was sent."""
 
 
 class DelayedCause:
     """A cause that is raised when its packet timer or its absolute timer expires.
 
     Each event puts the packet timer off. The board's timer is not moved for that: when it fires too
-    early, it is armed once more.
-
-    With ``slack`` nobody waits for the cause, and it may come that much later: it goes along with
-    the next interrupt for something else (`take`), and the board's timer, which costs more than the
-    few microseconds that a driver asks for, runs on from one event to others.
-
-    Parameters
-    ----------
-    bits : int
-        The cause, in ICR.
-    slack : int
-        Nanoseconds.
+    early, it is armed once more. A delay that is shorter than `WORTHWHILE_NS` is none: Linux's
+    driver asks for 8 us, which would be a timer and a thread's wake-up per frame.
 
     Attributes
     ----------
@@ -45,14 +35,10 @@ class DelayedCause:
         The registers: RDTR and RADV, or TIDV and TADV.
     """
 
-    def __init__(
-        self, queue: TimerQueue, raise_cause: Callable[[int], None], bits: int, slack: int = 0
-    ) -> None:
+    def __init__(self, queue: TimerQueue, raise_cause: Callable[[], None]) -> None:
         self._clock = queue.clock
         self._timer = Deadline(queue, self._fired)
         self._raise = raise_cause
-        self._slack = slack
-        self.bits = bits
         self.packet = 0
         self.absolute = 0
         self.limit = _NEVER
@@ -62,24 +48,20 @@ class DelayedCause:
 
     def event(self) -> None:
         """Note that a frame came or went."""
-        if not self.packet:
+        if self.packet * Delay.UNIT_NS < WORTHWHILE_NS:
             self.expire()
             return
-        if self._slack and self.due != _NEVER:
-            return  # it is not put off any further
         now = self._clock.now()
         if self.limit == _NEVER and self.absolute:
             self.limit = now + self.absolute * Delay.UNIT_NS
         due = now + self.packet * Delay.UNIT_NS
         self.due = due if self.limit == _NEVER else min(due, self.limit)
         if not self._timer.armed:
-            self._timer.set(self.due + self._slack)
+            self._timer.set(self.due)
 
     def _fired(self) -> None:
-        if self.due == _NEVER:
-            return
-        if self._clock.now() < self.due + self._slack:
-            self._timer.set(self.due + self._slack)
+        if self._clock.now() < self.due:
+            self._timer.set(self.due)
         else:
             self.expire()
 
@@ -87,13 +69,7 @@ class DelayedCause:
         """Raise the cause now, and stop both timers."""
         if self.due != _NEVER:
             self.stop()
-        self._raise(self.bits)
-
-    def take(self) -> int:
-        """The cause if it waits, which it does no longer; else 0."""
-        waits = self.due != _NEVER
-        self.limit = self.due = _NEVER
-        return self.bits if waits else 0
+        self._raise()
 
     def stop(self) -> None:
         """Stop both timers, the cause not raised."""
@@ -125,7 +101,7 @@ class DelayedCause:
     def set_values(self, values: list[int]) -> None:
         """Take over what `values` returned."""
         self.packet, self.absolute, self.limit, self.due = values
-        self._timer.set(None if self.due == _NEVER else self.due + self._slack)
+        self._timer.set(None if self.due == _NEVER else self.due)
 
 
 class Interrupts(Saved):
@@ -153,8 +129,8 @@ class Interrupts(Saved):
         self._word = word
         self._itr = throttle
         self._throttle = Deadline(queue, self.update)
-        self.received = DelayedCause(queue, self.cause, ICR.RXT0)
-        self.transmitted = DelayedCause(queue, self.cause, ICR.TXDW, TRANSMIT_SLACK_NS)
+        self.received = DelayedCause(queue, lambda: self.cause(ICR.RXT0))
+        self.transmitted = DelayedCause(queue, lambda: self.cause(ICR.TXDW))
         self.earliest = 0
         """Before this time ITR forbids the next interrupt."""
 
@@ -255,8 +231,6 @@ class Interrupts(Saved):
                 if not self._throttle.armed:
                     self._throttle.set(self.earliest)
                 return
-            if waiting := self.transmitted.take():
-                word.note(waiting)
         driven = word.drive()
         if driven:
             self.earliest = now + self.itr * ITR.UNIT_NS

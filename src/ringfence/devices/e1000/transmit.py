@@ -118,8 +118,6 @@ class Transmitter(Saved):
         self._frames = self._bytes = 0
         self._packets = 0
         """Packets of this turn that are done with."""
-        self._delayed = False
-        """Descriptors of this turn ask for a report with a delay."""
 
     def read_tctl(self) -> int:
         """Read TCTL."""
@@ -150,7 +148,6 @@ class Transmitter(Saved):
             return
         self._frames, self._bytes = FRAMES, BYTES
         descriptors, causes = DESCRIPTORS, 0
-        self._delayed = False
         ring = self.ring
         self._packets = 0
         while self._frames > 0 and self._bytes > 0 and descriptors > 0:
@@ -166,11 +163,6 @@ class Transmitter(Saved):
             if ring.tail == ring.head:
                 causes |= ICR.TXQE
         self._gatherer.found(self._packets, (BYTES - self._bytes) // max(self._packets, 1))
-        if self._delayed:
-            if self._packets > 1:  # the delay since the first is over, and the driver may wait
-                self._interrupts.transmitted.expire()
-            else:
-                self._interrupts.transmitted.event()
         if causes:
             self._interrupts.cause(causes)
         self._carry()
@@ -190,6 +182,7 @@ class Transmitter(Saved):
             return 0, 0
         raw = bytes(view)
         done = written = causes = 0
+        delayed = False
         for address, lower, upper in _WORDS.iter_unpack(raw):
             at = done * TxDescriptor.SIZE
             if not self._descriptor(address, lower, upper, raw[at : at + TxDescriptor.SIZE]):
@@ -200,7 +193,7 @@ class Transmitter(Saved):
                 view[at + 12] = raw[at + 12] | TxDescriptor.DD
                 written = done
                 if lower & TxDescriptor.IDE:
-                    self._delayed = True
+                    delayed = True
                 else:
                     causes |= ICR.TXDW
             if self.segment >= 0 or self._frames <= 0 or self._bytes <= 0:
@@ -208,6 +201,8 @@ class Transmitter(Saved):
         if written:
             self._memory.dma_written(ring.address, written * TxDescriptor.SIZE)
         ring.advance(done)
+        if delayed:
+            self._interrupts.transmitted.event()
         return done, causes
 
     def _descriptor(self, address: int, lower: int, upper: int, raw: bytes) -> bool:

@@ -8,10 +8,11 @@ frame is: headers are Python's business.
 
 from __future__ import annotations
 
+import struct
 from typing import Annotated
 
 from ringfence.devices.virtio.layouts import ask_kicks, give, give_all, position, rewind, take
-from ringfence.devices.virtio.queue import BROKEN, FOUND, NOTHING, RUNS, Queue
+from ringfence.devices.virtio.queue import FOUND, NOTHING, RUNS, Queue
 from ringfence.devices.virtio.rules import MAX_CHAIN
 from ringfence.native.dialect import address_of, native, rep_movsb, store8, store64
 from ringfence.native.layout import Array, u64
@@ -21,9 +22,11 @@ REFUSED, FULL, SPENT = 3, 4, 5
 the budget is used up."""
 
 QUEUE_SIZE = 256
-HEADER_SIZE = 12
-"""Bytes of struct virtio_net_hdr in front of a frame (5.1.6)."""
-BUFFERS_AT = 10
+HEADER = struct.Struct("<BBHHHHH")
+"""What precedes each frame (struct virtio_net_hdr, 5.1.6): flags, gso_type, hdr_len, gso_size,
+csum_start, csum_offset, num_buffers."""
+HEADER_SIZE = HEADER.size
+BUFFERS_AT = HEADER_SIZE - 2
 """Where in it num_buffers is."""
 MAX_FRAME = 65535 + 14
 """The largest frame that either side may send."""
@@ -88,7 +91,8 @@ def refuse(queue: FrameQueue, number: int) -> int:
 def store(queue: FrameQueue) -> int:
     """Put a frame into the driver's buffers: FOUND, NOTHING (no room), REFUSED or BROKEN.
 
-    What was changed is in the queue's runs, which have to be told before it is published.
+    What was changed is in the queue's runs, however it ends: they have to be told. Where there is
+    no room, notifications are asked for from behind the last chain on.
     """
     before = position(queue)
     source = queue.data
@@ -100,13 +104,11 @@ def store(queue: FrameQueue) -> int:
         if number == QUEUE_SIZE or queue.runs_used > RUNS - MAX_CHAIN:
             return refuse(queue, number)
         status = take(queue)
-        while status == NOTHING:
-            if ask_kicks(queue) == 0:
-                rewind(queue, before)
-                return NOTHING
+        if status == NOTHING and ask_kicks(queue):
             status = take(queue)
-        if status == BROKEN:
-            return BROKEN
+        if status != FOUND:
+            rewind(queue, before)
+            return status
         done = fill(queue, source, left)
         if number == 0:
             low = place_of(queue, BUFFERS_AT)

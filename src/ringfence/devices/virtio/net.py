@@ -24,7 +24,15 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ringfence.devices.virtio.device import Transport, VirtioDevice
-from ringfence.devices.virtio.frames import MAX_FRAME, QUEUE_SIZE, RECORD, ROOM, SPENT, FrameQueue
+from ringfence.devices.virtio.frames import (
+    HEADER,
+    MAX_FRAME,
+    QUEUE_SIZE,
+    RECORD,
+    ROOM,
+    SPENT,
+    FrameQueue,
+)
 from ringfence.devices.virtio.queue import BROKEN, FOUND, NOTHING
 from ringfence.devices.virtio.ring import Chain
 from ringfence.memory.buffers import split
@@ -53,8 +61,6 @@ MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, MQ = (1 << bit for bit in (15, 16, 17, 18, 
 LINK_UP = 1
 """Status in the configuration structure."""
 
-HEADER = struct.Struct("<BBHHHHH")
-"""flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers (5.1.6)."""
 CONFIG = struct.Struct("<6sHHH")
 """mac, status, max_virtqueue_pairs, mtu (5.1.4)."""
 
@@ -294,12 +300,13 @@ class VirtioNet(VirtioDevice):
         queue.data, queue.length = self._room_at, HEADER.size + len(frame)
         queue.mergeable = bool(self.transport.features & MRG_RXBUF)
         end = ring.work("store")
-        if end == BROKEN:
-            self.transport.broken()
+        ring.settle()
         if end in (BROKEN, NOTHING):
+            ring.tell_kicks(True)
+            if end == BROKEN:
+                self.transport.broken()
             self._starved = True
             return False
-        ring.settle()
         self.transport.publish(number)
         if end == FOUND:
             self.received += 1

@@ -270,7 +270,7 @@ class Ring(Saved, ABC):
         if self.memory.incomplete:
             self._await_areas()
         more = bool((self._ask if wanted else self._refuse)(self.at))
-        self._tell_kicks(wanted)
+        self.tell_kicks(wanted)
         return more
 
     # ---- what layouts know
@@ -294,7 +294,7 @@ class Ring(Saved, ABC):
         """Have the memory's observers hear of chains that were given back."""
 
     @abstractmethod
-    def _tell_kicks(self, wanted: bool) -> None:
+    def tell_kicks(self, wanted: bool) -> None:
         """Have them hear that notifications were asked for, or not."""
 
     # ---- what they share
@@ -369,7 +369,7 @@ class SplitRing(Ring):
     def _tell_used(self) -> None:
         self._tell(2, 0, ENTRIES + ELEMENT * self.size)
 
-    def _tell_kicks(self, wanted: bool) -> None:
+    def tell_kicks(self, wanted: bool) -> None:
         if not self.event_idx:
             self._tell(2, 0, 2)
         elif wanted:
@@ -418,6 +418,6 @@ class PackedRing(Ring):
     def _tell_used(self) -> None:
         self._tell(0, 0, DESCRIPTOR_SIZE * self.size)
 
-    def _tell_kicks(self, wanted: bool) -> None:
+    def tell_kicks(self, wanted: bool) -> None:
         del wanted
         self._tell(2, 0, EVENTS)
