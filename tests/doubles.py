@@ -226,7 +226,7 @@ class ScriptedMachine(Machine):
         )
         clock = SimpleNamespace(pause=lambda: None, resume=lambda: None)
         memory = GuestMemory(self.config.memory)
-        devices = Devices(card=SimpleNamespace(receive=lambda frame: True))
+        devices = Devices(card=SimpleNamespace(receive=len))
         return Parts(memory, clock, board, Engine([engine], board), None, None, devices)  # type: ignore[arg-type]
 
 

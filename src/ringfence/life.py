@@ -446,7 +446,7 @@ class Living(Movable, Pluggable, Inspectable):
     def _connect(self, parts: Parts) -> None:
         """Let frames reach the guest."""
         if self._host.network is not None and parts.devices.card is not None:
-            self._host.network.attach(parts.devices.card.receive)
+            self._host.network.attach(parts.devices.card)
 
     def _disconnect(self) -> None:
         """Hold frames back: the guest's memory is not to change any more."""

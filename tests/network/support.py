@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 PATIENCE = 20.0
 
@@ -26,12 +26,21 @@ class Card:
         self.room = room
         self.frames: list[bytes] = []
         self.refused = 0
+        self.batches: list[int] = []
+        """How many frames came together."""
         self.thread = ""
 
-    def receive(self, frame: bytes) -> bool:
+    def receive(self, frames: Sequence[bytes]) -> int:
         self.thread = threading.current_thread().name
+        self.batches.append(len(frames))
+        for taken, frame in enumerate(frames):
+            if not self.take(frame):
+                self.refused += 1
+                return taken
+        return len(frames)
+
+    def take(self, frame: bytes) -> bool:
         if len(self.frames) >= self.room:
-            self.refused += 1
             return False
         self.frames.append(frame)
         return True

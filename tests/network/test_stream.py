@@ -32,7 +32,7 @@ def join(path):
 
     def made():
         end, card = SocketNetwork(path), Card()
-        end.attach(card.receive)
+        end.attach(card)
         ends.append(end)
         return end, card
 
@@ -191,7 +191,7 @@ def test_many_at_once(path) -> None:
 
     def enter(card: Card) -> None:
         end = SocketNetwork(path)
-        end.attach(card.receive)
+        end.attach(card)
         ends.append(end)
 
     threads = [threading.Thread(target=enter, args=(card,)) for card in cards]

@@ -35,7 +35,7 @@ def tap():
 
 def test_an_interface_that_is_down(tap) -> None:
     assert Path(f"/sys/class/net/{NAME}").exists()
-    tap.attach(Card().receive)
+    tap.attach(Card())
     tap.transmit(frame(1))
     tap.carry()
     until(lambda: tap.stats()["dropped_sending"] == 1)
@@ -51,7 +51,7 @@ def test_both_ways(tap) -> None:
         fcntl.ioctl(host, SIOCSIFFLAGS, struct.pack("16sh22x", NAME.encode(), flags | IFF_UP))
         host.bind((NAME, 0x88B5))
         host.settimeout(20)
-        tap.attach(card.receive)
+        tap.attach(card)
         tap.transmit(frame(1, 1514))
         tap.carry()
         assert host.recv(2000) == frame(1, 1514)

@@ -11,7 +11,7 @@ import pytest
 
 from network.support import Card, frame, until
 from ringfence.network import threaded
-from ringfence.network.backend import FEW, MAXIMUM_FRAME, SHORT
+from ringfence.network.backend import BATCH, FEW, MAXIMUM_FRAME, SHORT
 from ringfence.network.threaded import QUEUE, ThreadedBackend
 
 
@@ -53,7 +53,7 @@ def pair():
 
 def test_both_ways(pair) -> None:
     card = Card()
-    pair.attach(card.receive)
+    pair.attach(card)
     for number in range(200):
         pair.outer.send(frame(number))
         pair.transmit(frame(number, 1514))
@@ -73,6 +73,40 @@ def test_both_ways(pair) -> None:
     }
 
 
+def test_what_comes_together_is_brought_together(pair) -> None:
+    """One look gives a datagram at a time, a turn has many looks."""
+    for number in range(3 * BATCH):
+        pair.outer.send(frame(number))
+    card = Card()
+    pair.attach(card)
+    until(lambda: len(card.frames) == 3 * BATCH)
+    assert card.frames == [frame(number) for number in range(3 * BATCH)]
+    assert card.batches == [BATCH] * 3
+
+
+class Flood(Pair):
+    """There is always one more frame for the card."""
+
+    def _handle(self, ready):
+        if ready:
+            self._deliver(frame(1))
+
+
+def test_a_flood_holds_nothing_up() -> None:
+    """Neither frames of the card's, nor jobs, nor the end: a turn's looks are bounded."""
+    flood, card, done = Flood(), Card(), []
+    flood.outer.send(b"never read")
+    flood.attach(card)
+    until(lambda: len(card.frames) > BATCH)
+    flood.transmit(frame(2))
+    flood.carry()
+    assert flood.outer.recv(100) == frame(2)
+    flood._call(lambda: done.append(1))
+    assert done
+    flood.close()
+    assert max(card.batches) == BATCH
+
+
 class Mirror(Pair):
     """What is sent comes back, too, in the same turn."""
 
@@ -90,7 +124,7 @@ def mirror():
 
 def test_a_few_short_frames_are_dealt_with_at_once(mirror) -> None:
     card = Card()
-    mirror.attach(card.receive)
+    mirror.attach(card)
     for number in range(FEW):
         mirror.transmit(frame(number))
     assert card.frames == []
@@ -102,7 +136,7 @@ def test_a_few_short_frames_are_dealt_with_at_once(mirror) -> None:
 @pytest.mark.parametrize(("count", "length"), [(FEW + 1, 60), (1, SHORT + 1)])
 def test_many_and_long_ones_are_the_threads(mirror, count, length) -> None:
     card = Card()
-    mirror.attach(card.receive)
+    mirror.attach(card)
     for number in range(count):
         mirror.transmit(frame(number, length))
     mirror.carry()
@@ -113,17 +147,18 @@ def test_many_and_long_ones_are_the_threads(mirror, count, length) -> None:
 
 def test_nobody_waits_for_a_turn_with_the_cards_lock_held(mirror) -> None:
     """The thread waits for the card's lock in its turn; who has it ends a batch."""
-    card = Card()
     lock, waiting = threading.Lock(), threading.Event()
 
-    def receive(data: bytes) -> bool:
-        if threading.current_thread().name == "ringfence-pair":
-            waiting.set()
-            with lock:
-                return card.receive(data)
-        return card.receive(data)
+    class Locked(Card):
+        def receive(self, frames):
+            if threading.current_thread().name == "ringfence-pair":
+                waiting.set()
+                with lock:
+                    return super().receive(frames)
+            return super().receive(frames)
 
-    mirror.attach(receive)
+    card = Locked()
+    mirror.attach(card)
     with lock:
         mirror.outer.send(frame(1))
         assert waiting.wait(20)
@@ -139,7 +174,7 @@ def test_nobody_waits_for_a_turn_with_the_cards_lock_held(mirror) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 13, MAXIMUM_FRAME + 1, 1 << 20])
 def test_frames_of_absurd_lengths_are_dropped(pair, length) -> None:
-    pair.attach(Card().receive)
+    pair.attach(Card())
     pair.transmit(bytes(length))
     pair.carry()
     pair.transmit(frame(1))
@@ -154,13 +189,13 @@ def test_a_flood_is_bounded(pair) -> None:
         pair.transmit(frame(number))
     pair.carry()
     assert pair.stats()["dropped_sending"] == 2 * QUEUE
-    pair.attach(Card().receive)
+    pair.attach(Card())
     assert [pair.outer.recv(100) for _ in range(QUEUE)] == [frame(n) for n in range(QUEUE)]
 
 
 def test_a_card_without_room_is_asked_again_when_it_says_so(pair) -> None:
     card = Card(room=3)
-    pair.attach(card.receive)
+    pair.attach(card)
     for number in range(10):
         pair.outer.send(frame(number))
     until(lambda: card.refused)
@@ -173,19 +208,18 @@ def test_a_card_without_room_is_asked_again_when_it_says_so(pair) -> None:
 
 def test_room_found_between_refusal_and_waiting(pair) -> None:
     """The card says `resume` while its refusal is still on the way back."""
-    frames = []
 
-    def receive(data: bytes) -> bool:
-        if not frames:
-            frames.append(b"refused once")
-            pair.resume()
-            return False
-        frames.append(data)
-        return True
+    class Fickle(Card):
+        def take(self, data):
+            if not self.refused:
+                pair.resume()
+                return False
+            return super().take(data)
 
-    pair.attach(receive)
+    card = Fickle()
+    pair.attach(card)
     pair.outer.send(frame(1))
-    until(lambda: len(frames) == 2)
+    until(lambda: card.frames == [frame(1)])
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -206,7 +240,7 @@ def test_a_frame_in_the_moment_of_waking_up(pair, monkeypatch, moment) -> None:
     monkeypatch.setattr(threaded, "FEW", 0)
     monkeypatch.setattr(os, "eventfd_read", read)
     pair.outer.settimeout(20)
-    pair.attach(Card().receive)
+    pair.attach(Card())
     pair.transmit(frame(1))
     pair.carry()
     received = {pair.outer.recv(100), pair.outer.recv(100)}
@@ -219,12 +253,13 @@ def test_a_frame_in_the_moment_of_waking_up(pair, monkeypatch, moment) -> None:
 def test_detached_means_that_no_call_is_under_way(pair) -> None:
     inside, leave = threading.Event(), threading.Event()
 
-    def receive(data: bytes) -> bool:
-        inside.set()
-        leave.wait()
-        return True
+    class Slow(Card):
+        def take(self, data):
+            inside.set()
+            leave.wait()
+            return True
 
-    pair.attach(receive)
+    pair.attach(Slow())
     pair.outer.send(frame(1))
     assert inside.wait(10)
     done = threading.Event()
@@ -235,7 +270,7 @@ def test_detached_means_that_no_call_is_under_way(pair) -> None:
     card = Card()
     pair.outer.send(frame(2))
     pair.outer.send(frame(3))
-    pair.attach(card.receive)
+    pair.attach(card)
     until(lambda: len(card.frames) == 2)
     assert card.frames == [frame(2), frame(3)]
 
@@ -243,13 +278,13 @@ def test_detached_means_that_no_call_is_under_way(pair) -> None:
 def test_close_twice_and_use_afterwards() -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     made = Pair()
-    made.attach(Card().receive)
+    made.attach(Card())
     made.close()
     made.close()
     made.transmit(frame(1))
     made.carry()
     made.resume()
-    made.attach(Card().receive)
+    made.attach(Card())
     made.detach()
     assert made.released == 1
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

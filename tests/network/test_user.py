@@ -34,7 +34,7 @@ HOST = bytes.fromhex("52550a000202")
 def net():
     made = UserNetwork(loopback=True)
     card = Card()
-    made.attach(card.receive)
+    made.attach(card)
     yield made, card
     made.close()
 
@@ -92,7 +92,7 @@ def test_a_forward_reaches_the_guest() -> None:
         port = free.getsockname()[1]
     backend, card = UserNetwork([Forward(port, 80)]), Card()
     try:
-        backend.attach(card.receive)
+        backend.attach(card)
         backend.transmit(arp(1, GATEWAY))
         backend.carry()
         until(lambda: card.frames)
@@ -119,7 +119,7 @@ def test_the_host_s_loopback_is_closed_unless_asked_for() -> None:
             server.bind(("127.0.0.1", 0))
             server.settimeout(0.3)
             backend, card = UserNetwork(loopback=loopback), Card()
-            backend.attach(card.receive)
+            backend.attach(card)
             backend.transmit(arp(1, GATEWAY))
             backend.carry()
             datagram = struct.pack(">HHHH", 1000, server.getsockname()[1], 12, 0) + b"ping"
@@ -182,7 +182,7 @@ class Peer(Card):
         self.sizes: list[int] = []
         self.data = b""
 
-    def receive(self, frame: bytes) -> bool:
+    def take(self, frame: bytes) -> bool:
         if frame[23:24] == b"\x06":
             (sequence,) = struct.unpack_from(">I", frame, 38)
             if frame[47] & 2:
@@ -194,7 +194,7 @@ class Peer(Card):
                 self.next += len(frame) - 54
                 self.backend.transmit(tcp(self.port, 0x10, 51_001, self.next))
                 self.backend.carry()
-        return super().receive(frame)
+        return super().take(frame)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -203,7 +203,7 @@ def test_segments_are_large_for_a_card_that_takes_them(large: bool) -> None:
     backend = UserNetwork(loopback=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         peer = Peer(backend, server.getsockname()[1])
-        backend.attach(peer.receive)
+        backend.attach(peer)
         backend.bring_large(large)
         backend.transmit(arp(1, GATEWAY))
         backend.carry()
@@ -273,7 +273,7 @@ def test_two_at_once_and_many_in_a_row() -> None:
     def live() -> None:
         for _ in range(10):
             backend, card = UserNetwork(), Card()
-            backend.attach(card.receive)
+            backend.attach(card)
             backend.transmit(arp(1, GATEWAY))
             backend.carry()
             until(lambda card=card: card.frames)

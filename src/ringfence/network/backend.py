@@ -1,16 +1,20 @@
 """The seam between a network card and the host: what a card calls, and what calls the card.
 
-A backend takes frames from a card (`transmit`) and brings frames to it, from a thread of its own,
-through the one function that the card has attached. Neither knows what the other is. A frame is
+A backend takes frames from a card (`transmit`) and brings frames to it (`NetworkCard.receive`),
+from a thread of its own. Neither knows what the other is. A frame is
 an Ethernet frame from destination address to payload, without preamble and frame check sequence;
 its length is whatever the sender made it, so both sides check.
 
-Flow: a card that has no room answers False, keeps nothing of the frame, and says `resume` as soon
-as it has room again. The backend then offers that frame once more, or counts it as dropped. A
-card never waits: `transmit` queues or drops, and `carry`, which ends a batch of them, sees to what
-was queued. A few short frames are mostly acknowledgements and questions, for which somebody waits:
-those a backend may deal with at once, on the card's thread, and hand the answers over while
-it is at it. Waking another thread for them takes longer than they do.
+Batches: what came together is brought together, in order. A card can then tell its guest of many
+frames by one interrupt; and where the guest's CPU and the backend's thread share one of the host's,
+each interrupt takes it away from the thread.
+
+Flow: a card that has no room for a frame keeps nothing of it, nor of those behind it, and says
+`resume` as soon as it has room again. The backend then offers these frames once more, or counts
+them as dropped. A card never waits: `transmit` queues or drops, and `carry`, which ends a batch of
+them, sees to what was queued. A few short frames are mostly acknowledgements and questions, for
+which somebody waits: those a backend may deal with at once, on the card's thread, and hand the
+answers over while it is at it. Waking another thread for them takes longer than they do.
 
 Large frames: a frame costs about the same whatever its length. A backend that ends TCP connections
 itself may take, and bring, TCP segments larger than the wire's frames, with all checksums right.
@@ -19,12 +23,14 @@ Each side says whether it takes them, and who makes one cuts it for a side that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ringfence.network.peer import Peer
 
+BATCH = 64
+"""Frames that are brought to a card at once, at most."""
 FEW, SHORT = 4, 4096
 """Frames, and bytes of them together, that may be dealt with on the card's thread."""
 HEADER = 14
@@ -33,15 +39,15 @@ MINIMUM_FRAME = HEADER
 MAXIMUM_FRAME = 65536 + HEADER + 4
 """What any backend carries at most: an IP packet of any length with a VLAN tag."""
 
-Receive = Callable[[bytes], bool]
-"""Hands a frame to the card; False if it has no room for it now."""
-
 
 class NetworkCard(Protocol):
-    """The other end, as far as the machine that joins the two knows it."""
+    """The other end, as far as the backend and the machine that joins the two know it."""
 
-    def receive(self, frame: bytes) -> bool:
-        """Take a frame, from the backend's thread; False if there is no room for it now."""
+    def receive(self, frames: Sequence[bytes]) -> int:
+        """Take frames in order, from the backend's thread; how many there was room for.
+
+        At most `BATCH` of them: the card's locks are held until all are stored.
+        """
 
 
 class NetworkBackend(Protocol):
@@ -58,13 +64,13 @@ class NetworkBackend(Protocol):
     def bring_large(self, wanted: bool) -> None:
         """Hear whether the card takes TCP segments that are larger than the wire's."""
 
-    def attach(self, receive: Receive) -> None:
-        """Bring frames to ``receive``, from a thread of the backend's own, starting now."""
+    def attach(self, card: NetworkCard) -> None:
+        """Bring frames to ``card``, from a thread of the backend's own, starting now."""
 
     def detach(self) -> None:
-        """Stop; when this returns, no call of ``receive`` is under way or will come.
+        """Stop; when this returns, no call of the card is under way or will come.
 
-        The caller holds no lock that ``receive`` takes. `attach` starts anew.
+        The caller holds no lock that the card's methods take. `attach` starts anew.
         """
 
     def resume(self) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import struct
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ringfence.errors import HostError
-from ringfence.network.backend import MAXIMUM_FRAME, NetworkBackend, Receive
+from ringfence.network.backend import MAXIMUM_FRAME, NetworkBackend, NetworkCard
 
 MAGIC_NANOSECONDS = 0xA1B23C4D
 VERSION = (2, 4)
@@ -62,16 +63,9 @@ class Capture:
         """Where frames really go."""
         return self._backend
 
-    def attach(self, receive: Receive) -> None:
+    def attach(self, card: NetworkCard) -> None:
         """See `NetworkBackend.attach`."""
-
-        def recorded(frame: bytes) -> bool:
-            taken = receive(frame)
-            if taken:
-                self._record(frame)
-            return taken
-
-        self._backend.attach(recorded)
+        self._backend.attach(_Recorded(card, self._record))
 
     def detach(self) -> None:
         """See `NetworkBackend.detach`."""
@@ -132,3 +126,18 @@ class Capture:
             with suppress(OSError):  # a pipe or a device: there is nothing to take back
                 self._file.truncate(self._end)
                 self._file.seek(self._end)
+
+
+class _Recorded:
+    """The card, as the backend sees it: what it takes is recorded."""
+
+    def __init__(self, card: NetworkCard, record: Callable[[bytes], None]) -> None:
+        self._card = card
+        self._record = record
+
+    def receive(self, frames: Sequence[bytes]) -> int:
+        """See `NetworkCard.receive`."""
+        taken = self._card.receive(frames)
+        for frame in frames[:taken]:
+            self._record(frame)
+        return taken

@@ -1,9 +1,14 @@
 """What backends with file descriptors share: one thread, one poll, two bounded queues.
 
 ``_outgoing`` has frames from the card on their way to the thread; an eventfd wakes the poller, once
-for many frames. ``_held`` has frames that the card had no room for. A subclass says what to poll,
-and is told what is ready; while frames are held it should not ask for input, so that the kernel's
-or the peer's own flow control takes over.
+for many frames. ``_held`` has frames on their way to the card. A subclass says what to poll, and is
+told what is ready; while the card has no room (``_stalled``) it should not ask for input, so that
+the kernel's or the peer's own flow control takes over.
+
+**Batches.** Frames are handed to the card at a turn's end, or when a batch is full. As long as each
+look at the descriptors brings some, there is another look in the same turn, which doesn't wait: a
+socket gives one datagram at a time, and a card that is told of them one by one interrupts its guest
+for each.
 
 **Whose turn it is.** Whoever works on the subclass's state holds ``_turn``: the thread, but for its
 sleep, or a card's thread that ends a small batch (`carry`). The latter only tries to get it: its
@@ -15,8 +20,8 @@ The eventfd is written with Python's global lock held. Were the lock given away 
 `os.eventfd_write` does, the thread that it wakes would take it and go to work, and the vCPU, which
 holds the board's lock, would wait until that thread needs the board's lock itself.
 
-Why a held frame is queued *before* it is offered: the card may find room, and say `resume`,
-between its refusal and our noting it. `resume` sees the frame in the queue and wakes the thread.
+Why frames are queued *before* they are offered: the card may find room, and say `resume`, between
+its refusal and our noting it. `resume` sees the frames in the queue and wakes the thread.
 """
 
 from __future__ import annotations
@@ -27,9 +32,17 @@ import select
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from ringfence.errors import HostError
-from ringfence.network.backend import FEW, MAXIMUM_FRAME, MINIMUM_FRAME, SHORT, Receive
+from ringfence.network.backend import (
+    BATCH,
+    FEW,
+    MAXIMUM_FRAME,
+    MINIMUM_FRAME,
+    SHORT,
+    NetworkCard,
+)
 
 QUEUE = 1024
 """Frames that may wait in either direction; what comes on top is dropped and counted."""
@@ -45,11 +58,15 @@ class ThreadedBackend:
     takes_large = False
 
     def __init__(self) -> None:
-        self._receive: Receive | None = None
+        self._card: NetworkCard | None = None
         self._turn = threading.Lock()
         self._delivering = threading.Lock()
         self._outgoing: deque[bytes] = deque()
         self._held: deque[bytes] = deque()
+        self._arrived = 0
+        """Frames that were put there so far."""
+        self._stalled = False
+        """Whether the card has no room: no more input, please."""
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._signalled = False
@@ -71,10 +88,10 @@ class ThreadedBackend:
 
     # ---- what the card and the machine call
 
-    def attach(self, receive: Receive) -> None:
+    def attach(self, card: NetworkCard) -> None:
         """See `NetworkBackend.attach`."""
         with self._delivering:
-            self._receive = receive
+            self._card = card
         if self._thread is None and not self._closing:
             self._thread = threading.Thread(
                 target=self._run, name=f"ringfence-{self.NAME}", daemon=True
@@ -85,7 +102,7 @@ class ThreadedBackend:
     def detach(self) -> None:
         """See `NetworkBackend.detach`."""
         with self._delivering:
-            self._receive = None
+            self._card = None
 
     def resume(self) -> None:
         """See `NetworkBackend.resume`."""
@@ -115,6 +132,7 @@ class ThreadedBackend:
             try:
                 if not self._closing:
                     self._send_outgoing()
+                    self._offer()
             finally:
                 self._turn.release()
         self._notify()
@@ -184,29 +202,31 @@ class ThreadedBackend:
 
     # ---- what a subclass calls, in its turn
 
-    @property
-    def _stalled(self) -> bool:
-        """True while the card has no room: no more input, please."""
-        return bool(self._held)
-
     def _deliver(self, frame: bytes) -> None:
-        """Hand a frame to the card, or hold it, or drop it."""
-        if len(self._held) >= QUEUE or not MINIMUM_FRAME <= len(frame) <= MAXIMUM_FRAME:
+        """Have a frame handed to the card, or drop it."""
+        held = self._held
+        if len(held) >= QUEUE or not MINIMUM_FRAME <= len(frame) <= MAXIMUM_FRAME:
             self._counters["dropped_receiving"] += 1
             return
-        self._held.append(frame)
-        if len(self._held) == 1:
+        held.append(frame)
+        self._arrived += 1
+        if len(held) >= BATCH and not self._stalled:
             self._offer()
 
     def _offer(self) -> None:
-        """Hand held frames to the card as long as it takes them."""
+        """Hand frames to the card as long as it takes them."""
         held, counters = self._held, self._counters
         with self._delivering:
-            receive = self._receive
-            while receive is not None and held and receive(held[0]):
-                frame = held.popleft()
-                counters["received"] += 1
-                counters["received_bytes"] += len(frame)
+            card = self._card
+            while card is not None and held:
+                batch = list(islice(held, BATCH))
+                taken = card.receive(batch)
+                for _ in range(taken):
+                    counters["received_bytes"] += len(held.popleft())
+                counters["received"] += taken
+                if taken < len(batch):
+                    break
+            self._stalled = bool(held)
 
     # ---- the thread
 
@@ -223,9 +243,24 @@ class ThreadedBackend:
                     self._jobs.popleft()()
                 if self._closing:
                     return
-                self._offer()
-                self._handle(ready)
-                self._send_outgoing()
+                self._take_turn(ready)
+
+    def _take_turn(self, ready: dict[int, int]) -> None:
+        """Deal with what is ready, and with what comes meanwhile."""
+        self._offer()
+        enough = self._arrived + BATCH
+        while True:
+            before = self._arrived
+            self._handle(ready)
+            self._send_outgoing()
+            if self._arrived == before or self._arrived >= enough or self._stalled:
+                break
+            self._watch()
+            ready = dict(self._poller.poll(0))
+            ready.pop(self._wake, None)  # left for the next sleep: there is more to do then
+            if not ready:
+                break
+        self._offer()
 
     def _send_outgoing(self) -> None:
         for _ in range(len(self._outgoing)):
@@ -235,14 +270,7 @@ class ThreadedBackend:
 
     def _sleep(self) -> dict[int, int]:
         with self._turn:
-            listed, timeout = self._interest()
-        wanted = dict(listed)
-        if wanted != self._registered:
-            for descriptor in self._registered.keys() - wanted.keys():
-                self._poller.unregister(descriptor)
-            for descriptor, events in wanted.items():
-                self._poller.register(descriptor, events)
-            self._registered = wanted
+            timeout = self._watch()
         ready = dict(self._poller.poll(None if timeout is None else timeout * 1000))
         if ready.pop(self._wake, 0):
             # First the counter, then the flag, then (our caller) the queue. A frame that finds the
@@ -251,3 +279,15 @@ class ThreadedBackend:
             os.eventfd_read(self._wake)
             self._signalled = False
         return ready
+
+    def _watch(self) -> float | None:
+        """Have the poller wait for what the subclass does; seconds to wait at most."""
+        listed, timeout = self._interest()
+        wanted = dict(listed)
+        if wanted != self._registered:
+            for descriptor in self._registered.keys() - wanted.keys():
+                self._poller.unregister(descriptor)
+            for descriptor, events in wanted.items():
+                self._poller.register(descriptor, events)
+            self._registered = wanted
+        return timeout

@@ -32,11 +32,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ringfence.errors import HostError
 from ringfence.network import slirp
-from ringfence.network.backend import Receive
+from ringfence.network.backend import NetworkCard
 from ringfence.network.forward import Forward
 from ringfence.network.offload import (
     ETHERNET,
@@ -215,16 +215,16 @@ class UserNetwork(ThreadedBackend):
             self._since = time.monotonic()
 
         self._call(begin)
-        super().attach(self._forth)
+        super().attach(_Elsewhere(peer))
 
     def served(self, timeout: float | None = None) -> bool:
         """See `Heritable.served`."""
         return self._successor is None or self._served.wait(timeout)
 
-    def attach(self, receive: Receive) -> None:
+    def attach(self, card: NetworkCard) -> None:
         """See `NetworkBackend.attach`."""
         if self._successor is None:
-            super().attach(receive)
+            super().attach(card)
 
     def detach(self) -> None:
         """See `NetworkBackend.detach`; who has a successor goes on serving it."""
@@ -243,10 +243,6 @@ class UserNetwork(ThreadedBackend):
     def _close_later(self) -> None:
         self._served.wait()
         super().close()
-
-    def _forth(self, frame: bytes) -> bool:
-        """A frame for a guest that is elsewhere."""
-        return self._successor is None or self._successor.queue(frame)
 
     def _left(self) -> bool:
         """Whether there is somebody left to serve."""
@@ -355,3 +351,17 @@ class UserNetwork(ThreadedBackend):
     def _on_get_revents(self, index: int, opaque: int | None) -> int:
         found = self._ready.get(self._polled[index], 0) if index < len(self._polled) else 0
         return _FROM_HOST[found & 31]
+
+
+class _Elsewhere:
+    """The card of a guest that has moved: the line to where it is now."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    def receive(self, frames: Sequence[bytes]) -> int:
+        """See `NetworkCard.receive`."""
+        for taken, frame in enumerate(frames):
+            if not self._peer.queue(frame):
+                return taken
+        return len(frames)

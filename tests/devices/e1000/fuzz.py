@@ -65,7 +65,7 @@ class CardFuzzer(Fuzzer):
         driver.start()
         driver.send(frame_of(64))
         assert driver.wire.frames == [frame_of(64)]
-        assert driver.card.receive(frame_of(64))
+        assert driver.card.receive([frame_of(64)])
         assert [data[:-4] for data in driver.take()] == [frame_of(64)]
         driver.wire.frames.clear()
 
@@ -160,7 +160,7 @@ class CardFuzzer(Fuzzer):
             self.driver.write(RCTL.OFFSET, 0)
             self.driver.write(RCTL.OFFSET, source.getrandbits(27) | RCTL.EN | RCTL.UPE)
             self.driver.write(Ring.RECEIVE + Ring.TAIL, source.randrange(64))
-        self.driver.card.receive(bytes(frame))
+        self.driver.card.receive([bytes(frame)])
 
     def time(self) -> None:
         self.driver.clock.advance(self.source.choice((1, 1000, 100_000)))

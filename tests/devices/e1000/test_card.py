@@ -119,7 +119,7 @@ def test_the_cable(driver) -> None:
     assert not phy(driver, 1) & 0x24
     driver.send(frame_of(60))
     assert driver.wire.frames == []
-    assert driver.card.receive(frame_of(60))
+    assert driver.card.receive([frame_of(60)])
     assert driver.take() == []
     driver.card.set_link(True)
     assert driver.read(ICR.OFFSET) & ICR.LSC
@@ -133,7 +133,7 @@ def test_loopback(driver, way) -> None:
         phy(driver, 0, 0x4140)
     else:
         driver.write(RCTL.OFFSET, driver.read(RCTL.OFFSET) | 0x40)
-    assert driver.card.receive(frame_of(60, seed=1)), "the wire is cut off"
+    assert driver.card.receive([frame_of(60, seed=1)]), "the wire is cut off"
     driver.send(frame_of(60))
     assert [data[:-4] for data in driver.take()] == [frame_of(60)]
     assert driver.wire.frames == []
@@ -255,7 +255,7 @@ def test_the_same_registers_through_ports(driver) -> None:
 
 def test_reset(driver) -> None:
     driver.send(frame_of(60))
-    driver.card.receive(frame_of(60))
+    driver.card.receive([frame_of(60)])
     driver.write(0x5200, ALL)
     driver.write(0x5408, ALL)
     driver.write(CTRL.OFFSET, CTRL.RST)
@@ -273,13 +273,13 @@ def test_save_and_restore(driver) -> None:
     source = random.Random(7)
     for _ in range(20):
         driver.send(source.randbytes(source.randrange(14, 200)))
-        driver.card.receive(frame_of(60 + source.randrange(1000)))
+        driver.card.receive([frame_of(60 + source.randrange(1000))])
     driver.take()
     driver.write(0x5210, 0x1234)
     driver.write(0x0038, 0x88A8)
     driver.write(0x2820, 100)
     driver.read(ICR.OFFSET)
-    driver.card.receive(frame_of(100))
+    driver.card.receive([frame_of(100)])
     state = driver.card.save()
     other = Driver()
     other.memory.write(0, driver.memory.read(0, driver.memory.size))
@@ -289,7 +289,7 @@ def test_save_and_restore(driver) -> None:
     assert other.asserted, "the delayed interrupt comes there, too"
     other.rx_head, other.tx_tail = driver.rx_head, driver.tx_tail
     other.write(0x0038, 0x8100)
-    other.card.receive(frame_of(200))
+    other.card.receive([frame_of(200)])
     other.send(frame_of(90))
     assert [data[:-4] for data in other.take()] == [frame_of(100), frame_of(200)]
     assert other.wire.frames == [frame_of(90)]

@@ -48,4 +48,4 @@ def test_any_receive_descriptors(made, lengths, rctl) -> None:
     for at, (address, lower, upper) in enumerate(made):
         driver.memory.write(RX_RING + 16 * at, struct.pack("<QII", address, lower, upper))
     for length in lengths:
-        driver.card.receive(frame_of(length))
+        driver.card.receive([frame_of(length)])

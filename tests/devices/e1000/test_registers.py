@@ -37,7 +37,7 @@ def test_two_drivers_that_do_the_same(seed: int) -> None:
             elif kind < 0.8:
                 driver.write(at, value, size)
             elif kind < 0.9:
-                seen.append(driver.card.receive(frame))
+                seen.append(driver.card.receive([frame]))
             else:
                 driver.clock.advance(time)
         assert seen[:1] == seen[1:]
@@ -54,7 +54,7 @@ def test_an_interrupt_costs_no_exit_but_to_raise_it() -> None:
     driver = Driver().go_native().start()
     native = driver.native
     assert native is not None
-    assert driver.card.receive(frame_of(100))
+    assert driver.card.receive([frame_of(100)])
     assert driver.asserted
     assert native.read(ICR.OFFSET) == ICR.RXT0
     assert native.write(ICR.IMC, 0xFFFFFFFF)
@@ -62,7 +62,7 @@ def test_an_interrupt_costs_no_exit_but_to_raise_it() -> None:
     assert native.places.posted
     native.places.settle()
     assert not driver.asserted
-    assert driver.card.receive(frame_of(100))
+    assert driver.card.receive([frame_of(100)])
     assert native.write(ITR.OFFSET, 500)
     assert native.write(Ring.RECEIVE + Ring.TAIL, 1)
     assert not driver.asserted
@@ -75,7 +75,7 @@ def test_a_frame_that_waits_for_room_hears_of_it() -> None:
     driver = Driver(entries=8).go_native().start()
     assert driver.native is not None
     sent = 0
-    while driver.card.receive(frame_of(100)):
+    while driver.card.receive([frame_of(100)]):
         sent += 1
     assert sent == 7
     driver.take()

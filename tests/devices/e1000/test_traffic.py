@@ -73,7 +73,7 @@ def test_in(driver) -> None:
     total = at = 0
     while total < MEGABYTES << 20:
         before = at
-        while driver.card.receive(frames[at % 20]):
+        while driver.card.receive([frames[at % 20]]):
             total += len(frames[at % 20])
             at += 1
         assert driver.read(ICR.OFFSET) & ICR.RXT0

@@ -181,7 +181,7 @@ def stays_usable(driver: Driver) -> None:
     driver.start()
     driver.send(frame_of(64))
     assert len(driver.wire.frames) == 1
-    assert driver.card.receive(frame_of(64))
+    assert driver.card.receive([frame_of(64)])
     assert [data[:-4] for data in driver.take()] == [frame_of(64)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ringfence.devices.virtio.vsock import Key, Shut, VirtioVsock
 from ringfence.memory.buffers import Buffers, scatter
+from ringfence.network.backend import NetworkCard
 
 SIZE = 1 << 20
 """Bytes of a `Ramdisk`."""
@@ -97,15 +98,19 @@ class Wire:
     def __init__(self) -> None:
         self.frames: list[bytes] = []
         self.resumed = 0
-        self.receive: Callable[[bytes], bool] = lambda frame: False
+        self.card: NetworkCard | None = None
         self.takes_large = False
         self.large: bool | None = None
 
-    def attach(self, receive: Callable[[bytes], bool]) -> None:
-        self.receive = receive
+    def attach(self, card: NetworkCard) -> None:
+        self.card = card
 
     def detach(self) -> None:
-        self.receive = lambda frame: False
+        self.card = None
+
+    def receive(self, frame: bytes) -> bool:
+        """Bring a single frame to the card."""
+        return self.card is not None and self.card.receive([frame]) == 1
 
     def resume(self) -> None:
         self.resumed += 1

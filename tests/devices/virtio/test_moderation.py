@@ -67,7 +67,7 @@ def receive(driver: Driver, count: int = 1) -> None:
     for at in range(count):
         driver.rings[0].add([(BUFFERS + 0x1000 * at, 2048, True)])
     for _ in range(count):
-        assert driver.device.receive(bytes(60))  # type: ignore[attr-defined]
+        assert driver.device.receive([bytes(60)])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("offered", [True, False])

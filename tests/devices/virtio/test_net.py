@@ -307,3 +307,18 @@ def test_nothing_is_written_after_the_end(drive: Drive) -> None:
     driver.function.close()
     assert not receive(frame_of(60))
     assert driver.rings[0].used() == []
+
+
+@LAYOUTS
+def test_a_batch_is_one_interrupt(drive: Drive, packed: bool) -> None:
+    driver = card(drive, packed=packed)
+    places = add_buffers(driver, 4, 2000)
+    driver.rings[0].interrupts(True)
+    frames = [frame_of(60, n) for n in range(6)]
+    assert driver.device.receive(frames) == 4, "as many as there are buffers"
+    assert driver.vectors() == [0x41]
+    stored = [driver.memory.read(places[name], length) for name, length in driver.rings[0].used()]
+    assert [raw[net.HEADER.size :] for raw in stored] == frames[:4]
+    add_buffers(driver, 2, 2000)
+    assert wire(driver).resumed == 1
+    assert driver.device.receive(frames[4:]) == 2

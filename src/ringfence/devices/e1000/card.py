@@ -16,7 +16,7 @@ thread calls, takes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -189,25 +189,25 @@ class E1000(PciDevice):
 
     # ---- frames
 
-    def receive(self, frame: bytes) -> bool:
-        """Take a frame from the backend, in its thread; False if there is no room now."""
+    def receive(self, frames: Sequence[bytes]) -> int:
+        """Take frames from the backend, in its thread; see `NetworkCard.receive`."""
         with self.lock:
             if not self.phy.link or self._loops:
-                return True
-            return self._arrive(frame)
+                return len(frames)
+            return self._arrive(frames)
 
     @property
     def _loops(self) -> bool:
         """Whether what is sent comes back."""
         return bool(self.phy.loopback or self.receiver.rctl & RCTL.LBM)
 
-    def _arrive(self, frame: bytes) -> bool:
-        return not self.bus_master or self.receiver.receive(frame)
+    def _arrive(self, frames: Sequence[bytes]) -> int:
+        return self.receiver.receive(frames) if self.bus_master else len(frames)
 
     def _transmit(self, frame: bytes) -> None:
         """Take a frame from the transmitter."""
         if self._loops:
-            self._arrive(frame)  # what finds no room is lost, as in the chip's own buffer
+            self._arrive((frame,))  # what finds no room is lost, as in the chip's own buffer
         elif self.phy.link:
             self.backend.transmit(frame)
 

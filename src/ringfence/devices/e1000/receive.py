@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ringfence.chipset.state import Saved, State
@@ -81,6 +81,8 @@ class Receiver(Saved):
         self._tail = tail
         self.ring = DescriptorRing(memory, Ring.RECEIVE, tail)
         self.refused = False
+        self._landed = False
+        """Whether the ring has frames that the driver was not told of."""
         self.reset()
 
     def reset(self) -> None:
@@ -141,8 +143,22 @@ class Receiver(Saved):
         size = 2048 >> (self.rctl >> RCTL.BSIZE_SHIFT & 3)
         return size * 16 if self.rctl & RCTL.BSEX and size < 2048 else size
 
-    def receive(self, frame: bytes) -> bool:
-        """Take a frame from the wire: store it or drop it; False if it has to wait."""
+    def receive(self, frames: Sequence[bytes]) -> int:
+        """Take frames from the wire: store or drop them; how many, the others have to wait.
+
+        There is one interrupt for all of them.
+        """
+        taken, self._landed = 0, False
+        for frame in frames:
+            if not self._take(frame):
+                break
+            taken += 1
+        if self._landed and not self.ring.failed:
+            self._report()
+        return taken
+
+    def _take(self, frame: bytes) -> bool:
+        """Store a frame or drop it; False if it has to wait."""
         if not self.rctl & RCTL.EN or self.ring.failed:
             return True
         if len(frame) < MINIMUM:
@@ -192,8 +208,6 @@ class Receiver(Saved):
             if here:
                 self._statistics.arrived(each + FCS, here)
                 self._statistics.received(frame, each + FCS, here)
-        if not self.ring.failed:
-            self._report()
         return True
 
     def _cut(self, frame: bytes) -> int:
@@ -243,6 +257,7 @@ class Receiver(Saved):
         job.ring, job.count, job.head, job.buffer = ring.base, ring.count, ring.head, self.buffer
         ring.failed = not self._natives("land", self._memory.incomplete)(self._at)
         ring.head = job.head
+        self._landed = True
         self._memory.dma_written_runs(self._at + Landing.offset_of("runs"), job.runs_used)
         return int(job.stored)
 

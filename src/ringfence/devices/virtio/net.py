@@ -20,8 +20,7 @@ import ctypes
 import mmap
 import struct
 import zlib
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 from ringfence.devices.virtio.device import Transport, VirtioDevice
 from ringfence.devices.virtio.frames import (
@@ -36,7 +35,7 @@ from ringfence.devices.virtio.frames import (
 from ringfence.devices.virtio.queue import BROKEN, FOUND, NOTHING
 from ringfence.devices.virtio.ring import Chain
 from ringfence.memory.buffers import split
-from ringfence.network.backend import FEW
+from ringfence.network.backend import FEW, NetworkBackend
 from ringfence.network.offload import (
     MTU,
     TCP_CHECKSUM,
@@ -72,32 +71,6 @@ GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_ECN = 0, 1, 4, 0x80
 CTRL_RX_CLASS, CTRL_MQ_CLASS, CTRL_GUEST_OFFLOADS_CLASS = 0, 4, 5
 MQ_VQ_PAIRS_SET, GUEST_OFFLOADS_SET = 0, 0
 CTRL_OK, CTRL_ERR = 0, 1
-
-
-class NetworkBackend(Protocol):
-    """The host's side of a network card, as far as the card knows it."""
-
-    def attach(self, receive: Callable[[bytes], bool]) -> None:
-        """Deliver frames to ``receive`` from now on, from any thread; False: no room now."""
-
-    def detach(self) -> None:
-        """Stop doing so; no call is under way when this has returned. Not with the lock held."""
-
-    def resume(self) -> None:
-        """Offer frames again: there is room; must not call ``receive`` itself."""
-
-    @property
-    def takes_large(self) -> bool:
-        """Whether `transmit` takes TCP segments of any size."""
-
-    def bring_large(self, wanted: bool) -> None:
-        """Hear whether the card takes TCP segments of any size."""
-
-    def transmit(self, frame: bytes) -> None:
-        """Take a frame of the guest's; must not block and must not call ``receive`` itself."""
-
-    def carry(self) -> None:
-        """See to the frames taken so far; may call ``receive``."""
 
 
 class VirtioNet(VirtioDevice):
@@ -144,7 +117,7 @@ class VirtioNet(VirtioDevice):
     def attach(self, transport: Transport) -> None:
         """See `VirtioDevice.attach`: only now there is somewhere to put frames."""
         super().attach(transport)
-        self._backend.attach(self.receive)
+        self._backend.attach(self)
 
     def config(self) -> bytes:
         """See `VirtioDevice.config`."""
@@ -279,16 +252,24 @@ class VirtioNet(VirtioDevice):
 
     # ---- to the driver
 
-    def receive(self, frame: bytes) -> bool:
-        """Give the driver a frame (any thread); False if it had no buffers for it."""
+    def receive(self, frames: Sequence[bytes]) -> int:
+        """Give the driver frames (any thread); how many it had buffers for."""
+        taken = 0
         with self.transport.lock:
-            number = 0
-            if self.active_pairs > 1:
-                number = 2 * (zlib.crc32(frame[:ETHERNET] + frame[26:38]) % self.active_pairs)
-            if not ETHERNET <= len(frame) <= MAX_FRAME:
-                self.dropped += 1
-                return True
-            return self._deliver(number, frame)
+            touched = set()
+            for frame in frames:
+                number = 0
+                if self.active_pairs > 1:
+                    number = 2 * (zlib.crc32(frame[:ETHERNET] + frame[26:38]) % self.active_pairs)
+                touched.add(number)
+                if not ETHERNET <= len(frame) <= MAX_FRAME:
+                    self.dropped += 1
+                elif not self._deliver(number, frame):
+                    break
+                taken += 1
+            for number in touched:
+                self.transport.publish(number)
+        return taken
 
     def _deliver(self, number: int, frame: bytes) -> bool:
         ring = self.transport.ring(number)
@@ -307,7 +288,6 @@ class VirtioNet(VirtioDevice):
                 self.transport.broken()
             self._starved = True
             return False
-        self.transport.publish(number)
         if end == FOUND:
             self.received += 1
         else:
