@@ -39,6 +39,9 @@ class Sink:
         """See `NetworkCard.receive`."""
         return len(frames)
 
+    def more(self) -> None:
+        """See `NetworkCard.more`: it doesn't ask for room."""
+
 
 def datagram(port: int) -> bytes:
     """A frame with `SMALL` bytes for a UDP port of the host's; no UDP checksum."""

@@ -340,7 +340,11 @@ class NetFuzzer(VirtioFuzzer):
             frame[12:15], frame[23] = b"\x08\0" + bytes([self.pick(0x45, 0x4F, 0x44)]), 6
             frame[20:22], frame[46] = bytes(2), self.pick(0x50, 0xF0, 0)
         self.wire.takes_large = self.chance(0.5)
-        self.wire.receive(bytes(frame))
+        if self.wire.card is not None:
+            self.wire.card.receive([bytes(frame)] * self.pick(1, 1, 2, 64))
+            self.wire.limit = self.pick(0, 1, 5, 1 << 20)
+            if self.chance(0.3):
+                self.wire.card.more()
 
     def after(self) -> None:
         assert all(14 <= len(frame) <= net.MAX_FRAME for frame in self.wire.frames)
@@ -349,6 +353,7 @@ class NetFuzzer(VirtioFuzzer):
 
     def works(self) -> None:
         frame = bytes(range(60))
+        self.wire.limit = 1 << 20
         self.driver.memory.write(BUFFERS, bytes(net.HEADER.size) + frame)
         assert len(self.driver.request(1, [(BUFFERS, net.HEADER.size + 60, False)])) == 1
         assert self.wire.frames == [frame]

@@ -29,6 +29,7 @@ class Card:
         self.batches: list[int] = []
         """How many frames came together."""
         self.thread = ""
+        self.told = 0
 
     def receive(self, frames: Sequence[bytes]) -> int:
         self.thread = threading.current_thread().name
@@ -38,6 +39,9 @@ class Card:
                 self.refused += 1
                 return taken
         return len(frames)
+
+    def more(self) -> None:
+        self.told += 1
 
     def take(self, frame: bytes) -> bool:
         if len(self.frames) >= self.room:

@@ -36,6 +36,9 @@ class Echo:
     def bring_large(self, wanted: bool) -> None:
         self.large = wanted
 
+    def room(self) -> int:
+        return 7
+
     def transmit(self, data: bytes) -> None:
         self.sent.append(data)
 
@@ -72,6 +75,9 @@ def test_what_goes_through_is_recorded(tmp_path) -> None:
     wire.transmit(frame(4, 1514))
     wire.carry()
     wire.resume()
+    assert wire.room() == 7
+    inner.card.more()
+    assert card.told == 1
     wire.bring_large(True)
     assert wire.takes_large
     assert inner.large

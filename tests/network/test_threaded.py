@@ -12,7 +12,7 @@ import pytest
 from network.support import Card, frame, until
 from ringfence.network import threaded
 from ringfence.network.backend import BATCH, FEW, MAXIMUM_FRAME, SHORT
-from ringfence.network.threaded import QUEUE, ThreadedBackend
+from ringfence.network.threaded import MOST, QUEUE, ThreadedBackend
 
 
 class Pair(ThreadedBackend):
@@ -185,12 +185,123 @@ def test_frames_of_absurd_lengths_are_dropped(pair, length) -> None:
 
 def test_a_flood_is_bounded(pair) -> None:
     """Nobody takes the frames away before something is attached."""
-    for number in range(3 * QUEUE):
+    for number in range(MOST + QUEUE):
         pair.transmit(frame(number))
     pair.carry()
-    assert pair.stats()["dropped_sending"] == 2 * QUEUE
+    assert pair.stats()["dropped_sending"] == QUEUE
     pair.attach(Card())
-    assert [pair.outer.recv(100) for _ in range(QUEUE)] == [frame(n) for n in range(QUEUE)]
+    assert [pair.outer.recv(100) for _ in range(MOST)] == [frame(n) for n in range(MOST)]
+
+
+class Jam(Pair):
+    """A wire that may be stuck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jammed = True
+        self.gone: list[bytes] = []
+
+    def _send(self, sent: bytes) -> None:
+        self.gone.append(sent)
+
+    @property
+    def _jammed(self):
+        return self.jammed
+
+    def go(self) -> None:
+        self.jammed = False
+        self._notify()
+
+
+@pytest.fixture
+def jam():
+    made = Jam()
+    yield made
+    made.close()
+
+
+def fill(network: ThreadedBackend) -> int:
+    """Transmit as long as there is room; how many frames."""
+    count = 0
+    while network.room():
+        network.transmit(frame(count))
+        count += 1
+    network.carry()
+    return count
+
+
+def test_a_card_is_told_of_room(jam, monkeypatch) -> None:
+    monkeypatch.setattr(threaded, "PATIENCE", 1000.0)
+    card = Card()
+    jam.attach(card)
+    assert jam.room() == QUEUE
+    jam.transmit(frame(0))
+    assert jam.room() == QUEUE - 1
+    assert fill(jam) == QUEUE - 1
+    assert not card.told
+    jam.go()
+    until(lambda: card.told)
+    until(lambda: jam.room() == QUEUE)
+    assert jam.stats()["dropped_sending"] == 0
+    assert card.told == 1
+
+
+def test_what_a_card_sends_when_told_is_sent(jam, monkeypatch) -> None:
+    """From within the thread's turn, several times over the queue's size."""
+    monkeypatch.setattr(threaded, "PATIENCE", 1000.0)
+
+    class Sender(Card):
+        left = 5 * QUEUE
+
+        def more(self):
+            super().more()
+            while self.left and jam.room():
+                jam.transmit(frame(self.left))
+                self.left -= 1
+            jam.carry()
+
+    card = Sender()
+    jam.attach(card)
+    card.more()
+    jam.go()
+    until(lambda: len(jam.gone) == 5 * QUEUE)
+    assert jam.gone == [frame(number) for number in range(5 * QUEUE, 0, -1)]
+    assert card.told > 2
+    assert jam.stats()["dropped_sending"] == 0
+
+
+def test_nobody_waits_for_a_dead_wire(jam, monkeypatch) -> None:
+    """After a while there is room again, for frames that are dropped."""
+    monkeypatch.setattr(threaded, "PATIENCE", 0.05)
+    card = Card()
+    jam.attach(card)
+    for number in range(QUEUE):
+        jam.transmit(frame(number))
+    if not jam.room():
+        until(lambda: card.told)
+    for number in range(2 * QUEUE):
+        assert jam.room() == QUEUE
+        jam.transmit(frame(number))
+    jam.carry()
+    assert jam.stats()["dropped_sending"] == QUEUE
+    told = card.told
+    jam.go()
+    until(lambda: len(jam._outgoing) == 0)
+    assert card.told == told, "nobody waited"
+    assert jam.room() == QUEUE
+
+
+def test_a_card_that_was_detached_is_told_later(jam, monkeypatch) -> None:
+    monkeypatch.setattr(threaded, "PATIENCE", 1000.0)
+    first, second = Card(), Card()
+    jam.attach(first)
+    fill(jam)
+    jam.detach()
+    jam.go()
+    until(lambda: not jam._outgoing)
+    jam.attach(second)
+    until(lambda: second.told == 1)
+    assert first.told == 0
 
 
 def test_a_card_without_room_is_asked_again_when_it_says_so(pair) -> None:

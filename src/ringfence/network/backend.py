@@ -11,10 +11,15 @@ each interrupt takes it away from the thread.
 
 Flow: a card that has no room for a frame keeps nothing of it, nor of those behind it, and says
 `resume` as soon as it has room again. The backend then offers these frames once more, or counts
-them as dropped. A card never waits: `transmit` queues or drops, and `carry`, which ends a batch of
-them, sees to what was queued. A few short frames are mostly acknowledgements and questions, for
-which somebody waits: those a backend may deal with at once, on the card's thread, and hand the
-answers over while it is at it. Waking another thread for them takes longer than they do.
+them as dropped. The other way it is the card that asks, for `room`, and leaves in its guest's ring
+what finds none, until the backend says `NetworkCard.more`: so a flood waits where it comes from,
+and takes no other connection's room. A backend that gets rid of nothing for a while has room all
+the same, and drops: no driver takes a card for dead because of it.
+
+No call waits: `transmit` queues or drops, and `carry`, which ends a batch, sees to what was queued.
+A few short frames are mostly acknowledgements and questions, for which somebody waits: those a
+backend may deal with at once, on the card's thread, and hand the answers over while it is at it.
+Waking another thread for them takes longer than they do.
 
 Large frames: a frame costs about the same whatever its length. A backend that ends TCP connections
 itself may take, and bring, TCP segments larger than the wire's frames, with all checksums right.
@@ -49,12 +54,15 @@ class NetworkCard(Protocol):
         At most `BATCH` of them: the card's locks are held until all are stored.
         """
 
+    def more(self) -> None:
+        """Go on with what found no `NetworkBackend.room`, from the backend's thread."""
+
 
 class NetworkBackend(Protocol):
     """One end of a wire. All methods may be called from any thread, and none of them blocks long.
 
-    `transmit`, `carry` and `resume` are called with the card's locks held. Of these only `carry`
-    may call the card, which therefore calls it with nothing half done.
+    `room`, `transmit`, `carry` and `resume` are called with the card's locks held. Of these only
+    `carry` may call the card, which therefore calls it with nothing half done.
     """
 
     @property
@@ -75,6 +83,12 @@ class NetworkBackend(Protocol):
 
     def resume(self) -> None:
         """Offer frames again: the card, which was without room, has some."""
+
+    def room(self) -> int:
+        """How many frames may be transmitted now; after a 0, `NetworkCard.more` is called.
+
+        A card whose packets fall into many frames may exceed it by those of a few packets.
+        """
 
     def transmit(self, frame: bytes) -> None:
         """Take a frame from the card; one that is too short, too long or too much is dropped.

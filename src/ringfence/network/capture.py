@@ -84,6 +84,10 @@ class Capture:
         """See `NetworkBackend.bring_large`."""
         self._backend.bring_large(wanted)
 
+    def room(self) -> int:
+        """See `NetworkBackend.room`."""
+        return self._backend.room()
+
     def transmit(self, frame: bytes) -> None:
         """See `NetworkBackend.transmit`."""
         self._record(frame)
@@ -141,3 +145,7 @@ class _Recorded:
         for frame in frames[:taken]:
             self._record(frame)
         return taken
+
+    def more(self) -> None:
+        """See `NetworkCard.more`."""
+        self._card.more()

@@ -10,6 +10,11 @@ look at the descriptors brings some, there is another look in the same turn, whi
 socket gives one datagram at a time, and a card that is told of them one by one interrupts its guest
 for each.
 
+**Room.** A card that finds ``_outgoing`` full waits (``_awaited``) and is told when half of it is
+empty, or when nothing has left for `PATIENCE` seconds. `room` sets the flag *before* it looks at
+the queue, the thread looks at the flag *behind* it, so that one of the two sees the other. The card
+is told in the thread's turn: what it then transmits is the thread's.
+
 **Whose turn it is.** Whoever works on the subclass's state holds ``_turn``: the thread, but for its
 sleep, or a card's thread that ends a small batch (`carry`). The latter only tries to get it: its
 board's lock is what the thread may be waiting for, in the middle of its turn, to deliver a frame.
@@ -30,6 +35,7 @@ import ctypes
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -45,7 +51,12 @@ from ringfence.network.backend import (
 )
 
 QUEUE = 1024
-"""Frames that may wait in either direction; what comes on top is dropped and counted."""
+"""Frames that there is room for in either direction."""
+MOST = 2 * QUEUE
+"""Frames of a card's that wait at most, `room` or not; what comes on top is dropped and counted."""
+PATIENCE = 0.5
+"""Seconds without a frame that leaves, after which they are dropped: Linux takes an e1000 for hung
+when it has had a frame for one second."""
 
 _count_up = ctypes.PyDLL(None).eventfd_write
 _count_up.argtypes = [ctypes.c_int, ctypes.c_uint64]
@@ -62,6 +73,10 @@ class ThreadedBackend:
         self._turn = threading.Lock()
         self._delivering = threading.Lock()
         self._outgoing: deque[bytes] = deque()
+        self._left_at = 0.0
+        """When one of these has left last, or, if that is later, the first of them came."""
+        self._awaited = False
+        """Whether the card waits for room."""
         self._held: deque[bytes] = deque()
         self._arrived = 0
         """Frames that were put there so far."""
@@ -112,15 +127,28 @@ class ThreadedBackend:
     def bring_large(self, wanted: bool) -> None:
         """See `NetworkBackend.bring_large`; what comes from a wire is not larger."""
 
+    def room(self) -> int:
+        """See `NetworkBackend.room`."""
+        outgoing = self._outgoing
+        if len(outgoing) < QUEUE:
+            return QUEUE - len(outgoing)
+        if self._patience <= 0:
+            return QUEUE
+        self._awaited = True
+        self._notify()
+        return max(QUEUE - len(outgoing), 0)
+
     def transmit(self, frame: bytes) -> None:
         """See `NetworkBackend.transmit`."""
-        counters = self._counters
-        if len(self._outgoing) >= QUEUE or not MINIMUM_FRAME <= len(frame) <= MAXIMUM_FRAME:
+        counters, outgoing = self._counters, self._outgoing
+        if len(outgoing) >= MOST or not MINIMUM_FRAME <= len(frame) <= MAXIMUM_FRAME:
             counters["dropped_sending"] += 1
             return
         counters["sent"] += 1
         counters["sent_bytes"] += len(frame)
-        self._outgoing.append(frame)
+        if not outgoing:
+            self._left_at = time.monotonic()
+        outgoing.append(frame)
 
     def carry(self) -> None:
         """See `NetworkBackend.carry`."""
@@ -244,6 +272,7 @@ class ThreadedBackend:
                 if self._closing:
                     return
                 self._take_turn(ready)
+                self._tell_of_room()
 
     def _take_turn(self, ready: dict[int, int]) -> None:
         """Deal with what is ready, and with what comes meanwhile."""
@@ -263,14 +292,31 @@ class ThreadedBackend:
         self._offer()
 
     def _send_outgoing(self) -> None:
-        for _ in range(len(self._outgoing)):
+        outgoing = self._outgoing
+        for _ in range(len(outgoing)):
             if self._jammed:
                 break
-            self._send(self._outgoing.popleft())
+            self._send(outgoing.popleft())
+            self._left_at = time.monotonic()
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for which the card waits, if nothing leaves."""
+        return self._left_at + PATIENCE - time.monotonic()
+
+    def _tell_of_room(self) -> None:
+        if self._awaited and (len(self._outgoing) <= QUEUE // 2 or self._patience <= 0):
+            with self._delivering:
+                if self._card is not None:
+                    self._awaited = False
+                    self._card.more()
 
     def _sleep(self) -> dict[int, int]:
         with self._turn:
             timeout = self._watch()
+        if self._awaited and self._card is not None:
+            patience = max(self._patience, 0.0)
+            timeout = patience if timeout is None else min(timeout, patience)
         ready = dict(self._poller.poll(None if timeout is None else timeout * 1000))
         if ready.pop(self._wake, 0):
             # First the counter, then the flag, then (our caller) the queue. A frame that finds the

@@ -365,3 +365,6 @@ class _Elsewhere:
             if not self._peer.queue(frame):
                 return taken
         return len(frames)
+
+    def more(self) -> None:
+        """See `NetworkCard.more`: the guest's frames come by the same line, and wait there."""

@@ -41,8 +41,11 @@ class Wire:
     resumed: int = 0
     takes_large: bool = False
     large: bool = False
+    limit: int = 1 << 30
+    """Frames that it keeps."""
+    asked_in_vain: int = 0
 
-    def attach(self, receive) -> None:
+    def attach(self, card) -> None:
         raise AssertionError("a card does not attach itself")
 
     detach = close = attach
@@ -52,6 +55,11 @@ class Wire:
 
     def bring_large(self, wanted: bool) -> None:
         self.large = wanted
+
+    def room(self) -> int:
+        room = max(self.limit - len(self.frames), 0)
+        self.asked_in_vain += not room
+        return room
 
     def transmit(self, frame: bytes) -> None:
         self.frames.append(frame)

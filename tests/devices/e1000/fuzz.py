@@ -51,6 +51,7 @@ class CardFuzzer(Fuzzer):
         assert driver.card.restore(driver.card.save()) is None
         driver.card.config_write(4, 2, 7)
         driver.card.set_link(True)
+        driver.wire.limit = 1 << 30
         if driver.native is not None:
             driver.native.places.settle()
         interrupts = driver.card.interrupts
@@ -160,9 +161,12 @@ class CardFuzzer(Fuzzer):
             self.driver.write(RCTL.OFFSET, 0)
             self.driver.write(RCTL.OFFSET, source.getrandbits(27) | RCTL.EN | RCTL.UPE)
             self.driver.write(Ring.RECEIVE + Ring.TAIL, source.randrange(64))
-        self.driver.card.receive([bytes(frame)])
+        self.driver.card.receive([bytes(frame)] * source.choice((1, 1, 2, 64)))
 
     def time(self) -> None:
+        self.driver.wire.limit = self.source.choice((0, 1, 5, 1 << 20))
+        if self.source.random() < 0.5:
+            self.driver.card.more()
         self.driver.clock.advance(self.source.choice((1, 1000, 100_000)))
 
     def odd(self) -> None:

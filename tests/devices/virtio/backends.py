@@ -101,6 +101,8 @@ class Wire:
         self.card: NetworkCard | None = None
         self.takes_large = False
         self.large: bool | None = None
+        self.limit = 1 << 30
+        """Frames that it keeps."""
 
     def attach(self, card: NetworkCard) -> None:
         self.card = card
@@ -117,6 +119,9 @@ class Wire:
 
     def bring_large(self, wanted: bool) -> None:
         self.large = wanted
+
+    def room(self) -> int:
+        return max(self.limit - len(self.frames), 0)
 
     def transmit(self, frame: bytes) -> None:
         self.frames.append(frame)

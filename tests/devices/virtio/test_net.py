@@ -322,3 +322,94 @@ def test_a_batch_is_one_interrupt(drive: Drive, packed: bool) -> None:
     add_buffers(driver, 2, 2000)
     assert wire(driver).resumed == 1
     assert driver.device.receive(frames[4:]) == 2
+
+
+def queue_up(driver: Driver, count: int, number: int = 1) -> list[bytes]:
+    """Have frames to send, and say so once."""
+    frames = [frame_of(60, n) for n in range(count)]
+    for n, frame in enumerate(frames):
+        at = BUFFERS + 0x1000 * n
+        driver.memory.write(at, plain() + frame)
+        driver.rings[number].add([(at, net.HEADER.size + 60, False)])
+    driver.notify(number)
+    return frames
+
+
+@LAYOUTS
+def test_frames_wait_in_the_queue_for_room(drive: Drive, packed: bool) -> None:
+    driver = card(drive, packed=packed)
+    wire(driver).limit = 3
+    frames = queue_up(driver, 9)
+    assert wire(driver).frames == frames[:3]
+    assert len(driver.rings[1].used()) == 3
+    driver.notify(1)
+    assert wire(driver).frames == frames[:3], "the network says when to go on"
+    for limit in (3, 5, 100):
+        wire(driver).limit = limit
+        driver.device.more()
+        assert wire(driver).frames == frames[:limit]
+    assert len(driver.rings[1].used()) == 6
+    driver.device.more()
+    wire(driver).frames.clear()
+    assert queue_up(driver, 2) == wire(driver).frames
+
+
+def test_each_queue_waits(drive: Drive) -> None:
+    driver = card(drive, pairs=2)
+    wire(driver).limit = 0
+    frames = queue_up(driver, 3) + queue_up(driver, 3, 3)
+    assert wire(driver).frames == []
+    wire(driver).limit = 4
+    driver.device.more()
+    assert wire(driver).frames == frames[:4]
+    wire(driver).limit = 6
+    driver.device.more()
+    assert wire(driver).frames == frames
+
+
+def test_a_reset_forgets_what_waits(drive: Drive) -> None:
+    driver = card(drive)
+    wire(driver).limit = 0
+    queue_up(driver, 3)
+    driver.put(0x14, 1, 0)
+    wire(driver).limit = 100
+    driver.device.more()
+    assert wire(driver).frames == []
+    driver.start()
+    assert queue_up(driver, 2) == wire(driver).frames
+
+
+def test_what_waits_goes_on_where_it_is_restored(drive: Drive) -> None:
+    driver, other = card(drive), drive(VirtioNet(Wire(), MAC))
+    wire(driver).limit = 2
+    frames = queue_up(driver, 5)
+    state = driver.function.save()
+    other.memory.write(0, driver.memory.read(0, driver.memory.size))
+    other.function.restore(state)
+    other.clock.advance(1)
+    assert wire(other).frames == frames[2:]
+
+
+def test_a_queue_that_breaks_while_it_waits(drive: Drive) -> None:
+    """Found out when there is room, in the network's thread, which must survive it."""
+    driver = card(drive)
+    wire(driver).limit = 2
+    queue_up(driver, 5)
+    driver.memory.write(driver.rings[1].avail + 2, struct.pack("<H", 999))
+    wire(driver).limit = 100
+    driver.device.more()
+    assert driver.status & 64
+    driver.device.more()
+    driver.start()
+    wire(driver).frames.clear()
+    assert queue_up(driver, 2) == wire(driver).frames
+
+
+def test_no_room_after_the_end(drive: Drive) -> None:
+    driver = card(drive)
+    wire(driver).limit = 2
+    queue_up(driver, 5)
+    driver.function.close()
+    wire(driver).limit = 100
+    driver.device.more()
+    assert len(wire(driver).frames) == 2

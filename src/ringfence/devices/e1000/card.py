@@ -48,7 +48,7 @@ from ringfence.devices.e1000.registers import (
 )
 from ringfence.devices.e1000.ring import DescriptorRing
 from ringfence.devices.e1000.statistics import Statistics
-from ringfence.devices.e1000.transmit import Transmitter
+from ringfence.devices.e1000.transmit import FRAMES, Transmitter
 from ringfence.devices.natives import UNKEPT, Natives
 from ringfence.memory.causes import CauseWord
 from ringfence.memory.ram import GuestMemory
@@ -122,7 +122,10 @@ class E1000(PciDevice):
         self.statistics = Statistics()
         self.interrupts = Interrupts(timers, self.set_intx, CauseWord(word), throttle)
         self.transmitter = Transmitter(
-            *(memory, timers, self.interrupts, self.statistics, self._transmit, backend.carry),
+            *(memory, timers, self.interrupts, self.statistics),
+            send=self._transmit,
+            room=self._room,
+            carry=backend.carry,
             vlan=self._vlan,
             master=lambda: self.bus_master,
             takes_large=lambda: self.backend.takes_large and not self._loops,
@@ -195,6 +198,15 @@ class E1000(PciDevice):
             if not self.phy.link or self._loops:
                 return len(frames)
             return self._arrive(frames)
+
+    def more(self) -> None:
+        """See `NetworkCard.more`."""
+        with self.lock:
+            self.transmitter.run()
+
+    def _room(self) -> int:
+        """How many frames the transmitter may send."""
+        return self.backend.room() if self.phy.link and not self._loops else FRAMES
 
     @property
     def _loops(self) -> bool:

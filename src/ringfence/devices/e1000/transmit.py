@@ -2,7 +2,8 @@
 
 A *turn* takes a bounded amount of work: so many descriptors, so many bytes and so many frames. What
 is left is done in the next turn, which a timer starts, so that neither a doorbell nor the board's
-lock is held up by a long ring or by a packet that falls into 65,000 segments.
+lock is held up by a long ring or by a packet that falls into 65,000 segments. While the backend has
+no room for frames there are no turns: the ring keeps them.
 
 Nothing the guest writes is trusted: a head or tail outside the ring stops the engine, descriptors
 are copied once and then worked on, a packet that never ends is cut off, and an address outside RAM
@@ -52,6 +53,8 @@ class Transmitter(Saved):
     ----------
     send : Callable[[bytes], None]
         Takes finished frames.
+    room : Callable[[], int]
+        How many of them there is room for; if there is none, `run` is called when there is.
     carry : Callable[[], None]
         Hears that there are no more for now.
     vlan : Callable[[], int]
@@ -75,6 +78,7 @@ class Transmitter(Saved):
         interrupts: Interrupts,
         statistics: Statistics,
         send: Callable[[bytes], None],
+        room: Callable[[], int],
         carry: Callable[[], None],
         vlan: Callable[[], int],
         master: Callable[[], bool],
@@ -88,6 +92,7 @@ class Transmitter(Saved):
         self._interrupts = interrupts
         self._statistics = statistics
         self._send = send
+        self._room = room
         self._carry = carry
         self._vlan = vlan
         self._master = master
@@ -146,9 +151,9 @@ class Transmitter(Saved):
         RegisterBank.close(self._tail)
         if not self.tctl & TCTL.EN or not self._master():
             return
-        self._frames, self._bytes = FRAMES, BYTES
-        descriptors, causes = DESCRIPTORS, 0
         ring = self.ring
+        self._frames, self._bytes = min(FRAMES, self._room() if self._busy else 0), BYTES
+        descriptors, causes = DESCRIPTORS, 0
         self._packets = 0
         while self._frames > 0 and self._bytes > 0 and descriptors > 0:
             if self.segment >= 0:
@@ -166,8 +171,16 @@ class Transmitter(Saved):
         if causes:
             self._interrupts.cause(causes)
         self._carry()
-        if self.segment >= 0 or ring.ready:
-            self._next.set(self._clock.now() + PAUSE_NS)
+        if self._busy:
+            if self._room():
+                self._next.set(self._clock.now() + PAUSE_NS)
+            else:
+                self._tail.open = 1
+
+    @property
+    def _busy(self) -> bool:
+        """Whether something is left to do."""
+        return self.segment >= 0 or self.ring.ready
 
     def _batch(self, count: int) -> tuple[int, int]:
         """Work on up to ``count`` descriptors that lie in a row.

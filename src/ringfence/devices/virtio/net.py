@@ -6,9 +6,11 @@ handed over, see `network.offload`; but segments stay as large as they are for a
 them so. What comes in is complete and correct, and the driver is told so; large TCP segments go to
 a driver that takes them (GUEST_TSO4, unless it has switched that off since) as one frame.
 
-Transmission: frames go to the backend in order, within the notification. Reception: the backend
-calls `VirtioNet.receive` from any thread; where a frame finds no room, the backend keeps it and
-hears `resume` when the driver has added buffers. With mergeable buffers a frame may take several.
+Transmission: frames go to the backend in order, within the notification, as long as it has room.
+What finds none stays in the queue, which needs no notifications then, until the backend calls
+`VirtioNet.more`. Reception: the backend calls `VirtioNet.receive` from any thread; where a frame
+finds no room, the backend keeps it and hears `resume` when the driver has added buffers. With
+mergeable buffers a frame may take several.
 
 With several queue pairs (MQ) the driver says by command how many it uses; received frames are
 spread by a hash of their addresses, so that a conversation stays on one queue.
@@ -29,11 +31,10 @@ from ringfence.devices.virtio.frames import (
     QUEUE_SIZE,
     RECORD,
     ROOM,
-    SPENT,
     FrameQueue,
 )
 from ringfence.devices.virtio.queue import BROKEN, FOUND, NOTHING
-from ringfence.devices.virtio.ring import Chain
+from ringfence.devices.virtio.ring import Chain, RingError
 from ringfence.memory.buffers import split
 from ringfence.network.backend import FEW, NetworkBackend
 from ringfence.network.offload import (
@@ -113,6 +114,8 @@ class VirtioNet(VirtioDevice):
         self._room_at = ctypes.addressof(ctypes.c_char.from_buffer(self._room))
         self._starved = False
         """Whether the backend waits for `resume`."""
+        self._full: set[int] = set()
+        """Queues with frames that the backend has no room for."""
 
     def attach(self, transport: Transport) -> None:
         """See `VirtioDevice.attach`: only now there is somewhere to put frames."""
@@ -130,6 +133,7 @@ class VirtioNet(VirtioDevice):
     def reset(self) -> None:
         """See `VirtioDevice.reset`."""
         self.active_pairs = 1
+        self._full.clear()
         self._set_offloads(0)
 
     def restored(self) -> None:
@@ -175,11 +179,16 @@ class VirtioNet(VirtioDevice):
         if ring is None:
             return
         queue = ring.queue
-        queue.data, queue.budget = self._room_at, ring.size + 1
+        queue.data = self._room_at
         found = size = 0
         ring.want_kicks(False)
         try:
-            while (end := ring.work("fetch")) != SPENT:
+            while found <= ring.size:
+                queue.budget = min(ring.size + 1 - found, self._backend.room())
+                if not queue.budget:
+                    self._full.add(number)
+                    return
+                end = ring.work("fetch")
                 found += queue.frames
                 first = self._hand_over(queue.length)
                 size = size or first
@@ -189,11 +198,20 @@ class VirtioNet(VirtioDevice):
                     quiet = self.transport.polls(number, found, size)
                     if quiet or not ring.want_kicks(True):
                         return
-            self._hand_over(queue.length)
             self.transport.again(number)
         finally:
             self.transport.publish(number)
             self._backend.carry()
+
+    def more(self) -> None:
+        """See `NetworkCard.more`."""
+        with self.transport.lock:
+            waiting, self._full = sorted(self._full), set()
+            for number in waiting:
+                try:
+                    self._transmit(number)
+                except RingError:
+                    self.transport.broken()
 
     def _hand_over(self, end: int) -> int:
         """Hand fetched frames to the backend; the length of the first."""
