@@ -51,6 +51,7 @@ from ringfence.engine.translate import natives
 from ringfence.engine.translate.engine import TranslateEngine
 from ringfence.memory.ram import GuestMemory
 from ringfence.memory.registers import RegisterMap
+from ringfence.memory.summons import Summons
 
 RAM = 16 << 20
 GDT, LDT_AT, IDT, TSS, HANDLERS, STACK_TOP = 0x1000, 0x1800, 0x2000, 0x3000, 0x4000, 0x8000
@@ -93,6 +94,7 @@ class Board:
         self.lock = threading.RLock()
         self.tsc = Tsc()
         self.gathered = GatheredPorts(0x3F8, 0x3FD)
+        self.summons = Summons()
         self.engine: TranslateEngine
         self.last = -1
         self.pending: list[int] = []
@@ -112,6 +114,9 @@ class Board:
 
     def idle(self) -> None:
         """Nothing was put off."""
+
+    def collect(self) -> None:
+        """Nothing is done beside the vCPU."""
 
     def set_wake(self, cpu: int, wake: Any) -> None:
         """Nobody wakes this CPU."""

@@ -54,6 +54,7 @@ from ringfence.chipset.uart import LSR, Uart
 from ringfence.cpu.faults import GeneralProtection
 from ringfence.errors import ImageError, UsageError
 from ringfence.memory.registers import RegisterMap
+from ringfence.memory.summons import Summons
 
 MAXIMUM_CPUS = 64
 PAGE_MASK = 0xFFF
@@ -126,6 +127,7 @@ class Board:
         self.clock = clock
         self.timers = TimerQueue(clock, self.lock)
         self.spare = SpareTime(self.timers)
+        self.summons = Summons()
         self.ports = PortBus()
         self.mmio = MmioBus()
         self.registers = RegisterMap()
@@ -161,6 +163,7 @@ class Board:
             message=self.apics.send_msi,
             later=lambda action, delay: self.timers.arm(self.clock.now() + delay, action),
             put_off=self.spare.put_off,
+            summons=self.summons,
         )
         self.hotplug = HotPlug(lambda: self.pm.raise_event(Gpe.HOT_PLUG), self._eject)
         self.on_eject: Callable[[int, PciDevice], None] = lambda slot, device: None
@@ -300,14 +303,20 @@ class Board:
 
     def idle(self) -> None:
         """Hear that a vCPU is about to sleep: what was put off until then is done."""
-        if self.spare.waiting:
-            with self.lock:
+        with self.lock:
+            self.summons.collect()
+            if self.spare.waiting:
                 self.spare.begin()
 
     def settle(self) -> None:
         """Do what accesses by `registers` have left to do; before anything else of the board's."""
         with self.lock:
             self.registers.settle()
+
+    def collect(self) -> None:
+        """Hear that a vCPU was summoned: what devices have done beside it is given back."""
+        with self.lock:
+            self.summons.collect()
 
     def set_wake(self, cpu: int, callback: Callable[[], None]) -> None:
         """Have ``callback`` called, the lock held, when ``cpu`` gets something to deliver."""

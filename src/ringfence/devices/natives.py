@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.devices.e1000 import landing
-from ringfence.devices.virtio import frames, layouts, packed, queue, rules, split, transfer
-from ringfence.memory import reach
+from ringfence.devices.virtio import beside, frames, layouts, packed, queue, rules, split, transfer
+from ringfence.memory import reach, summons
 from ringfence.native import hostcall
 from ringfence.native.library import (
     Library,
@@ -26,7 +26,20 @@ from ringfence.native.library import (
     write_image,
 )
 
-_MODULES = (reach, hostcall, landing, rules, queue, split, packed, layouts, frames, transfer)
+_MODULES = (
+    reach,
+    summons,
+    hostcall,
+    landing,
+    rules,
+    queue,
+    split,
+    packed,
+    layouts,
+    frames,
+    beside,
+    transfer,
+)
 _FUNCTIONS: dict[str, tuple[Any, int]] = {
     "land": (landing.land, 1),
     "take": (layouts.take, 1),
@@ -37,6 +50,9 @@ _FUNCTIONS: dict[str, tuple[Any, int]] = {
     "store": (frames.store, 1),
     "fetch": (frames.fetch, 1),
     "serve": (transfer.serve, 1),
+    "lacks_worker": (beside.lacks_worker, 1),
+    "work": (beside.work, 1),
+    "bring_back": (beside.bring_back, 3),
 }
 """What Python calls, and with how many arguments."""
 KIND = "devices"

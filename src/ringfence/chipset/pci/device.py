@@ -31,6 +31,7 @@ from ringfence.chipset.spare import Waiting
 from ringfence.chipset.state import Saved, State
 from ringfence.errors import ImageError, UsageError
 from ringfence.memory.registers import RegisterBank
+from ringfence.memory.summons import Summons
 
 
 class Space(Enum):
@@ -90,6 +91,8 @@ class Socket:
         Has something done by the timers' thread in some nanoseconds, the lock held.
     put_off : Callable[[Callable[[], None], int], Waiting]
         Has something done when a vCPU sleeps, or in some nanoseconds, the lock held.
+    summons : Summons
+        How native code calls a vCPU out of guest code.
     """
 
     lock: threading.RLock
@@ -100,6 +103,7 @@ class Socket:
     message: Callable[[int, int], None]
     later: Callable[[Callable[[], None], int], Timer]
     put_off: Callable[[Callable[[], None], int], Waiting]
+    summons: Summons
 
 
 class _BarAccess:
@@ -198,6 +202,11 @@ class PciDevice(Saved):
     def lock(self) -> AbstractContextManager[object]:
         """The board's lock, for the device's own threads."""
         return self._socket.lock if self._socket else nullcontext()
+
+    @property
+    def summons(self) -> Summons:
+        """How the device's native code calls a vCPU out of guest code."""
+        return self._socket.summons if self._socket else Summons()
 
     @property
     def uses_messages(self) -> bool:

@@ -22,6 +22,7 @@ from ringfence.chipset.pci.device import PciDevice, Socket
 from ringfence.chipset.spare import Waiting
 from ringfence.chipset.state import Saved, State
 from ringfence.errors import ImageError, UsageError
+from ringfence.memory.summons import Summons
 
 BASE, LENGTH = 0xCF8, 8
 ENABLE = 1 << 31
@@ -77,6 +78,8 @@ class PciHost(Saved):
         Has something done by the timers' thread in some nanoseconds, the lock held.
     put_off : Callable[[Callable[[], None], int], Waiting]
         Has something done when a vCPU sleeps, or in some nanoseconds, the lock held.
+    summons : Summons
+        How native code calls a vCPU out of guest code.
     """
 
     FIELDS = ("address", "lines")
@@ -92,6 +95,7 @@ class PciHost(Saved):
         message: Callable[[int, int], None],
         later: Callable[[Callable[[], None], int], Timer],
         put_off: Callable[[Callable[[], None], int], Waiting],
+        summons: Summons,
     ) -> None:
         self._reset_control = reset_control
         self._lock = lock
@@ -101,6 +105,7 @@ class PciHost(Saved):
         self._message = message
         self._later = later
         self._put_off = put_off
+        self._summons = summons
         self.address = 0
         self.lines = [0] * LINES
         """Per line, which pins assert it: bit 4 * slot + pin."""
@@ -151,6 +156,7 @@ class PciHost(Saved):
                     message=self._message,
                     later=self._later,
                     put_off=self._put_off,
+                    summons=self._summons,
                 )
             )
             return slot

@@ -16,6 +16,7 @@ import struct
 from typing import Protocol
 
 from ringfence.devices.virtio import transfer
+from ringfence.devices.virtio.beside import FAILED, NOTHING, TOLD, Beside
 from ringfence.devices.virtio.deferred import DeferringDevice, Workers
 from ringfence.devices.virtio.ring import PART, Chain, Ring
 from ringfence.devices.virtio.transfer import AT_ONCE, BlockQueue
@@ -125,6 +126,7 @@ class VirtioBlk(DeferringDevice):
         self._disk = disk
         self._serial = serial.encode("ascii", "replace")[:SERIAL_LENGTH]
         self.writeback = 1
+        self._lanes: dict[int, Beside] = {}
 
     def insert(self, disk: BlockBackend) -> None:
         """Put a disk in place of the one that stood for it; no request has been made yet."""
@@ -166,6 +168,8 @@ class VirtioBlk(DeferringDevice):
         queue.fd, queue.disk_size = self._disk.file, self._disk.size
         queue.write_back = not self._disk.read_only and not self._writes_through()
         queue.budget, queue.bytes_left, queue.found = ring.size + 1, transfer.TURN, 0
+        beside = self._lane(number)
+        queue.lane = beside.at
         serve = self.transport.natives("serve")
         ring.want_kicks(False)
         try:
@@ -184,6 +188,48 @@ class VirtioBlk(DeferringDevice):
         finally:
             ring.settle()
             self.transport.publish(number)
+            if queue.beside:
+                self.begun(queue.beside)
+                queue.beside = 0
+                if self.transport.natives("lacks_worker")(beside.at):
+                    self._workers.submit(lambda: self._work_beside(number))
+
+    def _lane(self, number: int) -> Beside:
+        """A queue's lane, from its first use on."""
+        if number not in self._lanes:
+            if not self._lanes:
+                self.transport.summons.add_collector(self._bring_back)
+            self._lanes[number] = Beside(self.transport.summons.at)
+        return self._lanes[number]
+
+    def _work_beside(self, number: int) -> None:
+        """Do what waits in a queue's lane (a worker's thread); see `beside`."""
+        at = self._lanes[number].at
+        work = self.transport.natives("work", True)
+        while work(at) == TOLD:
+            with self.transport.lock:
+                self._bring_back()
+
+    def _bring_back(self) -> None:
+        """Give back what workers have done; the lock is held."""
+        if not self.busy:
+            return
+        bring_back = self.transport.natives("bring_back")
+        for number, beside in self._lanes.items():
+            ring = self.transport.ring(number)
+            while (
+                end := bring_back(beside.at, ring.at if ring else 0, ring is not None)
+            ) != NOTHING:
+                assert ring is not None
+                if end == FAILED:
+                    self._hand_over(number, ring, 0, 0)
+                else:
+                    ring.settle()
+            returned = beside.take_returned()
+            if returned and ring is not None:
+                ring.settle()
+                self.transport.publish(number)
+            self.ended(returned)
 
     def _hand_over(self, number: int, ring: Ring, length: int, offset: int) -> None:
         """Have the pool do the request taken last; of a plain one it is known what to move."""
@@ -219,6 +265,20 @@ class VirtioBlk(DeferringDevice):
     def reset(self) -> None:
         """See `VirtioDevice.reset`."""
         self.writeback = 1
+
+    def quiesce(self) -> None:
+        """See `VirtioDevice.quiesce`."""
+        with self.transport.lock:
+            self._bring_back()
+        super().quiesce()
+
+    def close(self) -> None:
+        """See `VirtioDevice.close`."""
+        if self._lanes:
+            self.transport.summons.remove_collector(self._bring_back)
+        lanes, self._lanes = self._lanes, {}
+        for beside in lanes.values():
+            beside.close()
 
     # ---- requests
 

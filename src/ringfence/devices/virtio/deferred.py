@@ -44,8 +44,8 @@ class DeferringDevice(VirtioDevice):
         super().__init__(features, queue_sizes)
         self._workers = workers
         self._done: deque[tuple[int, Ring, Chain, int]] = deque()
-        self._settled = threading.Event()
-        self._settled.set()
+        self._settled: threading.Event | None = None
+        """Set when nothing is under way any more, if somebody waits for that."""
 
     def defer(self, number: int, ring: Ring, chain: Chain, perform: Callable[[Chain], int]) -> None:
         """Have a worker do what a chain asks for; the lock is held.
@@ -58,26 +58,41 @@ class DeferringDevice(VirtioDevice):
             self._done.append((number, ring, chain, written))
             self._give_back()
 
-        self.busy += 1
-        self._settled.clear()
+        self.begun(1)
         self._workers.submit(work)
+
+    def begun(self, chains: int) -> None:
+        """Count chains that are under way from now on; the lock is held."""
+        self.busy += chains
+
+    def ended(self, chains: int) -> None:
+        """Count chains that are under way no longer; the lock is held."""
+        self.busy -= chains
+        if chains and not self.busy:
+            self.transport.finished()
+            if self._settled is not None:
+                self._settled.set()
+                self._settled = None
 
     def quiesce(self) -> None:
         """See `VirtioDevice.quiesce`."""
-        self._settled.wait()
+        with self.transport.lock:
+            if not self.busy:
+                return
+            settled = self._settled = self._settled or threading.Event()
+        settled.wait()
 
     def _give_back(self) -> None:
         """Return finished chains to the driver."""
         with self.transport.lock:
             numbers = set()
+            chains = 0
             while self._done:
                 number, ring, chain, written = self._done.popleft()
-                self.busy -= 1
+                chains += 1
                 if self.transport.ring(number) is ring:
                     ring.push(chain, written)
                     numbers.add(number)
             for number in numbers:
                 self.transport.publish(number)
-            if not self.busy:
-                self.transport.finished()
-                self._settled.set()
+            self.ended(chains)

@@ -24,6 +24,7 @@ from ringfence.devices.natives import Natives
 from ringfence.devices.virtio.queue import Queue
 from ringfence.devices.virtio.ring import Chain, Ring
 from ringfence.memory.ram import GuestMemory
+from ringfence.memory.summons import Summons
 
 VERSION_1 = 1 << 32
 
@@ -42,6 +43,10 @@ class Transport(Protocol):
     @property
     def natives(self) -> Natives:
         """Where native code is found."""
+
+    @property
+    def summons(self) -> Summons:
+        """How native code calls a vCPU out of guest code."""
 
     @property
     def features(self) -> int:

@@ -8,8 +8,9 @@ the queue is published. All other chains are handed to Python, which decides wha
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
+from ringfence.devices.virtio.beside import Lane, hand_over
 from ringfence.devices.virtio.layouts import give, take
 from ringfence.devices.virtio.queue import RUNS, Queue
 from ringfence.devices.virtio.rules import MAX_CHAIN
@@ -28,6 +29,8 @@ T_IN, T_OUT, OK = 0, 1, 0
 """Request types and a status (5.2.6)."""
 AT_ONCE = 256 << 10
 """Bytes of a request that may be done by the thread that asks."""
+MOVED, BESIDE = 1, 2
+"""What became of a transfer."""
 TURN = 2 << 20
 """Bytes that may be moved in one turn; what is beyond them is left to others."""
 
@@ -57,6 +60,10 @@ class BlockQueue(Queue):
     """Bytes that the chain handed to Python asks to be moved, at ``offset`` of the disk; 0 where it
     is no plain request to read or to write inside the disk."""
     offset: Annotated[int, u64]
+    lane: Annotated[int, u64]
+    """Where its `beside.Lane` is."""
+    beside: Annotated[int, u64]
+    """Chains left to workers since Python last looked."""
     found: Annotated[int, u64]
     """Chains taken; bytes of the first one's parts."""
     first_bytes: Annotated[int, u64]
@@ -79,7 +86,9 @@ def refused(result: int) -> int:
 
 @native
 def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
-    """Move the data of parts of the chain to or from the disk; 0 where that isn't possible now."""
+    """Move the data of parts of the chain to or from the disk: MOVED, BESIDE (a worker has it), or
+    0 where neither is possible.
+    """
     sector = load64(queue.parts[0] + 8)
     length = length_of(queue, first, end)
     if length % SECTOR or sector > queue.disk_size // SECTOR:
@@ -87,29 +96,35 @@ def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
     if length > queue.disk_size - sector * SECTOR:
         return 0
     if length == 0:
-        return 1
+        return MOVED
     queue.length = length
     queue.offset = sector * SECTOR
-    if length > AT_ONCE or length > queue.bytes_left:
+    never = queue.no_reads if call == _PREADV2 else queue.no_writes
+    if length <= AT_ONCE and length <= queue.bytes_left and never == 0:
+        queue.bytes_left -= length
+        parts = address_of(queue.parts[2 * first])
+        done = host_call(call, queue.fd, parts, end - first, sector * SECTOR, 0, _RWF_NOWAIT)
+        if done == length:
+            return MOVED
+        if refused(done):
+            if call == _PREADV2:
+                queue.no_reads = 1
+            else:
+                queue.no_writes = 1
+    if call == _PREADV2:
         return 0
-    if queue.no_reads if call == _PREADV2 else queue.no_writes:
-        return 0
-    queue.bytes_left -= length
-    parts = address_of(queue.parts[2 * first])
-    done = host_call(call, queue.fd, parts, end - first, sector * SECTOR, 0, _RWF_NOWAIT)
-    if done == length:
-        return 1
-    if refused(done):
-        if call == _PREADV2:
-            queue.no_reads = 1
-        else:
-            queue.no_writes = 1
+    lane: Lane = cast(Lane, queue.lane)
+    if hand_over(lane, queue, call, queue.fd, first, end, sector * SECTOR, 0):
+        queue.beside += 1
+        return BESIDE
     return 0
 
 
 @native
 def carry_out(queue: BlockQueue) -> int:
-    """Do the request of the chain taken last, and give it back; 0 if it isn't one for here."""
+    """Do the request of the chain taken last and give it back, or leave it to a worker; 0 if it
+    isn't one for here.
+    """
     queue.length = 0
     readable = queue.readable
     last = queue.parts_used - 1
@@ -120,14 +135,16 @@ def carry_out(queue: BlockQueue) -> int:
     kind = load32(queue.parts[0])
     status = queue.runs_used + last - readable
     if kind == T_IN:
-        if move(queue, _PREADV2, readable, last) == 0:
-            return 0
+        moved = move(queue, _PREADV2, readable, last)
+        if moved != MOVED:
+            return moved
         store8(queue.parts[2 * last], OK)
         give(queue, queue.identifier, queue.count, length_of(queue, readable, last) + 1)
         queue.runs_used = status + 1
     elif kind == T_OUT and queue.write_back:
-        if move(queue, _PWRITEV2, 1, readable) == 0:
-            return 0
+        moved = move(queue, _PWRITEV2, 1, readable)
+        if moved != MOVED:
+            return moved
         store8(queue.parts[2 * last], OK)
         give(queue, queue.identifier, queue.count, 1)
         queue.runs[2 * queue.runs_used] = queue.runs[2 * status]

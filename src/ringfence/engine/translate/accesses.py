@@ -112,7 +112,6 @@ class DeviceAccesses:
         view = self.view
         count = view.gathered_count
         view.gathered_count = 0
-        view.service_request = 0
         began = time.perf_counter_ns()
         self.board.write_gathered(bytes(view.gathered[:count]))
         self.counters.add(Reason.PORT_OUT, time.perf_counter_ns() - began)

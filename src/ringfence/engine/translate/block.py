@@ -94,7 +94,8 @@ class Vcpu(Mmu):
     gather: Annotated[int, u8]
     """Whether the gathered ports may be served here (see ``gather``). Cleared by any thread."""
     service_request: Annotated[int, u8]
-    """Gathered bytes have waited long enough. Set by the timer thread."""
+    """Gathered bytes have waited long enough, a device has done something beside the guest, or
+    another vCPU waits for this one to be outside. Set by any thread."""
     gather_value: Annotated[int, u8]
     gather_write: Annotated[int, u16]
     gather_read: Annotated[int, u16]

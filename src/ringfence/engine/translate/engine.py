@@ -124,6 +124,11 @@ class TranslateEngine(DeviceAccesses, Standing):
         self.siblings.add(self)
         self.inside = False
         """Whether the vCPU is in guest code, or about to be."""
+        self._inside = board.summons.add_door(
+            *(self.block + Vcpu.offset_of(n) for n in ("service_request", "attention")),
+            self.block + Vcpu.offset_of("direct_running"),
+        )
+        """The same for native code of devices."""
         self.orders: deque[int] = deque()
         """RAM pages that the TLB may not let it write to any more (see `siblings`)."""
         self._awaited: list[threading.Event] = []
@@ -285,7 +290,7 @@ class TranslateEngine(DeviceAccesses, Standing):
         signals.install(self.library.address("rf_signal_handler"))
         if self._services is not None:
             self._services.begin()
-        view, registers = self.view, self.board.registers
+        view, inside, registers = self.view, self._inside, self.board.registers
         enter, handlers, block, clock = (
             self._enter,
             self._handlers,
@@ -297,6 +302,7 @@ class TranslateEngine(DeviceAccesses, Standing):
             outcome = self._rest()
             while outcome is None:
                 self.inside = True
+                inside.value = 1
                 if self.orders:
                     self._obey()
                 entered = clock()
@@ -309,12 +315,14 @@ class TranslateEngine(DeviceAccesses, Standing):
                 if registers.posted:
                     self.board.settle()
                 self.inside = False
+                inside.value = 0
                 if self._awaited:
                     self._tell_awaiting()
                 outcome = handlers[code]()
             return outcome
         finally:
             self.inside = False
+            inside.value = 0
             self._thread = 0
             self._direct.close()
             self._tell_awaiting()
@@ -474,7 +482,9 @@ class TranslateEngine(DeviceAccesses, Standing):
         if stopped is not None:
             return stopped
         allowed, nmi = bool(view.flag_if), False
-        view.service_request = 0
+        if view.service_request:
+            view.service_request = 0
+            self.board.collect()
         with self.board.lock:
             view.attention = 0
             if view.init_pending:

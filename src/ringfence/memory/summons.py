@@ -1,0 +1,97 @@
+"""How native code of devices calls a vCPU out of guest code, without Python and its lock.
+
+A thread that finishes something beside the guest needs somebody who gives it to the driver, and a
+vCPU that runs is the cheapest: it leaves guest code at the next trace, has the devices bring back
+what is done (`Summons.collect`), and takes the interrupt in the same visit. Where no vCPU runs, or
+its engine has no door, `summon` says so, and the thread goes through Python by itself.
+
+A vCPU says that it is inside, then runs guest code; it says that it is outside, and has the devices
+asked once before it sleeps. Who has finished says so in its own memory *first* and looks who is
+inside *then*, both with full barriers. So either the thread finds nobody, or the vCPU that it finds
+has not asked yet; a late request costs no more than a visit for nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Annotated, cast
+
+from ringfence.native.dialect import address_of, atomic_or64, load64, native, store8
+from ringfence.native.hostcall import host_call
+from ringfence.native.layout import Struct, u64
+
+_KILL, _SIGURG = 62, 23
+"""System call of x86-64 Linux, and the signal that ends what a process runs directly."""
+
+
+class Door(Struct):
+    """A vCPU, seen from outside."""
+
+    following: Annotated[int, u64]
+    """Host address of the next vCPU's, or 0."""
+    inside: Annotated[int, u64]
+    """Whether it is in guest code, or about to be."""
+    request: Annotated[int, u64]
+    attention: Annotated[int, u64]
+    """Host addresses of the bytes to set, in this order."""
+    running: Annotated[int, u64]
+    """Host address of the number of the process that runs its user code; 0 there: none does."""
+
+
+@native
+def summon(first: int) -> int:
+    """Have a vCPU leave guest code; 0 where none is inside. ``first``: host address of a door's."""
+    at = load64(first)
+    while at:
+        door: Door = cast(Door, at)
+        if atomic_or64(address_of(door.inside), 0):
+            store8(door.request, 1)
+            atomic_or64(address_of(door.inside), 0)
+            store8(door.attention, 1)
+            process = atomic_or64(door.running, 0)
+            if process:
+                host_call(_KILL, process, _SIGURG, 0, 0, 0, 0)
+            return 1
+        at = door.following
+    return 0
+
+
+class Summons:
+    """The doors of a machine's vCPUs, and who brings back what is done.
+
+    Attributes
+    ----------
+    at : int
+        What `summon` is given.
+    """
+
+    def __init__(self) -> None:
+        self._first = ctypes.c_uint64(0)
+        self.at = ctypes.addressof(self._first)
+        self._doors: list[ctypes.Array[ctypes.c_char]] = []
+        self._collectors: list[Callable[[], None]] = []
+
+    def add_door(self, request: int, attention: int, running: int) -> ctypes.c_uint64:
+        """Make a vCPU known; what is returned says whether it is inside (see `Door`)."""
+        place = ctypes.create_string_buffer(Door.size)
+        self._doors.append(place)
+        at = ctypes.addressof(place)
+        door = Door.at(at)
+        door.request, door.attention, door.running = request, attention, running
+        door.following = self._first.value
+        self._first.value = at
+        return ctypes.c_uint64.from_address(at + Door.offset_of("inside"))
+
+    def add_collector(self, collect: Callable[[], None]) -> None:
+        """Have a device asked for what is done, with the board's lock held."""
+        self._collectors.append(collect)
+
+    def remove_collector(self, collect: Callable[[], None]) -> None:
+        """Ask it no more."""
+        self._collectors.remove(collect)
+
+    def collect(self) -> None:
+        """Have all devices give back what is done; the board's lock is held."""
+        for collector in self._collectors:
+            collector()

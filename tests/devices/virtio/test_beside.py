@@ -1,0 +1,166 @@
+"""Writes beside the guest: who does them, who brings them back, what may come between."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devices.virtio.backends import SIZE, Filedisk, Inline
+from devices.virtio.conftest import Drive
+from devices.virtio.driver import BUFFERS, Driver, Segment
+from ringfence.devices.virtio.beside import SLOTS
+from ringfence.devices.virtio.blk import VirtioBlk
+from ringfence.storage.pool import IoPool
+
+LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+FLUSH = 1 << 9
+PIECE = 4096
+
+
+@pytest.fixture
+def pool() -> Iterator[IoPool]:
+    made = IoPool(3)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def disk() -> Filedisk:
+    """Skip where the file system takes writes without waiting: none would go beside."""
+    made = Filedisk()
+    try:
+        os.pwritev(made.own, [bytes(512)], 0, os.RWF_NOWAIT)
+    except OSError:
+        os.pwrite(made.own, made.data[:512], 0)
+        return made
+    pytest.skip("the file system of temporary files takes writes at once")
+
+
+def started(drive: Drive, disk: Filedisk, workers: object, packed: bool = False) -> Driver:
+    driver = drive(VirtioBlk(disk, workers), packed=packed)
+    driver.start(FLUSH, size=256, packed=packed, event_idx=True, messages=True)
+    return driver
+
+
+def write(driver: Driver, slot: int, sector: int, data: bytes) -> int:
+    """Ask for a write in two pieces; what the chain is called."""
+    at, half = BUFFERS + slot * 0x2000, len(data) // 2
+    driver.memory.write(at, struct.pack("<IIQ", 1, 0, sector) + b"\xee")
+    driver.memory.write(at + 0x1000, data)
+    pieces: list[Segment] = [(at + 0x1000, half, False), (at + 0x1000 + half, half, False)]
+    return driver.rings[0].add([(at, 16, False), *pieces, (at + 16, 1, True)])
+
+
+def status(driver: Driver, slot: int) -> int:
+    return driver.memory.read(BUFFERS + slot * 0x2000 + 16, 1)[0]
+
+
+def returned(driver: Driver, count: int) -> list[tuple[int, int]]:
+    """What comes back, until so many have."""
+    found: list[tuple[int, int]] = []
+    while len(found) < count:
+        found += driver.rings[0].used()
+        time.sleep(0.0005)
+    return found
+
+
+@LAYOUTS
+def test_all_data_arrive(drive: Drive, disk: Filedisk, pool: IoPool, packed: bool) -> None:
+    driver, source = started(drive, disk, pool, packed), random.Random(7)
+    content = bytearray(disk.data)
+    for _ in range(20):
+        count = source.randrange(1, 2 * SLOTS)  # more than there are slots: the pool has the rest
+        for slot, block in enumerate(source.sample(range(SIZE // PIECE), count)):
+            data = source.randbytes(PIECE)
+            content[block * PIECE : (block + 1) * PIECE] = data
+            write(driver, slot, block * PIECE // 512, data)
+        driver.notify()
+        assert {length for _, length in returned(driver, count)} == {1}
+        assert not any(status(driver, slot) for slot in range(count))
+    driver.board.quiesce()
+    assert driver.device.busy == 0
+    assert os.pread(disk.own, SIZE, 0) == content
+
+
+def test_what_fails_is_done_by_the_pool(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
+    driver = started(drive, disk, pool)
+    with Path("/dev/full").open("r+b", buffering=0) as full:
+        disk.file = full.fileno()
+        for slot in range(3):
+            write(driver, slot, 8 * slot, b"f" * PIECE)
+        driver.notify()
+        returned(driver, 3)
+        driver.board.quiesce()
+    assert [status(driver, slot) for slot in range(3)] == [0, 0, 0], "the disk itself has room"
+    assert sorted(disk.log) == [("write", PIECE * slot, PIECE) for slot in range(3)]
+
+
+@LAYOUTS
+def test_a_reset_waits_for_what_is_under_way(drive: Drive, disk: Filedisk, packed: bool) -> None:
+    workers = Inline()
+    workers.held = []
+    driver = started(drive, disk, workers, packed)
+    for slot in range(4):
+        write(driver, slot, 8 * slot, b"r" * PIECE)
+    driver.notify()
+    driver.put(0x14, 1, 0)
+    assert driver.status, "data of the driver's are still to be read"
+    jobs, workers.held = workers.held, None
+    for job in jobs:
+        job()
+    assert driver.status == 0
+    assert driver.rings[0].used() == []
+    driver.start(FLUSH, packed=packed, messages=True)
+    write(driver, 0, 0, b"s" * PIECE)
+    driver.notify()
+    assert len(driver.rings[0].used()) == 1
+    assert os.pread(disk.own, PIECE, 0) == b"s" * PIECE
+
+
+def test_a_running_vcpu_is_summoned(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
+    """It gives back what is done when it comes; if it ends up asleep or standing, then before."""
+    driver = started(drive, disk, pool)
+    byte = ctypes.c_uint8 * 2
+    wanted, running = byte(), ctypes.c_uint64()
+    at = ctypes.addressof(wanted)
+    inside = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    comings = (driver.board.collect, driver.board.idle, driver.board.quiesce)
+    for number, come in enumerate(comings):
+        inside.value = 1
+        write(driver, number, 0, b"v" * PIECE)
+        driver.notify()
+        while not wanted[1]:
+            os.sched_yield()
+        assert wanted[0], "the reason comes before the call"
+        assert driver.rings[0].used() == []
+        assert driver.device.busy == 1
+        wanted[:] = (0, 0)
+        inside.value = 0
+        come()
+        assert len(driver.rings[0].used()) == 1
+        assert driver.device.busy == 0
+    driver.vectors()
+    driver.rings[0].interrupts(True)
+    write(driver, 0, 0, b"w" * PIECE)
+    driver.notify()
+    returned(driver, 1)
+    driver.board.quiesce()
+    assert driver.vectors() == [0x41]
+    assert not any(wanted), "nobody was inside"
+
+
+def test_workers_leave_when_nothing_comes(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
+    driver = started(drive, disk, pool)
+    write(driver, 0, 0, b"l" * PIECE)
+    driver.notify()
+    returned(driver, 1)
+    (beside,) = driver.device._lanes.values()
+    driver.function.close()
+    assert beside.lane.workers == 0
