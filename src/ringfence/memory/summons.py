@@ -5,10 +5,11 @@ vCPU that runs is the cheapest: it leaves guest code at the next trace, has the 
 what is done (`Summons.collect`), and takes the interrupt in the same visit. Where no vCPU runs, or
 its engine has no door, `summon` says so, and the thread goes through Python by itself.
 
-A vCPU says that it is inside, then runs guest code; it says that it is outside, and has the devices
-asked once before it sleeps. Who has finished says so in its own memory *first* and looks who is
-inside *then*, both with full barriers. So either the thread finds nobody, or the vCPU that it finds
-has not asked yet; a late request costs no more than a visit for nothing.
+A vCPU says that it is INSIDE, then runs guest code; that it is ABOUT, when it deals with what
+ended that; that it is ASLEEP, and has the devices asked once before it sleeps. Who has finished
+says so in its own memory *first* and looks where the vCPUs are *then*, both with full barriers. So
+either it finds nobody awake, or the vCPU that it finds will ask before it sleeps; a late request
+costs no more than a visit for nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ringfence.native.dialect import address_of, atomic_or64, load64, native, st
 from ringfence.native.hostcall import host_call
 from ringfence.native.layout import Struct, u64
 
+ASLEEP, ABOUT, INSIDE = 0, 1, 2
+"""Where a vCPU is; one that isn't run counts as asleep."""
 _KILL, _SIGURG = 62, 23
 """System call of x86-64 Linux, and the signal that ends what a process runs directly."""
 
@@ -30,8 +33,8 @@ class Door(Struct):
 
     following: Annotated[int, u64]
     """Host address of the next vCPU's, or 0."""
-    inside: Annotated[int, u64]
-    """Whether it is in guest code, or about to be."""
+    place: Annotated[int, u64]
+    """Where it is."""
     request: Annotated[int, u64]
     attention: Annotated[int, u64]
     """Host addresses of the bytes to set, in this order."""
@@ -45,13 +48,25 @@ def summon(first: int) -> int:
     at = load64(first)
     while at:
         door: Door = cast(Door, at)
-        if atomic_or64(address_of(door.inside), 0):
+        if atomic_or64(address_of(door.place), 0) == INSIDE:
             store8(door.request, 1)
-            atomic_or64(address_of(door.inside), 0)
+            atomic_or64(address_of(door.place), 0)
             store8(door.attention, 1)
             process = atomic_or64(door.running, 0)
             if process:
                 host_call(_KILL, process, _SIGURG, 0, 0, 0, 0)
+            return 1
+        at = door.following
+    return 0
+
+
+@native
+def is_awake(first: int) -> int:
+    """Whether a vCPU will come by before it sleeps."""
+    at = load64(first)
+    while at:
+        door: Door = cast(Door, at)
+        if atomic_or64(address_of(door.place), 0) != ASLEEP:
             return 1
         at = door.following
     return 0
@@ -73,7 +88,7 @@ class Summons:
         self._collectors: list[Callable[[], None]] = []
 
     def add_door(self, request: int, attention: int, running: int) -> ctypes.c_uint64:
-        """Make a vCPU known; what is returned says whether it is inside (see `Door`)."""
+        """Make a vCPU known; what is returned says where it is."""
         place = ctypes.create_string_buffer(Door.size)
         self._doors.append(place)
         at = ctypes.addressof(place)
@@ -81,7 +96,7 @@ class Summons:
         door.request, door.attention, door.running = request, attention, running
         door.following = self._first.value
         self._first.value = at
-        return ctypes.c_uint64.from_address(at + Door.offset_of("inside"))
+        return ctypes.c_uint64.from_address(at + Door.offset_of("place"))
 
     def add_collector(self, collect: Callable[[], None]) -> None:
         """Have a device asked for what is done, with the board's lock held."""

@@ -14,6 +14,12 @@ already (``told``). One that finds nothing sleeps on the futex ``put``, whose lo
 each slot that is filled; who fills one looks for sleepers afterwards, and who sleeps has said so
 before, so nobody is forgotten. One that has slept for long leaves, says so, and looks once more:
 who hands over something and sees no worker has one sent.
+
+A lane is *brisk* while its transfers take as long as copying does. Then one worker is enough, it
+tells of a few transfers at once, and the driver need not notify the device of further requests:
+they are found when those under way are given back, or when a vCPU sleeps. Where transfers wait for
+the host's disk, each has a worker as far as `CROWD` goes, is told of at once, and every request is
+taken when the driver notifies.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from typing import Annotated, cast
 from ringfence.devices.virtio.layouts import give
 from ringfence.devices.virtio.queue import RUNS, Queue
 from ringfence.devices.virtio.rules import MAX_CHAIN
-from ringfence.memory.summons import summon
+from ringfence.memory.summons import is_awake, summon
 from ringfence.native.dialect import (
     address_of,
     atomic_and64,
@@ -44,19 +50,28 @@ SLOTS = 32
 """Transfers that may be under way in one queue: a power of two."""
 PARTS = 256
 """Buffers of a request that may have a slot."""
+BRISK = 200_000
+"""Nanoseconds that a transfer takes at most in a brisk lane."""
+LINGER = 50_000
+"""Nanoseconds that one may be done there before a vCPU that is awake is called for it."""
+CROWD = 4
+"""Workers that a lane may have."""
 PATIENCE = 1_000_000
 """Nanoseconds that a worker sleeps before it leaves, so that others may have its thread."""
 NOTHING, FAILED, FULL = 0, 1, 2
 """Why `bring_back` ends: all is given back that was done; a chain is for Python, as if just taken;
 runs have to be told before it goes on."""
-TOLD, LEFT = 0, 1
-"""Why `work` ends: something is done that nobody else will bring back; nothing came for a while."""
+LEFT, TOLD, CROWDED = 0, 1, 2
+"""Why `work` ends: nothing came for a while; something is done that nobody else will bring back;
+others should help. The lane counts the worker until it has `LEFT`."""
 
 _EMPTY, _WAITING, _DONE, _FAILED = 0, 1, 2, 4
 """Bits of a slot's state; done and failed ones keep the first."""
 _STATUS_OK = 0
 _FUTEX, _WAIT, _WAKE = 202, 128, 129
 """System call of x86-64 Linux; FUTEX_WAIT and FUTEX_WAKE within a process (futex(2))."""
+_CLOCK_GETTIME, _MONOTONIC = 228, 1
+_PRCTL, _TIMER_SLACK = 157, 29
 _LOW = 0xFFFFFFFF
 
 
@@ -76,6 +91,15 @@ class Lane(Struct):
     """Where `memory.summons.summon` finds a vCPU to give back what is done."""
     returned: Annotated[int, u64]
     """Slots emptied since Python last looked."""
+    took: Annotated[int, u64]
+    """Nanoseconds that the last transfer took."""
+    under_way: Annotated[int, u64]
+    """Slots that are not empty."""
+    last: Annotated[int, u64]
+    """When it ended."""
+    untold: Annotated[int, u64]
+    """Whether something is done since somebody came to bring it back."""
+    linger: Annotated[Array, u64, 2]
     patience: Annotated[Array, u64, 2]
     """Seconds and nanoseconds (struct timespec)."""
     slots: Annotated[int, u64]
@@ -93,6 +117,8 @@ class Slot(Struct):
     vectors: Annotated[int, u64]
     offset: Annotated[int, u64]
     flags: Annotated[int, u64]
+    time: Annotated[Array, u64, 2]
+    """What the worker's clock says (struct timespec)."""
     length: Annotated[int, u64]
     """Bytes that have to be moved."""
     written: Annotated[int, u64]
@@ -154,6 +180,7 @@ def hand_over(
     slot.readable = queue.readable
     slot.parts_used = queue.parts_used
     rep_movsb(address_of(slot.parts[0]), address_of(queue.parts[0]), 16 * queue.parts_used)
+    lane.under_way += 1
     lane.states[number] = _WAITING
     count_on(address_of(lane.put), 1)
     if seen(address_of(lane.sleepers)):
@@ -162,10 +189,28 @@ def hand_over(
 
 
 @native
+def clock(slot: Slot) -> int:
+    """Nanoseconds of CLOCK_MONOTONIC, by way of a place in the slot (clock_gettime(2))."""
+    host_call(_CLOCK_GETTIME, _MONOTONIC, address_of(slot.time[0]), 0, 0, 0, 0)
+    return slot.time[0] * 1_000_000_000 + slot.time[1]
+
+
+@native
+def is_brisk(lane: Lane) -> int:
+    """Whether transfers are under way that will soon have been brought back."""
+    if lane.under_way == 0 or lane.took > BRISK:
+        return 0
+    return 1
+
+
+@native
 def lacks_worker(lane: Lane) -> int:
     """Whether a worker is to be sent; it counts as one from now on."""
-    if seen(address_of(lane.workers)):
-        return 0
+    workers = seen(address_of(lane.workers))
+    if workers:
+        waiting = seen(address_of(lane.put)) - seen(address_of(lane.taken))
+        if lane.took <= BRISK or workers >= CROWD or waiting <= seen(address_of(lane.sleepers)):
+            return 0
     count_on(address_of(lane.workers), 1)
     return 1
 
@@ -181,21 +226,64 @@ def transfer(slot: Slot) -> int:
 
 
 @native
+def tell(lane: Lane) -> int:
+    """Have somebody bring back what is done; whether that is the worker's own affair."""
+    if summon(lane.summons):
+        return 0
+    return 1 if atomic_or64(address_of(lane.told), 1) == 0 else 0
+
+
+@native_inline
+def may_linger(lane: Lane) -> int:
+    """Whether the driver loses nothing if what is done is told of a little later."""
+    return 1 if lane.took <= BRISK and is_awake(lane.summons) else 0
+
+
+@native
+def nap(lane: Lane, taken: int, patience: int) -> int:
+    """Sleep until a slot is filled, or for as long as a struct timespec says."""
+    count_on(address_of(lane.sleepers), 1)
+    host_call(_FUTEX, address_of(lane.put), _WAIT, taken & _LOW, patience, 0, 0)
+    count_on(address_of(lane.sleepers), 0xFFFFFFFFFFFFFFFF)
+    return 0
+
+
+@native
 def work(lane: Lane) -> int:
     """Do what waits in a lane: a worker's life."""
+    host_call(_PRCTL, _TIMER_SLACK, 1, 0, 0, 0, 0)
+    since = 0
+    lingered = 0
     while 1:
         taken = seen(address_of(lane.taken))
-        if taken != seen(address_of(lane.put)):
+        waits = 1 if taken != seen(address_of(lane.put)) else 0
+        if since and seen(address_of(lane.untold)) == 0:
+            since = 0
+        elif since and waits == 0 and lingered == 0 and may_linger(lane):
+            lingered = 1
+            nap(lane, taken, address_of(lane.linger[0]))
+        elif since and (waits == 0 or lane.took > BRISK or lane.last - since > LINGER):
+            since = 0
+            lingered = 0
+            if tell(lane):
+                return TOLD
+            if waits and lacks_worker(lane):
+                return CROWDED
+        elif waits:
             if atomic_cas64(address_of(lane.taken), taken, taken + 1):
-                state = transfer(cast(Slot, slot_at(lane, taken)))
+                slot: Slot = cast(Slot, slot_at(lane, taken))
+                began = clock(slot)
+                state = transfer(slot)
+                ended = clock(slot)
                 atomic_or64(address_of(lane.states[taken & (SLOTS - 1)]), state)
-                if summon(lane.summons) == 0 and atomic_or64(address_of(lane.told), 1) == 0:
-                    return TOLD
+                atomic_or64(address_of(lane.untold), 1)
+                lane.took = ended - began
+                lane.last = ended
+                if since == 0:
+                    since = ended
+                    lingered = 0
         else:
-            count_on(address_of(lane.sleepers), 1)
-            patience = address_of(lane.patience[0])
-            host_call(_FUTEX, address_of(lane.put), _WAIT, taken & _LOW, patience, 0, 0)
-            count_on(address_of(lane.sleepers), 0xFFFFFFFFFFFFFFFF)
+            nap(lane, taken, address_of(lane.patience[0]))
             if seen(address_of(lane.put)) == taken:
                 count_on(address_of(lane.workers), 0xFFFFFFFFFFFFFFFF)
                 if seen(address_of(lane.put)) == seen(address_of(lane.taken)):
@@ -208,12 +296,14 @@ def work(lane: Lane) -> int:
 def bring_back(lane: Lane, queue: Queue, alive: int) -> int:
     """Give back the chains of all slots that are done; drop them where the queue is gone."""
     atomic_and64(address_of(lane.told), 0)
+    atomic_and64(address_of(lane.untold), 0)
     for number in range(SLOTS):
         state = seen(address_of(lane.states[number]))
         if state > _WAITING:
             if alive and queue.runs_used > RUNS - MAX_CHAIN:
                 return FULL
             lane.states[number] = _EMPTY
+            lane.under_way -= 1
             lane.returned += 1
             if alive:
                 slot: Slot = cast(Slot, slot_at(lane, number))
@@ -262,6 +352,9 @@ class Beside:
         Host address of the `Lane`.
     lane : Any
         A view of it.
+    unasked : bool
+        Whether the driver was not asked for notifications, as the queue will be looked at anyway
+        when what is under way is given back.
     """
 
     def __init__(self, summons: int) -> None:
@@ -270,7 +363,9 @@ class Beside:
         self.lane = Lane.at(self.at)
         self.lane.slots = self.at + Lane.size
         self.lane.patience[1] = PATIENCE
+        self.lane.linger[1] = LINGER
         self.lane.summons = summons
+        self.unasked = False
 
     def close(self) -> None:
         """Wait until no worker is in the lane; nothing is handed over any more."""

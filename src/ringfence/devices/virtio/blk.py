@@ -16,7 +16,7 @@ import struct
 from typing import Protocol
 
 from ringfence.devices.virtio import transfer
-from ringfence.devices.virtio.beside import FAILED, NOTHING, TOLD, Beside
+from ringfence.devices.virtio.beside import CROWDED, FAILED, LEFT, NOTHING, Beside
 from ringfence.devices.virtio.deferred import DeferringDevice, Workers
 from ringfence.devices.virtio.ring import PART, Chain, Ring
 from ringfence.devices.virtio.transfer import AT_ONCE, BlockQueue
@@ -174,9 +174,10 @@ class VirtioBlk(DeferringDevice):
         ring.want_kicks(False)
         try:
             while (end := serve(ring.at)) != transfer.SPENT:
-                if end == transfer.NOTHING:
+                if end in (transfer.NOTHING, transfer.BRISK):
                     quiet = self.transport.polls(number, queue.found, queue.first_bytes)
-                    if quiet or not ring.want_kicks(True):
+                    beside.unasked = end == transfer.BRISK
+                    if quiet or beside.unasked or not ring.want_kicks(True):
                         return
                 elif end == transfer.OTHER:
                     self._hand_over(number, ring, queue.length, queue.offset)
@@ -191,8 +192,7 @@ class VirtioBlk(DeferringDevice):
             if queue.beside:
                 self.begun(queue.beside)
                 queue.beside = 0
-                if self.transport.natives("lacks_worker")(beside.at):
-                    self._workers.submit(lambda: self._work_beside(number))
+                self._staff(number)
 
     def _lane(self, number: int) -> Beside:
         """A queue's lane, from its first use on."""
@@ -206,9 +206,17 @@ class VirtioBlk(DeferringDevice):
         """Do what waits in a queue's lane (a worker's thread); see `beside`."""
         at = self._lanes[number].at
         work = self.transport.natives("work", True)
-        while work(at) == TOLD:
-            with self.transport.lock:
-                self._bring_back()
+        while (end := work(at)) != LEFT:
+            if end == CROWDED:
+                self._workers.submit(lambda: self._work_beside(number))
+            else:
+                with self.transport.lock:
+                    self._bring_back()
+
+    def _staff(self, number: int) -> None:
+        """Send a worker to a queue's lane if it lacks one."""
+        if self.transport.natives("lacks_worker")(self._lanes[number].at):
+            self._workers.submit(lambda: self._work_beside(number))
 
     def _bring_back(self) -> None:
         """Give back what workers have done; the lock is held."""
@@ -228,7 +236,10 @@ class VirtioBlk(DeferringDevice):
             returned = beside.take_returned()
             if returned and ring is not None:
                 ring.settle()
-                self.transport.publish(number)
+                if beside.unasked:
+                    self.transport.look(number)
+                else:
+                    self.transport.publish(number)
             self.ended(returned)
 
     def _hand_over(self, number: int, ring: Ring, length: int, offset: int) -> None:

@@ -77,6 +77,9 @@ class Transport(Protocol):
         `VirtioDevice.notified` will be called without a kick.
         """
 
+    def look(self, number: int) -> None:
+        """Have `VirtioDevice.notified` called if the queue may be worked on."""
+
     def again(self, number: int) -> None:
         """Have `VirtioDevice.notified` called once more, after others had their turn."""
 

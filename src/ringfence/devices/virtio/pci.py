@@ -146,14 +146,14 @@ class VirtioPci(PciDevice):
             for queue in self.queues
         ]
         self._pollers = [
-            Poller(pacing, self.later, partial(self._notify, number))
+            Poller(pacing, self.later, partial(self.look, number))
             for number in range(len(self.queues))
         ]
         self._gatherers = [
             Gatherer(
                 0 if pacing.poll else 1000 * pacing.gather,
                 self.put_off,
-                partial(self._notify, number),
+                partial(self.look, number),
                 few=device.FEW,
             )
             for number in range(len(self.queues))
@@ -269,7 +269,7 @@ class VirtioPci(PciDevice):
 
         def notify() -> None:
             queue.deferred = False
-            self._notify(number)
+            self.look(number)
 
         if not queue.deferred:
             queue.deferred = True
@@ -301,9 +301,10 @@ class VirtioPci(PciDevice):
         if ring is not None and self.device.gathers(number) and self._gatherers[number].notified():
             ring.want_kicks(False)
         else:
-            self._notify(number)
+            self.look(number)
 
-    def _notify(self, number: int) -> None:
+    def look(self, number: int) -> None:
+        """See `Transport.look`."""
         if self.ring(number) is None:
             return
         try:

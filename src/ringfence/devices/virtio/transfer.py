@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, cast
 
-from ringfence.devices.virtio.beside import Lane, hand_over
+from ringfence.devices.virtio.beside import Lane, hand_over, is_brisk
 from ringfence.devices.virtio.layouts import give, take
 from ringfence.devices.virtio.queue import RUNS, Queue
 from ringfence.devices.virtio.rules import MAX_CHAIN
@@ -18,17 +18,19 @@ from ringfence.native.dialect import address_of, load32, load64, native, store8
 from ringfence.native.hostcall import host_call
 from ringfence.native.layout import u64
 
-NOTHING, _FOUND, BROKEN, OTHER, FULL, SPENT = range(6)
+NOTHING, _FOUND, BROKEN, OTHER, FULL, SPENT, BRISK = range(7)
 """Why `serve` ends: no more chains; one that breaks a rule (`layouts.take` says these two); one for
-Python, taken; runs have to be told before it goes on; the budget is used up."""
+Python, taken; runs have to be told before it goes on; the budget is used up; no more chains for
+now, but the queue will be looked at again when workers are done."""
 
 SECTOR = 512
 HEADER = 16
 """Bytes of struct virtio_blk_req in front of the data (5.2.6)."""
 T_IN, T_OUT, OK = 0, 1, 0
 """Request types and a status (5.2.6)."""
-AT_ONCE = 256 << 10
-"""Bytes of a request that may be done by the thread that asks."""
+AT_ONCE = 64 << 10
+"""Bytes of a request that may be done by the thread that asks: copying more takes longer than
+leaving it to a worker."""
 MOVED, BESIDE = 1, 2
 """What became of a transfer."""
 TURN = 2 << 20
@@ -111,8 +113,6 @@ def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
                 queue.no_reads = 1
             else:
                 queue.no_writes = 1
-    if call == _PREADV2:
-        return 0
     lane: Lane = cast(Lane, queue.lane)
     if hand_over(lane, queue, call, queue.fd, first, end, sector * SECTOR, 0):
         queue.beside += 1
@@ -162,6 +162,8 @@ def serve(queue: BlockQueue) -> int:
         if queue.runs_used > RUNS - MAX_CHAIN:
             return FULL
         status = take(queue)
+        if status == NOTHING and is_brisk(cast(Lane, queue.lane)):
+            return BRISK
         if status != _FOUND:
             return status
         queue.budget -= 1

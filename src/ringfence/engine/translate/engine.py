@@ -34,6 +34,7 @@ from ringfence.engine.translate.thunks import THUNKS
 from ringfence.engine.translate.translator import NUMBER_MAX, Translator
 from ringfence.errors import GuestCrash, HostError
 from ringfence.memory import mmu, strings
+from ringfence.memory.summons import ABOUT, ASLEEP, INSIDE
 from ringfence.memory.zeroed import ZeroedPages
 
 if TYPE_CHECKING:
@@ -124,11 +125,11 @@ class TranslateEngine(DeviceAccesses, Standing):
         self.siblings.add(self)
         self.inside = False
         """Whether the vCPU is in guest code, or about to be."""
-        self._inside = board.summons.add_door(
+        self._place = board.summons.add_door(
             *(self.block + Vcpu.offset_of(n) for n in ("service_request", "attention")),
             self.block + Vcpu.offset_of("direct_running"),
         )
-        """The same for native code of devices."""
+        """Where it is, for native code of devices."""
         self.orders: deque[int] = deque()
         """RAM pages that the TLB may not let it write to any more (see `siblings`)."""
         self._awaited: list[threading.Event] = []
@@ -290,7 +291,7 @@ class TranslateEngine(DeviceAccesses, Standing):
         signals.install(self.library.address("rf_signal_handler"))
         if self._services is not None:
             self._services.begin()
-        view, inside, registers = self.view, self._inside, self.board.registers
+        view, place, registers = self.view, self._place, self.board.registers
         enter, handlers, block, clock = (
             self._enter,
             self._handlers,
@@ -302,7 +303,7 @@ class TranslateEngine(DeviceAccesses, Standing):
             outcome = self._rest()
             while outcome is None:
                 self.inside = True
-                inside.value = 1
+                place.value = INSIDE
                 if self.orders:
                     self._obey()
                 entered = clock()
@@ -315,14 +316,14 @@ class TranslateEngine(DeviceAccesses, Standing):
                 if registers.posted:
                     self.board.settle()
                 self.inside = False
-                inside.value = 0
+                place.value = ABOUT
                 if self._awaited:
                     self._tell_awaiting()
                 outcome = handlers[code]()
             return outcome
         finally:
             self.inside = False
-            inside.value = 0
+            place.value = ASLEEP
             self._thread = 0
             self._direct.close()
             self._tell_awaiting()
@@ -521,7 +522,6 @@ class TranslateEngine(DeviceAccesses, Standing):
 
     def _on_halt(self) -> StopReason | None:
         self.view.jump_target = self._find
-        self.board.idle()
         outcome = self._rest()
         self._count(Reason.HALT, time.perf_counter_ns(), vocabulary.Halt)
         return outcome if outcome is not None else self._on_attention()
@@ -535,6 +535,8 @@ class TranslateEngine(DeviceAccesses, Standing):
         if not (view.halted or view.wait_for_sipi):
             return None
         began = time.perf_counter_ns()
+        self._place.value = ASLEEP
+        self.board.idle()
         self._direct.release()
         outcome = None
         while outcome is None:
@@ -544,6 +546,7 @@ class TranslateEngine(DeviceAccesses, Standing):
                 if outcome is not None or self._is_roused():
                     break
             self._wake.wait()
+        self._place.value = ABOUT
         self._idle_ns += time.perf_counter_ns() - began
         return outcome
 
