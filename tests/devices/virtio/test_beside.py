@@ -15,8 +15,9 @@ import pytest
 from devices.virtio.backends import SIZE, Filedisk, Inline
 from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, Driver, Segment
-from ringfence.devices.virtio.beside import SLOTS
+from ringfence.devices.virtio.beside import CROWD, PROBE, SLOTS
 from ringfence.devices.virtio.blk import VirtioBlk
+from ringfence.memory.summons import ABOUT, ASLEEP, INSIDE
 from ringfence.storage.pool import IoPool
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
@@ -130,10 +131,10 @@ def test_a_running_vcpu_is_summoned(drive: Drive, disk: Filedisk, pool: IoPool) 
     byte = ctypes.c_uint8 * 2
     wanted, running = byte(), ctypes.c_uint64()
     at = ctypes.addressof(wanted)
-    inside = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
     comings = (driver.board.collect, driver.board.idle, driver.board.quiesce)
     for number, come in enumerate(comings):
-        inside.value = 1
+        place.value = INSIDE
         write(driver, number, 0, b"v" * PIECE)
         driver.notify()
         while not wanted[1]:
@@ -142,7 +143,7 @@ def test_a_running_vcpu_is_summoned(drive: Drive, disk: Filedisk, pool: IoPool) 
         assert driver.rings[0].used() == []
         assert driver.device.busy == 1
         wanted[:] = (0, 0)
-        inside.value = 0
+        place.value = ASLEEP
         come()
         assert len(driver.rings[0].used()) == 1
         assert driver.device.busy == 0
@@ -164,3 +165,91 @@ def test_workers_leave_when_nothing_comes(drive: Drive, disk: Filedisk, pool: Io
     (beside,) = driver.device._lanes.values()
     driver.function.close()
     assert beside.lane.workers == 0
+
+
+def test_a_driver_need_not_notify_while_requests_are_under_way(
+    drive: Drive, disk: Filedisk
+) -> None:
+    """They are found when those are given back, or before a vCPU sleeps."""
+    workers = Inline()
+    workers.held = []
+    driver = started(drive, disk, workers)
+    write(driver, 0, 0, b"a" * PIECE)
+    assert driver.rings[0].needs_kick()
+    driver.notify()
+    write(driver, 1, 8, b"b" * PIECE)
+    assert not driver.rings[0].needs_kick()
+    driver.board.idle()
+    assert driver.device.busy == 2
+    write(driver, 2, 16, b"c" * PIECE)
+    (job,) = workers.held
+    workers.held = None
+    job()
+    assert driver.rings[0].used() and driver.device.busy == 0
+    write(driver, 3, 24, b"d" * PIECE)
+    assert driver.rings[0].needs_kick(), "nothing is under way any more"
+    assert os.pread(disk.own, 3 * PIECE, 0) == b"".join(each * PIECE for each in (b"a", b"b", b"c"))
+
+
+def test_slow_transfers_have_a_worker_each(drive: Drive, disk: Filedisk) -> None:
+    """And the driver notifies of every request."""
+    workers = Inline()
+    workers.held = []
+    driver = started(drive, disk, workers)
+    lane = driver.device._lane(0).lane
+    lane.took = 1_000_000_000
+    for slot in range(2 * CROWD):
+        write(driver, slot, 8 * slot, b"s" * PIECE)
+        assert driver.rings[0].needs_kick()
+        driver.notify()
+    assert len(workers.held) == lane.workers == CROWD
+    jobs, workers.held = workers.held, None
+    for job in jobs:
+        job()
+    assert len(driver.rings[0].used()) == 2 * CROWD
+    assert lane.workers == 0
+
+
+def test_lonely_reads_are_done_at_once(drive: Drive, disk: Filedisk) -> None:
+    workers = Inline()
+    driver = started(drive, disk, workers)
+    lane = driver.device._lane(0).lane
+    length = 32 << 10
+
+    def read(slot: int) -> None:
+        at = BUFFERS + slot * 0x10000
+        driver.memory.write(at, struct.pack("<IIQ", 0, 0, 64 * slot) + b"\xee")
+        driver.rings[0].add([(at, 16, False), (at + 0x1000, length, True), (at + 16, 1, True)])
+
+    def beside(*slots: int) -> bool:
+        before = lane.put
+        for slot in slots:
+            read(slot)
+        driver.notify()
+        assert [length for _, length in driver.rings[0].used()] == [length + 1] * len(slots)
+        for slot in slots:
+            data = driver.memory.read(BUFFERS + slot * 0x10000 + 0x1000, length)
+            assert data == disk.data[512 * 64 * slot :][:length]
+        return bool(lane.put != before)
+
+    assert [beside(0) for _ in range(4)] == [True, True, False, False]
+    turns = [beside(1) for _ in range(PROBE)]
+    assert turns.count(True) == 1, "one is left to a worker, to see"
+    turns = [beside(0, 1) for _ in range(PROBE)]
+    while not turns.pop(0):
+        pass
+    assert all(turns), "they have company since it was seen"
+
+
+def test_a_vcpu_that_is_about_is_awaited(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
+    """What is done waits a moment for it, and comes back without it if it stays away."""
+    driver = started(drive, disk, pool)
+    byte = ctypes.c_uint8 * 2
+    wanted, running = byte(), ctypes.c_uint64()
+    at = ctypes.addressof(wanted)
+    driver.board.summons.add_door(at, at + 1, ctypes.addressof(running)).value = ABOUT
+    write(driver, 0, 0, b"v" * PIECE)
+    driver.notify()
+    assert len(returned(driver, 1)) == 1
+    driver.board.quiesce()
+    assert not any(wanted)

@@ -16,10 +16,12 @@ before, so nobody is forgotten. One that has slept for long leaves, says so, and
 who hands over something and sees no worker has one sent.
 
 A lane is *brisk* while its transfers take as long as copying does. Then one worker is enough, it
-tells of a few transfers at once, and the driver need not notify the device of further requests:
-they are found when those under way are given back, or when a vCPU sleeps. Where transfers wait for
-the host's disk, each has a worker as far as `CROWD` goes, is told of at once, and every request is
-taken when the driver notifies.
+tells of some transfers at once, and the driver need not notify the device of further requests: they
+are found when those under way are given back, or when a vCPU sleeps. A driver that asks for one at
+a time gains nothing by a worker: its requests are *lonely*, and done by who takes them. Where
+transfers wait for the host's disk, each has a worker, up to `CROWD` of them, is told of at once,
+and every request is taken when the driver notifies. A worker that is never out of work makes room
+for other jobs now and then.
 """
 
 from __future__ import annotations
@@ -54,16 +56,23 @@ BRISK = 200_000
 """Nanoseconds that a transfer takes at most in a brisk lane."""
 LINGER = 50_000
 """Nanoseconds that one may be done there before a vCPU that is awake is called for it."""
+LONELY = 2
+"""Requests in a row that had no company while they were under way, before the next ones are done
+by the thread that asks, if they can be; one in `PROBE` is left to a worker to see."""
+PROBE = 32
 CROWD = 4
 """Workers that a lane may have."""
+LONGEST_TURN = 10_000_000
+"""Nanoseconds that a worker goes on at most before others may have its thread."""
 PATIENCE = 1_000_000
 """Nanoseconds that a worker sleeps before it leaves, so that others may have its thread."""
 NOTHING, FAILED, FULL = 0, 1, 2
 """Why `bring_back` ends: all is given back that was done; a chain is for Python, as if just taken;
 runs have to be told before it goes on."""
-LEFT, TOLD, CROWDED = 0, 1, 2
+LEFT, TOLD, CROWDED, TURN = 0, 1, 2, 3
 """Why `work` ends: nothing came for a while; something is done that nobody else will bring back;
-others should help. The lane counts the worker until it has `LEFT`."""
+another worker, which is counted, should help; other jobs should have a turn. The lane counts the
+worker until it has `LEFT`."""
 
 _EMPTY, _WAITING, _DONE, _FAILED = 0, 1, 2, 4
 """Bits of a slot's state; done and failed ones keep the first."""
@@ -92,9 +101,17 @@ class Lane(Struct):
     returned: Annotated[int, u64]
     """Slots emptied since Python last looked."""
     took: Annotated[int, u64]
-    """Nanoseconds that the last transfer took."""
+    """Nanoseconds that the last transfers took; a long one is forgotten over the next ones."""
+    began: Annotated[int, u64]
+    """When one began that has not ended, or 0."""
+    time: Annotated[Array, u64, 2]
+    """A clock for who has the lock (struct timespec)."""
     under_way: Annotated[int, u64]
     """Slots that are not empty."""
+    alone: Annotated[int, u64]
+    """Requests in a row that had no company."""
+    probe: Annotated[int, u64]
+    """Requests since that were, or could have been, done by the thread that asks."""
     last: Annotated[int, u64]
     """When it ended."""
     untold: Annotated[int, u64]
@@ -180,6 +197,8 @@ def hand_over(
     slot.readable = queue.readable
     slot.parts_used = queue.parts_used
     rep_movsb(address_of(slot.parts[0]), address_of(queue.parts[0]), 16 * queue.parts_used)
+    if lane.under_way:
+        lane.alone = 0
     lane.under_way += 1
     lane.states[number] = _WAITING
     count_on(address_of(lane.put), 1)
@@ -189,10 +208,19 @@ def hand_over(
 
 
 @native
-def clock(slot: Slot) -> int:
-    """Nanoseconds of CLOCK_MONOTONIC, by way of a place in the slot (clock_gettime(2))."""
-    host_call(_CLOCK_GETTIME, _MONOTONIC, address_of(slot.time[0]), 0, 0, 0, 0)
-    return slot.time[0] * 1_000_000_000 + slot.time[1]
+def clock(time: int) -> int:
+    """Nanoseconds of CLOCK_MONOTONIC, by way of a struct timespec (clock_gettime(2))."""
+    host_call(_CLOCK_GETTIME, _MONOTONIC, time, 0, 0, 0, 0)
+    return load64(time) * 1_000_000_000 + load64(time + 8)
+
+
+@native
+def is_lonely(lane: Lane) -> int:
+    """Whether a worker would do no request while the guest prepares the next."""
+    if lane.under_way or lane.alone < LONELY:
+        return 0
+    lane.probe += 1
+    return 1 if lane.probe % PROBE else 0
 
 
 @native
@@ -200,7 +228,8 @@ def is_brisk(lane: Lane) -> int:
     """Whether transfers are under way that will soon have been brought back."""
     if lane.under_way == 0 or lane.took > BRISK:
         return 0
-    return 1
+    began = seen(address_of(lane.began))
+    return 1 if began == 0 or clock(address_of(lane.time[0])) - began < BRISK else 0
 
 
 @native
@@ -209,7 +238,7 @@ def lacks_worker(lane: Lane) -> int:
     workers = seen(address_of(lane.workers))
     if workers:
         waiting = seen(address_of(lane.put)) - seen(address_of(lane.taken))
-        if lane.took <= BRISK or workers >= CROWD or waiting <= seen(address_of(lane.sleepers)):
+        if workers >= CROWD or waiting <= seen(address_of(lane.sleepers)) or is_brisk(lane):
             return 0
     count_on(address_of(lane.workers), 1)
     return 1
@@ -233,6 +262,14 @@ def tell(lane: Lane) -> int:
     return 1 if atomic_or64(address_of(lane.told), 1) == 0 else 0
 
 
+@native
+def note_time(lane: Lane, took: int) -> int:
+    """Hear how long a transfer took."""
+    faded = lane.took - lane.took // 4
+    lane.took = took if took > faded else faded
+    return 0
+
+
 @native_inline
 def may_linger(lane: Lane) -> int:
     """Whether the driver loses nothing if what is done is told of a little later."""
@@ -252,6 +289,7 @@ def nap(lane: Lane, taken: int, patience: int) -> int:
 def work(lane: Lane) -> int:
     """Do what waits in a lane: a worker's life."""
     host_call(_PRCTL, _TIMER_SLACK, 1, 0, 0, 0, 0)
+    entered = 0
     since = 0
     lingered = 0
     while 1:
@@ -269,15 +307,21 @@ def work(lane: Lane) -> int:
                 return TOLD
             if waits and lacks_worker(lane):
                 return CROWDED
+        elif since == 0 and entered and lane.last - entered > LONGEST_TURN:
+            return TURN
         elif waits:
             if atomic_cas64(address_of(lane.taken), taken, taken + 1):
                 slot: Slot = cast(Slot, slot_at(lane, taken))
-                began = clock(slot)
+                began = clock(address_of(slot.time[0]))
+                lane.began = began
                 state = transfer(slot)
-                ended = clock(slot)
+                ended = clock(address_of(slot.time[0]))
+                lane.began = 0
+                note_time(lane, ended - began)
+                if entered == 0:
+                    entered = began
                 atomic_or64(address_of(lane.states[taken & (SLOTS - 1)]), state)
                 atomic_or64(address_of(lane.untold), 1)
-                lane.took = ended - began
                 lane.last = ended
                 if since == 0:
                     since = ended
@@ -305,6 +349,8 @@ def bring_back(lane: Lane, queue: Queue, alive: int) -> int:
             lane.states[number] = _EMPTY
             lane.under_way -= 1
             lane.returned += 1
+            if lane.under_way == 0:
+                lane.alone += 1
             if alive:
                 slot: Slot = cast(Slot, slot_at(lane, number))
                 note_runs(queue, slot)

@@ -13,10 +13,20 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import time
 from typing import Protocol
 
 from ringfence.devices.virtio import transfer
-from ringfence.devices.virtio.beside import CROWDED, FAILED, LEFT, NOTHING, Beside
+from ringfence.devices.virtio.beside import (
+    CROWDED,
+    FAILED,
+    LEFT,
+    LONGEST_TURN,
+    NOTHING,
+    TOLD,
+    TURN,
+    Beside,
+)
 from ringfence.devices.virtio.deferred import DeferringDevice, Workers
 from ringfence.devices.virtio.ring import PART, Chain, Ring
 from ringfence.devices.virtio.transfer import AT_ONCE, BlockQueue
@@ -192,7 +202,7 @@ class VirtioBlk(DeferringDevice):
             if queue.beside:
                 self.begun(queue.beside)
                 queue.beside = 0
-                self._staff(number)
+                self._staff(beside)
 
     def _lane(self, number: int) -> Beside:
         """A queue's lane, from its first use on."""
@@ -202,21 +212,24 @@ class VirtioBlk(DeferringDevice):
             self._lanes[number] = Beside(self.transport.summons.at)
         return self._lanes[number]
 
-    def _work_beside(self, number: int) -> None:
-        """Do what waits in a queue's lane (a worker's thread); see `beside`."""
-        at = self._lanes[number].at
+    def _staff(self, beside: Beside) -> None:
+        """Send a worker to a lane if it lacks one; the lock is held."""
+        if self.transport.natives("lacks_worker")(beside.at):
+            self._workers.submit(lambda: self._work_beside(beside))
+
+    def _work_beside(self, beside: Beside) -> None:
+        """Do what waits in a lane (a worker's thread); see `beside`."""
         work = self.transport.natives("work", True)
-        while (end := work(at)) != LEFT:
-            if end == CROWDED:
-                self._workers.submit(lambda: self._work_beside(number))
-            else:
+        until = time.monotonic_ns() + LONGEST_TURN
+        while (end := work(beside.at)) != LEFT:
+            if end == TOLD:
                 with self.transport.lock:
                     self._bring_back()
-
-    def _staff(self, number: int) -> None:
-        """Send a worker to a queue's lane if it lacks one."""
-        if self.transport.natives("lacks_worker")(self._lanes[number].at):
-            self._workers.submit(lambda: self._work_beside(number))
+            if end == CROWDED:
+                self._workers.submit(lambda: self._work_beside(beside))
+            elif end == TURN or time.monotonic_ns() > until:
+                self._workers.submit(lambda: self._work_beside(beside))
+                return
 
     def _bring_back(self) -> None:
         """Give back what workers have done; the lock is held."""
@@ -234,12 +247,15 @@ class VirtioBlk(DeferringDevice):
                 else:
                     ring.settle()
             returned = beside.take_returned()
-            if returned and ring is not None:
+            if ring is None:
+                pass
+            elif beside.unasked:
+                self.transport.look(number)
+                if ring.queue.found:
+                    beside.lane.alone = 0  # asked for while others were under way
+            elif returned:
                 ring.settle()
-                if beside.unasked:
-                    self.transport.look(number)
-                else:
-                    self.transport.publish(number)
+                self.transport.publish(number)
             self.ended(returned)
 
     def _hand_over(self, number: int, ring: Ring, length: int, offset: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, cast
 
-from ringfence.devices.virtio.beside import Lane, hand_over, is_brisk
+from ringfence.devices.virtio.beside import Lane, hand_over, is_brisk, is_lonely
 from ringfence.devices.virtio.layouts import give, take
 from ringfence.devices.virtio.queue import RUNS, Queue
 from ringfence.devices.virtio.rules import MAX_CHAIN
@@ -28,9 +28,9 @@ HEADER = 16
 """Bytes of struct virtio_blk_req in front of the data (5.2.6)."""
 T_IN, T_OUT, OK = 0, 1, 0
 """Request types and a status (5.2.6)."""
-AT_ONCE = 64 << 10
-"""Bytes of a request that may be done by the thread that asks: copying more takes longer than
-leaving it to a worker."""
+SMALL, AT_ONCE = 16 << 10, 256 << 10
+"""Bytes of a request that is done by the thread that asks, if that needs no waiting; of one that is
+if it is lonely (`beside.is_lonely`)."""
 MOVED, BESIDE = 1, 2
 """What became of a transfer."""
 TURN = 2 << 20
@@ -102,7 +102,9 @@ def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
     queue.length = length
     queue.offset = sector * SECTOR
     never = queue.no_reads if call == _PREADV2 else queue.no_writes
-    if length <= AT_ONCE and length <= queue.bytes_left and never == 0:
+    lane: Lane = cast(Lane, queue.lane)
+    here = 1 if length <= SMALL or (length <= AT_ONCE and is_lonely(lane)) else 0
+    if here and length <= queue.bytes_left and never == 0:
         queue.bytes_left -= length
         parts = address_of(queue.parts[2 * first])
         done = host_call(call, queue.fd, parts, end - first, sector * SECTOR, 0, _RWF_NOWAIT)
@@ -113,7 +115,6 @@ def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
                 queue.no_reads = 1
             else:
                 queue.no_writes = 1
-    lane: Lane = cast(Lane, queue.lane)
     if hand_over(lane, queue, call, queue.fd, first, end, sector * SECTOR, 0):
         queue.beside += 1
         return BESIDE
