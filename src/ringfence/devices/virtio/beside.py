@@ -59,7 +59,8 @@ LINGER = 50_000
 LONELY = 2
 """Requests in a row that had no company while they were under way, before the next ones are done
 by the thread that asks, if they can be; one in `PROBE` is left to a worker to see."""
-PROBE = 32
+PROBE = 31
+"""Odd, so that it doesn't meet the same one of two each time."""
 CROWD = 4
 """Workers that a lane may have."""
 LONGEST_TURN = 10_000_000
