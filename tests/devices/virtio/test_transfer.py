@@ -13,8 +13,9 @@ import pytest
 from devices.virtio.backends import SIZE, Filedisk, Inline
 from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, DEVICE, QUEUE_AREA, Driver, Segment
+from ringfence.devices.virtio import transfer
 from ringfence.devices.virtio.blk import VirtioBlk
-from ringfence.devices.virtio.transfer import AT_ONCE, TURN
+from ringfence.devices.virtio.transfer import AT_ONCE, SMALL
 from ringfence.storage.pool import IoPool
 from ringfence.storage.raw import RawDisk
 
@@ -138,24 +139,25 @@ def test_files_that_fail_or_end_early_leave_it_to_the_pool(drive: Drive, file: s
         status, length = ask(driver, 0, 2, [(DATA, 1024, True)])
     assert (status, length) == (0, 1025)
     if file != "/dev/full":  # which reads as zeroes
-        assert jobs(driver) == 1
+        assert jobs(driver) == 2, "a worker beside the guest, and then the pool"
         assert driver.memory.read(DATA, 1024) == disk.data[1024:2048]
 
 
 @LAYOUTS
-def test_one_turn_is_bounded(drive: Drive, packed: bool) -> None:
+def test_one_turn_is_bounded(drive: Drive, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than may be moved at once: the rest is done by others, all of it comes back."""
+    monkeypatch.setattr(transfer, "TURN", 8 * SMALL)
     disk = Filedisk()
     offered(disk)
     driver = brought(drive, disk, size=64, packed=packed)
     ring, count = driver.rings[0], 12
     for number in range(count):
         driver.memory.write(HEADER + 32 * number, struct.pack("<IIQ", 0, 0, number))
-        segments = [(HEADER + 32 * number, 16, False), (DATA, AT_ONCE, True)]
+        segments = [(HEADER + 32 * number, 16, False), (DATA, SMALL, True)]
         ring.add([*segments, (STATUS + number, 1, True)])
     driver.notify()
-    assert sorted(length for _, length in ring.used()) == [AT_ONCE + 1] * count
-    assert jobs(driver) == count - TURN // AT_ONCE
+    assert sorted(length for _, length in ring.used()) == [SMALL + 1] * count
+    assert driver.device._lane(0).lane.put == count - 8
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -205,8 +207,10 @@ def test_a_disk_that_fails_in_the_pool(drive: Drive) -> None:
     disk = Filedisk()
     disk.fails = True
     driver = brought(drive, disk)
-    assert ask(driver, 0, 0, [(DATA, 2 * AT_ONCE, True)]) == (1, 2 * AT_ONCE + 1)
-    disk.fails = False
+    with Path("/dev/null").open("rb", buffering=0) as other:
+        disk.file = other.fileno()
+        assert ask(driver, 0, 0, [(DATA, 2 * AT_ONCE, True)]) == (1, 2 * AT_ONCE + 1)
+    disk.fails, disk.file = False, disk.own
     assert ask(driver, 0, 0, [(DATA, 512, True)]) == (0, 513)
 
 
