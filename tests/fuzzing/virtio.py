@@ -13,7 +13,7 @@ from collections.abc import Callable
 from devices.virtio.backends import Filedisk, Inline, Note, Ramdisk, Wire
 from devices.virtio.driver import BAR, BUFFERS, MSIX, QUEUE_AREA, RAM, Driver, Segment
 from fuzzing.harness import FAR, Fuzzer
-from ringfence.devices.virtio import blk, net, vsock
+from ringfence.devices.virtio import beside, blk, net, vsock
 from ringfence.devices.virtio.balloon import VirtioBalloon
 from ringfence.devices.virtio.blk import VirtioBlk
 from ringfence.devices.virtio.console import CONTROL, INPUT_LIMIT, Port, VirtioConsole
@@ -287,6 +287,7 @@ class FileBlkFuzzer(BlkFuzzer):
 
     def device(self) -> VirtioDevice:
         self.disk, self.pool = Filedisk(), Inline()
+        beside.PATIENCE = beside.LINGER = 0  # no worker waits for more
         self.files = [os.open(f"/dev/{name}", os.O_RDWR) for name in ("zero", "full", "null")]
         return VirtioBlk(self.disk, self.pool, serial="fuzz")
 
