@@ -287,6 +287,7 @@ class FileBlkFuzzer(BlkFuzzer):
 
     def device(self) -> VirtioDevice:
         self.disk, self.pool = Filedisk(), Inline()
+        self.waits = beside.PATIENCE, beside.LINGER
         beside.PATIENCE = beside.LINGER = 0  # no worker waits for more
         self.files = [os.open(f"/dev/{name}", os.O_RDWR) for name in ("zero", "full", "null")]
         return VirtioBlk(self.disk, self.pool, serial="fuzz")
@@ -301,6 +302,7 @@ class FileBlkFuzzer(BlkFuzzer):
 
     def close(self) -> None:
         super().close()
+        beside.PATIENCE, beside.LINGER = self.waits
         for file in self.files:
             os.close(file)
 

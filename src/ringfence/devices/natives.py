@@ -51,7 +51,7 @@ _FUNCTIONS: dict[str, tuple[Any, int]] = {
     "fetch": (frames.fetch, 1),
     "serve": (transfer.serve, 1),
     "lacks_worker": (beside.lacks_worker, 1),
-    "work": (beside.work, 1),
+    "work": (beside.work, 2),
     "bring_back": (beside.bring_back, 3),
 }
 """What Python calls, and with how many arguments."""

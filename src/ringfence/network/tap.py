@@ -13,7 +13,7 @@ import select
 import struct
 
 from ringfence.errors import HostError, UsageError
-from ringfence.network.backend import MAXIMUM_FRAME
+from ringfence.network.backend import BATCH, MAXIMUM_FRAME
 from ringfence.network.threaded import ThreadedBackend
 
 DEVICE = "/dev/net/tun"
@@ -21,8 +21,6 @@ NAME_LIMIT = 15
 """IFNAMSIZ without its NUL."""
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
-BATCH = 64
-"""Frames read per turn at most."""
 
 
 class TapNetwork(ThreadedBackend):

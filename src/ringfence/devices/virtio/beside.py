@@ -82,6 +82,7 @@ _FUTEX, _WAIT, _WAKE = 202, 128, 129
 """System call of x86-64 Linux; FUTEX_WAIT and FUTEX_WAKE within a process (futex(2))."""
 _CLOCK_GETTIME, _MONOTONIC = 228, 1
 _PRCTL, _TIMER_SLACK = 157, 29
+"""System calls, with CLOCK_MONOTONIC and PR_SET_TIMERSLACK."""
 _LOW = 0xFFFFFFFF
 
 
@@ -105,6 +106,8 @@ class Lane(Struct):
     """Nanoseconds that the last transfers took; a long one is forgotten over the next ones."""
     began: Annotated[int, u64]
     """When one began that has not ended, or 0."""
+    last: Annotated[int, u64]
+    """When the last one ended."""
     time: Annotated[Array, u64, 2]
     """A clock for who has the lock (struct timespec)."""
     under_way: Annotated[int, u64]
@@ -112,14 +115,12 @@ class Lane(Struct):
     alone: Annotated[int, u64]
     """Requests in a row that had no company."""
     probe: Annotated[int, u64]
-    """Requests since that were, or could have been, done by the thread that asks."""
-    last: Annotated[int, u64]
-    """When it ended."""
+    """Lonely requests so far."""
     untold: Annotated[int, u64]
     """Whether something is done since somebody came to bring it back."""
     linger: Annotated[Array, u64, 2]
     patience: Annotated[Array, u64, 2]
-    """Seconds and nanoseconds (struct timespec)."""
+    """`LINGER` and `PATIENCE` (struct timespec)."""
     slots: Annotated[int, u64]
     """Host address of the slots."""
     states: Annotated[Array, u64, SLOTS]
@@ -129,12 +130,11 @@ class Slot(Struct):
     """A transfer, and the chain that asks for it (see `queue.Queue`)."""
 
     call: Annotated[int, u64]
-    """The system call: number, descriptor, struct iovec and how many, offset, flags."""
+    """The system call: number, descriptor, struct iovec and how many, offset."""
     fd: Annotated[int, u64]
     vector: Annotated[int, u64]
     vectors: Annotated[int, u64]
     offset: Annotated[int, u64]
-    flags: Annotated[int, u64]
     time: Annotated[Array, u64, 2]
     """What the worker's clock says (struct timespec)."""
     length: Annotated[int, u64]
@@ -175,9 +175,11 @@ def count_on(place: int, by: int) -> int:
 
 @native
 def hand_over(
-    lane: Lane, queue: Queue, call: int, fd: int, first: int, end: int, offset: int, flags: int
+    lane: Lane, queue: Queue, call: int, fd: int, first: int, end: int, offset: int, length: int
 ) -> int:
-    """Leave the transfer of some parts of the chain taken last to a worker; 0 without room."""
+    """Leave the transfer of some parts of the chain taken last, which have ``length`` bytes, to a
+    worker; 0 without room.
+    """
     number = lane.put & (SLOTS - 1)
     if lane.states[number] != _EMPTY or queue.parts_used > PARTS:
         return 0
@@ -187,10 +189,6 @@ def hand_over(
     slot.vector = address_of(slot.parts[2 * first])
     slot.vectors = end - first
     slot.offset = offset
-    slot.flags = flags
-    length = 0
-    for part in range(first, end):
-        length += queue.parts[2 * part + 1]
     slot.length = length
     slot.written = 1 if first < queue.readable else length + 1
     slot.identifier = queue.identifier
@@ -248,7 +246,7 @@ def lacks_worker(lane: Lane) -> int:
 @native
 def transfer(slot: Slot) -> int:
     """Do it, and set the request's status; the slot's new state."""
-    done = host_call(slot.call, slot.fd, slot.vector, slot.vectors, slot.offset, 0, slot.flags)
+    done = host_call(slot.call, slot.fd, slot.vector, slot.vectors, slot.offset, 0, 0)
     if done != slot.length:
         return _FAILED
     store8(slot.parts[2 * slot.parts_used - 2], _STATUS_OK)
@@ -287,10 +285,9 @@ def nap(lane: Lane, taken: int, patience: int) -> int:
 
 
 @native
-def work(lane: Lane) -> int:
-    """Do what waits in a lane: a worker's life."""
+def work(lane: Lane, until: int) -> int:
+    """Do what waits in a lane, a worker's life; its turn ends ``until`` (CLOCK_MONOTONIC)."""
     host_call(_PRCTL, _TIMER_SLACK, 1, 0, 0, 0, 0)
-    entered = 0
     since = 0
     lingered = 0
     while 1:
@@ -308,7 +305,7 @@ def work(lane: Lane) -> int:
                 return TOLD
             if waits and lacks_worker(lane):
                 return CROWDED
-        elif since == 0 and entered and lane.last - entered > LONGEST_TURN:
+        elif since == 0 and lane.last > until:
             return TURN
         elif waits:
             if atomic_cas64(address_of(lane.taken), taken, taken + 1):
@@ -319,8 +316,6 @@ def work(lane: Lane) -> int:
                 ended = clock(address_of(slot.time[0]))
                 lane.began = 0
                 note_time(lane, ended - began)
-                if entered == 0:
-                    entered = began
                 atomic_or64(address_of(lane.states[taken & (SLOTS - 1)]), state)
                 atomic_or64(address_of(lane.untold), 1)
                 lane.last = ended

@@ -18,7 +18,6 @@ from typing import Protocol
 
 from ringfence.devices.virtio import transfer
 from ringfence.devices.virtio.beside import (
-    CROWDED,
     FAILED,
     LEFT,
     LONGEST_TURN,
@@ -202,7 +201,8 @@ class VirtioBlk(DeferringDevice):
             if queue.beside:
                 self.begun(queue.beside)
                 queue.beside = 0
-                self._staff(beside)
+                if self.transport.natives("lacks_worker")(beside.at):
+                    self._send_worker(beside)
 
     def _lane(self, number: int) -> Beside:
         """A queue's lane, from its first use on."""
@@ -212,51 +212,50 @@ class VirtioBlk(DeferringDevice):
             self._lanes[number] = Beside(self.transport.summons.at)
         return self._lanes[number]
 
-    def _staff(self, beside: Beside) -> None:
-        """Send a worker to a lane if it lacks one; the lock is held."""
-        if self.transport.natives("lacks_worker")(beside.at):
-            self._workers.submit(lambda: self._work_beside(beside))
+    def _send_worker(self, beside: Beside) -> None:
+        """Have a thread of the pool work in a lane, which counts it already."""
+        self._workers.submit(lambda: self._work_beside(beside))
 
     def _work_beside(self, beside: Beside) -> None:
         """Do what waits in a lane (a worker's thread); see `beside`."""
         work = self.transport.natives("work", True)
         until = time.monotonic_ns() + LONGEST_TURN
-        while (end := work(beside.at)) != LEFT:
+        while (end := work(beside.at, until)) != LEFT:
             if end == TOLD:
                 with self.transport.lock:
                     self._bring_back()
-            if end == CROWDED:
-                self._workers.submit(lambda: self._work_beside(beside))
-            elif end == TURN or time.monotonic_ns() > until:
-                self._workers.submit(lambda: self._work_beside(beside))
-                return
+            else:
+                self._send_worker(beside)
+                if end == TURN:
+                    return
 
     def _bring_back(self) -> None:
         """Give back what workers have done; the lock is held."""
         if not self.busy:
             return
-        bring_back = self.transport.natives("bring_back")
         for number, beside in self._lanes.items():
             ring = self.transport.ring(number)
-            while (
-                end := bring_back(beside.at, ring.at if ring else 0, ring is not None)
-            ) != NOTHING:
-                assert ring is not None
-                if end == FAILED:
-                    self._hand_over(number, ring, 0, 0)
-                else:
-                    ring.settle()
-            returned = beside.take_returned()
             if ring is None:
-                pass
-            elif beside.unasked:
-                self.transport.look(number)
-                if ring.queue.found:
-                    beside.lane.alone = 0  # asked for while others were under way
-            elif returned:
+                self.transport.natives("bring_back")(beside.at, 0, False)
+            else:
+                self._give_back_from(number, beside, ring)
+            self.ended(beside.take_returned())
+
+    def _give_back_from(self, number: int, beside: Beside, ring: Ring) -> None:
+        """Give back what is done in a lane, and take what was asked for without a notification."""
+        bring_back = self.transport.natives("bring_back")
+        while (end := bring_back(beside.at, ring.at, True)) != NOTHING:
+            if end == FAILED:
+                self._hand_over(number, ring, 0, 0)
+            else:
                 ring.settle()
-                self.transport.publish(number)
-            self.ended(returned)
+        ring.settle()
+        if beside.unasked:
+            self.transport.look(number)
+            if ring.queue.found:
+                beside.lane.alone = 0  # asked for while others were under way
+        elif beside.lane.returned:
+            self.transport.publish(number)
 
     def _hand_over(self, number: int, ring: Ring, length: int, offset: int) -> None:
         """Have the pool do the request taken last; of a plain one it is known what to move."""

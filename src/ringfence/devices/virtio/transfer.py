@@ -115,7 +115,7 @@ def move(queue: BlockQueue, call: int, first: int, end: int) -> int:
                 queue.no_reads = 1
             else:
                 queue.no_writes = 1
-    if hand_over(lane, queue, call, queue.fd, first, end, sector * SECTOR, 0):
+    if hand_over(lane, queue, call, queue.fd, first, end, sector * SECTOR, length):
         queue.beside += 1
         return BESIDE
     return 0
