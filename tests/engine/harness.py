@@ -115,6 +115,11 @@ class Board:
     def idle(self) -> None:
         """Nothing was put off."""
 
+    def await_done(self, door: int) -> bool:
+        """Nothing will be."""
+        del door
+        return False
+
     def collect(self) -> None:
         """Nothing is done beside the vCPU."""
 

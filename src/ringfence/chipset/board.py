@@ -318,6 +318,12 @@ class Board:
         with self.lock:
             self.summons.collect()
 
+    def await_done(self, door: int) -> bool:
+        """Before a vCPU sleeps, wait for what devices will have done at once (see `Summons`);
+        whether there is something to `collect`.
+        """
+        return self.summons.await_done(door)
+
     def set_wake(self, cpu: int, callback: Callable[[], None]) -> None:
         """Have ``callback`` called, the lock held, when ``cpu`` gets something to deliver."""
         with self.lock:

@@ -53,6 +53,7 @@ _FUNCTIONS: dict[str, tuple[Any, int]] = {
     "lacks_worker": (beside.lacks_worker, 1),
     "work": (beside.work, 2),
     "bring_back": (beside.bring_back, 3),
+    "await_done": (beside.await_done, 2),
 }
 """What Python calls, and with how many arguments."""
 KIND = "devices"

@@ -10,6 +10,9 @@ ended that; that it is ASLEEP, and has the devices asked once before it sleeps. 
 says so in its own memory *first* and looks where the vCPUs are *then*, both with full barriers. So
 either it finds nobody awake, or the vCPU that it finds will ask before it sleeps; a late request
 costs no more than a visit for nothing.
+
+Before it sleeps, a vCPU that finds something about to end waits for that (`Summons.await_done`): to
+be put to sleep and woken would take longer. It is ABOUT meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Annotated, cast
 
 from ringfence.native.dialect import address_of, atomic_or64, load64, native, store8
 from ringfence.native.hostcall import host_call
-from ringfence.native.layout import Struct, u64
+from ringfence.native.layout import Array, Struct, u64
 
 ASLEEP, ABOUT, INSIDE = 0, 1, 2
 """Where a vCPU is; one that isn't run counts as asleep."""
@@ -40,6 +43,8 @@ class Door(Struct):
     """Host addresses of the bytes to set, in this order."""
     running: Annotated[int, u64]
     """Host address of the number of the process that runs its user code; 0 there: none does."""
+    time: Annotated[Array, u64, 2]
+    """A clock for its thread (struct timespec)."""
 
 
 @native
@@ -86,9 +91,10 @@ class Summons:
         self.at = ctypes.addressof(self._first)
         self._doors: list[ctypes.Array[ctypes.c_char]] = []
         self._collectors: list[Callable[[], None]] = []
+        self._waiters: list[Callable[[int], bool]] = []
 
-    def add_door(self, request: int, attention: int, running: int) -> ctypes.c_uint64:
-        """Make a vCPU known; what is returned says where it is."""
+    def add_door(self, request: int, attention: int, running: int) -> tuple[int, ctypes.c_uint64]:
+        """Make a vCPU known; its `Door`'s address, and what says where it is."""
         place = ctypes.create_string_buffer(Door.size)
         self._doors.append(place)
         at = ctypes.addressof(place)
@@ -96,15 +102,25 @@ class Summons:
         door.request, door.attention, door.running = request, attention, running
         door.following = self._first.value
         self._first.value = at
-        return ctypes.c_uint64.from_address(at + Door.offset_of("place"))
+        return at, ctypes.c_uint64.from_address(at + Door.offset_of("place"))
 
-    def add_collector(self, collect: Callable[[], None]) -> None:
-        """Have a device asked for what is done, with the board's lock held."""
+    def add_collector(self, collect: Callable[[], None], wait: Callable[[int], bool]) -> None:
+        """Have a device asked for what is done, with the board's lock held, and to wait for that
+        (see `await_done`), without it.
+        """
         self._collectors.append(collect)
+        self._waiters.append(wait)
 
-    def remove_collector(self, collect: Callable[[], None]) -> None:
+    def remove_collector(self, collect: Callable[[], None], wait: Callable[[int], bool]) -> None:
         """Ask it no more."""
         self._collectors.remove(collect)
+        self._waiters.remove(wait)
+
+    def await_done(self, door: int) -> bool:
+        """Wait for what devices will have done at once, but no longer than until the vCPU of that
+        door is called; whether there is anything to collect. The board's lock is not held.
+        """
+        return any(wait(door) for wait in tuple(self._waiters))
 
     def collect(self) -> None:
         """Have all devices give back what is done; the board's lock is held."""

@@ -131,7 +131,7 @@ def test_a_running_vcpu_is_summoned(drive: Drive, disk: Filedisk, pool: IoPool) 
     byte = ctypes.c_uint8 * 2
     wanted, running = byte(), ctypes.c_uint64()
     at = ctypes.addressof(wanted)
-    place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    _, place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
     comings = (driver.board.collect, driver.board.idle, driver.board.quiesce)
     for number, come in enumerate(comings):
         place.value = INSIDE
@@ -246,9 +246,52 @@ def test_a_vcpu_that_is_about_is_awaited(drive: Drive, disk: Filedisk, pool: IoP
     byte = ctypes.c_uint8 * 2
     wanted, running = byte(), ctypes.c_uint64()
     at = ctypes.addressof(wanted)
-    driver.board.summons.add_door(at, at + 1, ctypes.addressof(running)).value = ABOUT
+    _, place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    place.value = ABOUT
     write(driver, 0, 0, b"v" * PIECE)
     driver.notify()
     assert len(returned(driver, 1)) == 1
     driver.board.quiesce()
     assert not any(wanted)
+
+
+def test_a_vcpu_waits_for_what_is_about_to_end(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
+    driver = started(drive, disk, pool)
+    byte = ctypes.c_uint8 * 2
+    wanted, running = byte(), ctypes.c_uint64()
+    at = ctypes.addressof(wanted)
+    door, place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    assert not driver.board.await_done(door), "nothing is under way"
+    place.value = INSIDE  # so that nobody else brings it back
+    for number in range(2):
+        write(driver, number, 0, b"a" * PIECE)
+        driver.notify()
+        while not driver.board.await_done(door):
+            wanted[1] = 0
+        assert driver.rings[0].used() == []
+        driver.board.collect()
+        assert len(driver.rings[0].used()) == 1
+        assert not driver.board.await_done(door), "it was brought back"
+
+
+def test_a_vcpu_waits_for_a_moment_only(drive: Drive, disk: Filedisk) -> None:
+    """It sleeps where a transfer takes long, and where something else wants it."""
+    workers = Inline()
+    workers.held = []
+    driver = started(drive, disk, workers)
+    wanted, running = (ctypes.c_uint8 * 2)(), ctypes.c_uint64()
+    at = ctypes.addressof(wanted)
+    door, _ = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    write(driver, 0, 0, b"a" * PIECE)
+    driver.notify()
+    assert not driver.board.await_done(door)
+    lane = driver.device._lane(0).lane
+    lane.took = 1_000_000_000_000
+    assert not driver.board.await_done(door), "such a lane is not waited for"
+    lane.took = 0
+    wanted[1] = 1
+    assert not driver.board.await_done(door)
+    assert driver.rings[0].used() == []
+    (job,) = workers.held
+    job()
+    assert len(driver.rings[0].used()) == 1

@@ -17,7 +17,8 @@ who hands over something and sees no worker has one sent.
 
 A lane is *brisk* while its transfers take as long as copying does. Then one worker is enough, it
 tells of some transfers at once, and the driver need not notify the device of further requests: they
-are found when those under way are given back, or when a vCPU sleeps. A driver that asks for one at
+are found when those under way are given back, or when a vCPU sleeps. A vCPU about to sleep waits
+for the next one to end instead (`await_done`). A driver that asks for one at
 a time gains nothing by a worker: its requests are *lonely*, and done by who takes them. Where
 transfers wait for the host's disk, each has a worker, up to `CROWD` of them, is told of at once,
 and every request is taken when the driver notifies. A worker that is never out of work makes room
@@ -33,12 +34,13 @@ from typing import Annotated, cast
 from ringfence.devices.virtio.layouts import give
 from ringfence.devices.virtio.queue import RUNS, Queue
 from ringfence.devices.virtio.rules import MAX_CHAIN
-from ringfence.memory.summons import is_awake, summon
+from ringfence.memory.summons import Door, is_awake, summon
 from ringfence.native.dialect import (
     address_of,
     atomic_and64,
     atomic_cas64,
     atomic_or64,
+    load8,
     load64,
     native,
     native_inline,
@@ -81,6 +83,7 @@ _STATUS_OK = 0
 _FUTEX, _WAIT, _WAKE = 202, 128, 129
 """System call of x86-64 Linux; FUTEX_WAIT and FUTEX_WAKE within a process (futex(2))."""
 _CLOCK_GETTIME, _MONOTONIC = 228, 1
+_SCHED_YIELD = 24
 _PRCTL, _TIMER_SLACK = 157, 29
 """System calls, with CLOCK_MONOTONIC and PR_SET_TIMERSLACK."""
 _LOW = 0xFFFFFFFF
@@ -229,6 +232,24 @@ def is_brisk(lane: Lane) -> int:
         return 0
     began = seen(address_of(lane.began))
     return 1 if began == 0 or clock(address_of(lane.time[0])) - began < BRISK else 0
+
+
+@native
+def await_done(lane: Lane, door: Door) -> int:
+    """Wait for a transfer that will end about now, until the vCPU of that door is called; whether
+    something is done.
+    """
+    if seen(address_of(lane.untold)):
+        return 1
+    if lane.under_way == 0 or lane.took > BRISK:
+        return 0
+    time = address_of(door.time[0])
+    until = clock(time) + lane.took + LINGER
+    while seen(address_of(lane.untold)) == 0:
+        if load8(door.attention) or clock(time) > until:
+            return 0
+        host_call(_SCHED_YIELD, 0, 0, 0, 0, 0, 0)
+    return 1
 
 
 @native

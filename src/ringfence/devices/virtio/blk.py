@@ -208,7 +208,7 @@ class VirtioBlk(DeferringDevice):
         """A queue's lane, from its first use on."""
         if number not in self._lanes:
             if not self._lanes:
-                self.transport.summons.add_collector(self._bring_back)
+                self.transport.summons.add_collector(self._bring_back, self._await_done)
             self._lanes[number] = Beside(self.transport.summons.at)
         return self._lanes[number]
 
@@ -240,6 +240,13 @@ class VirtioBlk(DeferringDevice):
             else:
                 self._give_back_from(number, beside, ring)
             self.ended(beside.take_returned())
+
+    def _await_done(self, door: int) -> bool:
+        """Wait for a worker that is about to be done, without the lock; whether one is."""
+        if not self.busy:
+            return False
+        wait = self.transport.natives("await_done", True)
+        return any(wait(beside.at, door) for beside in tuple(self._lanes.values()))
 
     def _give_back_from(self, number: int, beside: Beside, ring: Ring) -> None:
         """Give back what is done in a lane, and take what was asked for without a notification."""
@@ -301,7 +308,7 @@ class VirtioBlk(DeferringDevice):
     def close(self) -> None:
         """See `VirtioDevice.close`."""
         if self._lanes:
-            self.transport.summons.remove_collector(self._bring_back)
+            self.transport.summons.remove_collector(self._bring_back, self._await_done)
         lanes, self._lanes = self._lanes, {}
         for beside in lanes.values():
             beside.close()

@@ -125,7 +125,7 @@ class TranslateEngine(DeviceAccesses, Standing):
         self.siblings.add(self)
         self.inside = False
         """Whether the vCPU is in guest code, or about to be."""
-        self._place = board.summons.add_door(
+        self._door, self._place = board.summons.add_door(
             *(self.block + Vcpu.offset_of(n) for n in ("service_request", "attention")),
             self.block + Vcpu.offset_of("direct_running"),
         )
@@ -535,6 +535,12 @@ class TranslateEngine(DeviceAccesses, Standing):
         if not (view.halted or view.wait_for_sipi):
             return None
         began = time.perf_counter_ns()
+        while self.board.await_done(self._door):
+            self.board.collect()
+            with self.board.lock:
+                if self._is_roused():
+                    self._idle_ns += time.perf_counter_ns() - began
+                    return None
         self._place.value = ASLEEP
         self.board.idle()
         self._direct.release()
