@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from bench.image import compile_c
+from bench.report import picture_file
 from ringfence import Machine
 from ringfence.images.root import build_initramfs
 from ringfence.images.store import Image, Store
@@ -209,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m bench.migrate")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--image", default="debian")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="an SVG of it")
+    parser.add_argument("--picture", type=picture_file, metavar="FILE", help="an SVG of it")
     parser.add_argument("--into", type=Path, metavar="FILE", help="a document with the markers")
     options = parser.parse_args()
     image: Image = Store().find(options.image)

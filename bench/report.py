@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -134,6 +136,13 @@ def put_into(path: Path, name: str, text: str) -> None:
     if not begin or not end:
         raise ValueError(f"{path} lacks {first} and {last}: expected both, in this order")
     path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
+
+
+def picture_file(text: str) -> Path:
+    """Where to draw, as an option's value: refused before anything is measured if nothing can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("matplotlib is not installed")
+    return Path(text)
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:

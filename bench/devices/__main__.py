@@ -56,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE, or instead of tables")
     add("--markdown", action="store_true", help="Markdown instead of plain tables")
     add("--into", type=Path, metavar="FILE", help="put the Markdown between FILE's marks")
-    add("--picture", type=Path, metavar="FILE", help="an SVG of it (needs matplotlib)")
+    add(
+        "--picture",
+        type=report.picture_file,
+        metavar="FILE",
+        help="an SVG of it (needs matplotlib)",
+    )
     return parser
 
 

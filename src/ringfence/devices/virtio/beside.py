@@ -17,12 +17,11 @@ who hands over something and sees no worker has one sent.
 
 A lane is *brisk* while its transfers take as long as copying does. Then one worker is enough, it
 tells of some transfers at once, and the driver need not notify the device of further requests: they
-are found when those under way are given back, or when a vCPU sleeps. A vCPU about to sleep waits
-for the next one to end instead (`await_done`). A driver that asks for one at
-a time gains nothing by a worker: its requests are *lonely*, and done by who takes them. Where
-transfers wait for the host's disk, each has a worker, up to `CROWD` of them, is told of at once,
-and every request is taken when the driver notifies. A worker that is never out of work makes room
-for other jobs now and then.
+are found when those under way are given back, or when a vCPU sleeps. Before one does, it waits for
+what will end in a moment (`await_done`). A driver that asks for one at a time gains nothing by a
+worker: its requests are *lonely*, and done by who takes them. Where transfers wait for the host's
+disk, each has a worker, up to `CROWD` of them, is told of at once, and every request is taken when
+the driver notifies. A worker that is never out of work makes room for other jobs now and then.
 """
 
 from __future__ import annotations
