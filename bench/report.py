@@ -139,7 +139,7 @@ def put_into(path: Path, name: str, text: str) -> None:
 
 
 def picture_file(text: str) -> Path:
-    """Where to draw, as an option's value: refused before anything is measured if nothing can be drawn."""
+    """Where to draw, as an option's value; refused at once where nothing can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("matplotlib is not installed")
     return Path(text)
