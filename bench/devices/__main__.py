@@ -157,10 +157,6 @@ def _show(
     kinds: Sequence[Kind],
 ) -> None:
     about = report.machine()
-    if options.picture:
-        from bench.devices.picture import draw
-
-        draw(results, measures, kinds, options.picture)
     if options.into:
         report.put_into(options.into, "devices", _text(results, measures, kinds, markdown=True))
     if options.json:
@@ -168,9 +164,14 @@ def _show(
         text = json.dumps(data, indent=1)
         if options.json == "-":
             print(text)
-            return
-        Path(options.json).write_text(text + "\n")
-    print(_text(results, measures, kinds, markdown=options.markdown))
+        else:
+            Path(options.json).write_text(text + "\n")
+    if options.json != "-":
+        print(_text(results, measures, kinds, markdown=options.markdown))
+    if options.picture:
+        from bench.devices.picture import draw
+
+        draw(results, measures, kinds, options.picture)
 
 
 def _text(

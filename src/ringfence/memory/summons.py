@@ -18,8 +18,7 @@ be put to sleep and woken would take longer. It is ABOUT meanwhile.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Annotated, cast
+from typing import Annotated, Protocol, cast
 
 from ringfence.native.dialect import address_of, atomic_or64, load64, native, store8
 from ringfence.native.hostcall import host_call
@@ -77,6 +76,16 @@ def is_awake(first: int) -> int:
     return 0
 
 
+class Collected(Protocol):
+    """A device that has things done beside the vCPUs."""
+
+    def bring_back(self) -> None:
+        """Give back what is done; the board's lock is held."""
+
+    def await_done(self, door: int) -> bool:
+        """See `Summons.await_done`."""
+
+
 class Summons:
     """The doors of a machine's vCPUs, and who brings back what is done.
 
@@ -90,8 +99,7 @@ class Summons:
         self._first = ctypes.c_uint64(0)
         self.at = ctypes.addressof(self._first)
         self._doors: list[ctypes.Array[ctypes.c_char]] = []
-        self._collectors: list[Callable[[], None]] = []
-        self._waiters: list[Callable[[int], bool]] = []
+        self._devices: list[Collected] = []
 
     def add_door(self, request: int, attention: int, running: int) -> tuple[int, ctypes.c_uint64]:
         """Make a vCPU known; its `Door`'s address, and what says where it is."""
@@ -104,25 +112,21 @@ class Summons:
         self._first.value = at
         return at, ctypes.c_uint64.from_address(at + Door.offset_of("place"))
 
-    def add_collector(self, collect: Callable[[], None], wait: Callable[[int], bool]) -> None:
-        """Have a device asked for what is done, with the board's lock held, and to wait for that
-        (see `await_done`), without it.
-        """
-        self._collectors.append(collect)
-        self._waiters.append(wait)
+    def add_device(self, device: Collected) -> None:
+        """Have a device asked for what is done."""
+        self._devices.append(device)
 
-    def remove_collector(self, collect: Callable[[], None], wait: Callable[[int], bool]) -> None:
+    def remove_device(self, device: Collected) -> None:
         """Ask it no more."""
-        self._collectors.remove(collect)
-        self._waiters.remove(wait)
+        self._devices.remove(device)
 
     def await_done(self, door: int) -> bool:
         """Wait for what devices will have done at once, but no longer than until the vCPU of that
         door is called; whether there is anything to collect. The board's lock is not held.
         """
-        return any(wait(door) for wait in tuple(self._waiters))
+        return any(device.await_done(door) for device in tuple(self._devices))
 
     def collect(self) -> None:
         """Have all devices give back what is done; the board's lock is held."""
-        for collector in self._collectors:
-            collector()
+        for device in self._devices:
+            device.bring_back()

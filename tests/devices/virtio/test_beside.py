@@ -17,7 +17,7 @@ from devices.virtio.conftest import Drive
 from devices.virtio.driver import BUFFERS, Driver, Segment
 from ringfence.devices.virtio.beside import CROWD, PROBE, SLOTS
 from ringfence.devices.virtio.blk import VirtioBlk
-from ringfence.memory.summons import ABOUT, ASLEEP, INSIDE
+from ringfence.memory.summons import ABOUT, ASLEEP, INSIDE, Door
 from ringfence.storage.pool import IoPool
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
@@ -48,6 +48,13 @@ def started(drive: Drive, disk: Filedisk, workers: object, packed: bool = False)
     driver = drive(VirtioBlk(disk, workers), packed=packed)
     driver.start(FLUSH, size=256, packed=packed, event_idx=True, messages=True)
     return driver
+
+
+def vcpu(driver: Driver) -> tuple[ctypes.Array[ctypes.c_uint8], int, ctypes.c_uint64]:
+    """A door: bytes that say what is wanted of it (request, attention), its address and place."""
+    wanted = (ctypes.c_uint8 * 16)()  # its second half: that no process runs user code
+    at = ctypes.addressof(wanted)
+    return wanted, *driver.board.summons.add_door(at, at + 1, at + 8)
 
 
 def write(driver: Driver, slot: int, sector: int, data: bytes) -> int:
@@ -128,10 +135,7 @@ def test_a_reset_waits_for_what_is_under_way(drive: Drive, disk: Filedisk, packe
 def test_a_running_vcpu_is_summoned(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
     """It gives back what is done when it comes; if it ends up asleep or standing, then before."""
     driver = started(drive, disk, pool)
-    byte = ctypes.c_uint8 * 2
-    wanted, running = byte(), ctypes.c_uint64()
-    at = ctypes.addressof(wanted)
-    _, place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    wanted, _, place = vcpu(driver)
     comings = (driver.board.collect, driver.board.idle, driver.board.quiesce)
     for number, come in enumerate(comings):
         place.value = INSIDE
@@ -142,7 +146,7 @@ def test_a_running_vcpu_is_summoned(drive: Drive, disk: Filedisk, pool: IoPool) 
         assert wanted[0], "the reason comes before the call"
         assert driver.rings[0].used() == []
         assert driver.device.busy == 1
-        wanted[:] = (0, 0)
+        wanted[:] = bytes(len(wanted))
         place.value = ASLEEP
         come()
         assert len(driver.rings[0].used()) == 1
@@ -243,10 +247,7 @@ def test_lonely_reads_are_done_at_once(drive: Drive, disk: Filedisk) -> None:
 def test_a_vcpu_that_is_about_is_awaited(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
     """What is done waits a moment for it, and comes back without it if it stays away."""
     driver = started(drive, disk, pool)
-    byte = ctypes.c_uint8 * 2
-    wanted, running = byte(), ctypes.c_uint64()
-    at = ctypes.addressof(wanted)
-    _, place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    wanted, _, place = vcpu(driver)
     place.value = ABOUT
     write(driver, 0, 0, b"v" * PIECE)
     driver.notify()
@@ -257,10 +258,7 @@ def test_a_vcpu_that_is_about_is_awaited(drive: Drive, disk: Filedisk, pool: IoP
 
 def test_a_vcpu_waits_for_what_is_about_to_end(drive: Drive, disk: Filedisk, pool: IoPool) -> None:
     driver = started(drive, disk, pool)
-    byte = ctypes.c_uint8 * 2
-    wanted, running = byte(), ctypes.c_uint64()
-    at = ctypes.addressof(wanted)
-    door, place = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    wanted, door, place = vcpu(driver)
     assert not driver.board.await_done(door), "nothing is under way"
     place.value = INSIDE  # so that nobody else brings it back
     for number in range(2):
@@ -279,18 +277,20 @@ def test_a_vcpu_waits_for_a_moment_only(drive: Drive, disk: Filedisk) -> None:
     workers = Inline()
     workers.held = []
     driver = started(drive, disk, workers)
-    wanted, running = (ctypes.c_uint8 * 2)(), ctypes.c_uint64()
-    at = ctypes.addressof(wanted)
-    door, _ = driver.board.summons.add_door(at, at + 1, ctypes.addressof(running))
+    wanted, door, _ = vcpu(driver)
     write(driver, 0, 0, b"a" * PIECE)
     driver.notify()
-    assert not driver.board.await_done(door)
     lane = driver.device._lane(0).lane
+    clock = Door.at(door).time
     lane.took = 1_000_000_000_000
     assert not driver.board.await_done(door), "such a lane is not waited for"
     lane.took = 0
     wanted[1] = 1
     assert not driver.board.await_done(door)
+    assert not any(clock), "it went without waiting"
+    wanted[1] = 0
+    assert not driver.board.await_done(door)
+    assert any(clock)
     assert driver.rings[0].used() == []
     (job,) = workers.held
     job()

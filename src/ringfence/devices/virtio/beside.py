@@ -82,8 +82,8 @@ _STATUS_OK = 0
 _FUTEX, _WAIT, _WAKE = 202, 128, 129
 """System call of x86-64 Linux; FUTEX_WAIT and FUTEX_WAKE within a process (futex(2))."""
 _CLOCK_GETTIME, _MONOTONIC = 228, 1
-_SCHED_YIELD = 24
 _PRCTL, _TIMER_SLACK = 157, 29
+_SCHED_YIELD = 24
 """System calls, with CLOCK_MONOTONIC and PR_SET_TIMERSLACK."""
 _LOW = 0xFFFFFFFF
 
@@ -238,14 +238,14 @@ def await_done(lane: Lane, door: Door) -> int:
     """Wait for a transfer that will end about now, until the vCPU of that door is called; whether
     something is done.
     """
-    if seen(address_of(lane.untold)):
-        return 1
-    if lane.under_way == 0 or lane.took > BRISK:
-        return 0
-    time = address_of(door.time[0])
-    until = clock(time) + lane.took + LINGER
+    until = 0
     while seen(address_of(lane.untold)) == 0:
-        if load8(door.attention) or clock(time) > until:
+        if lane.under_way == 0 or lane.took > BRISK or load8(door.attention):
+            return 0
+        now = clock(address_of(door.time[0]))
+        if until == 0:
+            until = now + lane.took + LINGER
+        if now > until:
             return 0
         host_call(_SCHED_YIELD, 0, 0, 0, 0, 0, 0)
     return 1

@@ -208,7 +208,7 @@ class VirtioBlk(DeferringDevice):
         """A queue's lane, from its first use on."""
         if number not in self._lanes:
             if not self._lanes:
-                self.transport.summons.add_collector(self._bring_back, self._await_done)
+                self.transport.summons.add_device(self)
             self._lanes[number] = Beside(self.transport.summons.at)
         return self._lanes[number]
 
@@ -223,14 +223,14 @@ class VirtioBlk(DeferringDevice):
         while (end := work(beside.at, until)) != LEFT:
             if end == TOLD:
                 with self.transport.lock:
-                    self._bring_back()
+                    self.bring_back()
             else:
                 self._send_worker(beside)
                 if end == TURN:
                     return
 
-    def _bring_back(self) -> None:
-        """Give back what workers have done; the lock is held."""
+    def bring_back(self) -> None:
+        """See `Collected.bring_back`: what workers have done."""
         if not self.busy:
             return
         for number, beside in self._lanes.items():
@@ -241,8 +241,8 @@ class VirtioBlk(DeferringDevice):
                 self._give_back_from(number, beside, ring)
             self.ended(beside.take_returned())
 
-    def _await_done(self, door: int) -> bool:
-        """Wait for a worker that is about to be done, without the lock; whether one is."""
+    def await_done(self, door: int) -> bool:
+        """See `Collected.await_done`."""
         if not self.busy:
             return False
         wait = self.transport.natives("await_done", True)
@@ -302,13 +302,13 @@ class VirtioBlk(DeferringDevice):
     def quiesce(self) -> None:
         """See `VirtioDevice.quiesce`."""
         with self.transport.lock:
-            self._bring_back()
+            self.bring_back()
         super().quiesce()
 
     def close(self) -> None:
         """See `VirtioDevice.close`."""
         if self._lanes:
-            self.transport.summons.remove_collector(self._bring_back, self._await_done)
+            self.transport.summons.remove_device(self)
         lanes, self._lanes = self._lanes, {}
         for beside in lanes.values():
             beside.close()

@@ -535,12 +535,21 @@ class TranslateEngine(DeviceAccesses, Standing):
         if not (view.halted or view.wait_for_sipi):
             return None
         began = time.perf_counter_ns()
+        outcome = None if self._is_roused_soon() else self._sleep()
+        self._idle_ns += time.perf_counter_ns() - began
+        return outcome
+
+    def _is_roused_soon(self) -> bool:
+        """Whether what devices will have done in a moment ends the sleep before it begins."""
         while self.board.await_done(self._door):
             self.board.collect()
             with self.board.lock:
                 if self._is_roused():
-                    self._idle_ns += time.perf_counter_ns() - began
-                    return None
+                    return True
+        return False
+
+    def _sleep(self) -> StopReason | None:
+        """Sleep until the CPU is roused, or its run is to end."""
         self._place.value = ASLEEP
         self.board.idle()
         self._direct.release()
@@ -553,7 +562,6 @@ class TranslateEngine(DeviceAccesses, Standing):
                     break
             self._wake.wait()
         self._place.value = ABOUT
-        self._idle_ns += time.perf_counter_ns() - began
         return outcome
 
     def _is_roused(self) -> bool:
