@@ -99,7 +99,10 @@ class Arrival:
         memory.incomplete = True
 
     def follow(self, done: Callable[[], None]) -> None:
-        """The machine runs; call ``done``, from another thread, when all of its RAM is here."""
+        """The machine runs; ``memory.incomplete`` says whether all of its RAM is here.
+
+        ``done`` is called, from another thread, when the sender knows that, or won't ask any more.
+        """
         memory = self._memory
         memory.before_close = self.close
         self._tell(fate="running")

@@ -7,7 +7,10 @@ pages in an order of its own choice, and first those that somebody waits for.
 
 stdin tells what to do, a line of JSON each: where RAM is, then which runs of it are missing, then
 that the machine runs (which matters to a sender that asks). Its end is the machine's: we go, too.
-stdout says ``ready``, ``known`` when it knows what is missing, and at last ``done``.
+stdout says ``ready``, ``known`` when it knows what is missing, and ``done`` when the machine needs
+us no more. The sender still does: it has to hear that all is here, and answers that it has. Until
+then we stay, for `PATIENCE` at most, so that it may come back and ask, even if the machine has
+ended.
 
 If the link is cut, whoever touches a missing page goes on sleeping, and the sender has `PATIENCE`
 seconds to come back; we tell it what is still missing. Then the machine is lost, as half of its RAM
@@ -16,7 +19,6 @@ is of no use: it is killed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
@@ -81,8 +83,8 @@ class Pager:
         self._alone_since = time.monotonic()
         self._orders = b""
 
-    def run(self) -> None:
-        """Until all is there."""
+    def run(self) -> bool:
+        """Until all is there, or the machine has ended; which of both."""
         while True:
             if self._link is None and time.monotonic() > self._alone_since + self._patience:
                 self._give_up()
@@ -100,10 +102,11 @@ class Pager:
                 elif each == self._uffd.fd:
                     self._serve()
                 elif not self._hear():
-                    return
+                    return False
             if self._finished:
-                self._finish()
-                return
+                self._uffd.unregister(self._base, self._pages * PAGE)
+                print("done", flush=True)
+                return True
 
     @property
     def _finished(self) -> bool:
@@ -227,12 +230,25 @@ class Pager:
 
     # ---- the end
 
-    def _finish(self) -> None:
-        self._uffd.unregister(self._base, self._pages * PAGE)
-        if self._link is not None:
-            with contextlib.suppress(LinkError):
-                self._link.send(Kind.DONE)
-        print("done", flush=True)
+    def part(self) -> None:
+        """Have the sender know that all is here."""
+        deadline = time.monotonic() + self._patience
+        while not self._is_known() and (left := deadline - time.monotonic()) > 0:
+            if select.select([self._listener], [], [], left)[0]:
+                self._accept()
+
+    def _is_known(self) -> bool:
+        """Whether the sender has answered; what it has sent in vain is read before that, too."""
+        if self._link is None:
+            return False
+        try:
+            self._link.send(Kind.DONE)
+            while self._link.receive(Kind.PAGES, Kind.ZEROES, Kind.DONE).kind is not Kind.DONE:
+                pass
+        except RingfenceError:
+            self._lose()
+            return False
+        return True
 
     def _give_up(self) -> NoReturn:
         print(
@@ -258,11 +274,13 @@ def main() -> None:
         sys.exit(f"ringfence: RAM can't follow a machine: {error}")
     print("ready", flush=True)
     try:
-        pager.run()
+        complete = pager.run()
     except BaseException:
         # Whoever needs a page would sleep for ever, Python's lock in hand.
         os.kill(os.getppid(), signal.SIGKILL)
         raise
+    if complete:
+        pager.part()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A thread sends all of it over a connection of its own, from the lowest page on; pages that somebody
 waits for there go first. A connection that is cut is made anew, for `PATIENCE` seconds: the other
-side says each time what it still lacks.
+side says each time what it still lacks, and at last, until we have answered, that it lacks nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from ringfence.errors import RingfenceError
 from ringfence.memory.dirty import PAGE, Run
@@ -116,6 +117,8 @@ class Remainder:
             if link.heard(0 if todo else 0.5):
                 message = link.receive(Kind.WANT, Kind.MISSING, Kind.DONE)
                 if message.kind is Kind.DONE:
+                    with suppress(LinkError):  # the other side need not hear it
+                        link.send(Kind.DONE)
                     return True
                 runs = unpack_places(message.data, count)
                 if message.kind is Kind.MISSING:
