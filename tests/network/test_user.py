@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import shutil
 import socket
@@ -309,6 +310,8 @@ def test_structures_are_laid_out_as_in_the_header(tmp_path) -> None:
         [compiler, "-o", tmp_path / "layout", source], capture_output=True, check=False
     )
     if built.returncode:
+        if os.environ.get("CI"):
+            pytest.fail("libslirp's header is missing, and in CI every test has to run")
         pytest.skip("libslirp's header is missing")
     told = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout
     for line in told.splitlines():
