@@ -104,7 +104,6 @@ class Line:
         self.changes = [(forth, back)]
         self._once = once
         self.carried = [0, 0]
-        self._ended: list[int] = []
         path = folder / f"line{len(list(folder.iterdir()))}"
         self.address = f"tcp://127.0.0.1:{self._listen(path)}"
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -127,12 +126,17 @@ class Line:
             near.settimeout(60)
             forth, back = self.changes.pop() if self.changes else (nothing, nothing)
             far = self._target.connect(60)
+            # The ways of one connection may end long after the next has begun.
+            ended: list[int] = []
             for source, sink, change, way in ((near, far, forth, 0), (far, near, back, 1)):
                 threading.Thread(
-                    target=self._carry, args=(source, sink, change, way), daemon=True
+                    target=self._carry, args=(source, sink, change, way, ended), daemon=True
                 ).start()
 
-    def _carry(self, source: socket.socket, sink: socket.socket, change: Change, way: int) -> None:
+    def _carry(
+        self, source: socket.socket, sink: socket.socket, change: Change, way: int,
+        ended: list[int],
+    ) -> None:  # fmt: skip
         at = 0
         with suppress(OSError):
             while data := source.recv(1 << 16):
@@ -145,8 +149,8 @@ class Line:
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        self._ended.append(way)
-        if len(self._ended) % 2 == 0:
+        ended.append(way)
+        if len(ended) == 2:
             source.close()
             sink.close()
 
